@@ -1,0 +1,156 @@
+"""What privacy a run costs: mechanisms as frozen events, and the epsilon that they add up to.
+
+The figure that Cloister prints is the pessimistic one of privacy loss distributions (PLD;
+Koskela et al. 2020, Doroshenko et al. 2022) from Google's dp-accounting, for adding or removing
+one unit's whole record. It holds for mechanisms fixed in advance, as those of one run are. The
+GDP accountant is never used: it lies below the truth (PRIVACY.md 9).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import groupby
+from typing import Literal
+
+import dp_accounting
+from dp_accounting import pld, rdp
+
+from common.errors import SpecError
+from common.spec import DpSgd, RunSpec
+
+Unit = Literal["patient", "image"]
+
+_SMALLEST_NOISE, _LARGEST_NOISE = 0.2, 1e5
+_FINE, _COARSE = 1e-4, 1e-3
+
+
+@dataclass(frozen=True, order=True)
+class SubsampledGaussian:
+    """`steps` times: take each unit independently with probability `sampling_rate`, sum their
+    vectors of L2 norm at most C, and add Gaussian noise of standard deviation
+    `noise_multiplier` x C to each coordinate.
+    """
+
+    sampling_rate: float
+    noise_multiplier: float
+    steps: int
+    unit: Unit
+
+    def __post_init__(self) -> None:
+        if not 0 < self.sampling_rate <= 1:
+            raise ValueError(f"sampling_rate = {self.sampling_rate}: expected 0 < q <= 1")
+        if not (self.noise_multiplier > 0 and math.isfinite(self.noise_multiplier)):
+            raise ValueError(f"noise_multiplier = {self.noise_multiplier}: expected a number > 0")
+        if self.steps < 1:
+            raise ValueError(f"steps = {self.steps}: expected at least 1")
+
+    @property
+    def event(self) -> dp_accounting.DpEvent:
+        """One step, as dp-accounting writes it."""
+        return dp_accounting.PoissonSampledDpEvent(
+            self.sampling_rate, dp_accounting.GaussianDpEvent(self.noise_multiplier)
+        )
+
+
+def epsilon(mechanisms: Iterable[SubsampledGaussian], delta: float) -> float:
+    """The epsilon of all `mechanisms` together at `delta`, by pessimistic PLD (0 for none)."""
+    return _epsilon(_merged(mechanisms), delta, _FINE)
+
+
+def epsilon_by_renyi(mechanisms: Iterable[SubsampledGaussian], delta: float) -> float:
+    """The same by Renyi differential privacy: an independent, looser upper bound."""
+    accountant = rdp.RdpAccountant()
+    for mechanism in _merged(mechanisms):
+        accountant.compose(mechanism.event, mechanism.steps)
+    return float(accountant.get_epsilon(delta))
+
+
+def planned(spec: RunSpec, declared_size: int) -> SubsampledGaussian | None:
+    """What a site of `declared_size` units does if it takes part in every round of `spec`.
+
+    Returns:
+        The mechanism, or None where the spec says ``mechanism = "none"``.
+
+    Raises:
+        SpecError: if the run makes no sense at that size: q above 1, delta not below 1 / size,
+            or a target that no noise reaches.
+    """
+    privacy = spec.privacy
+    if not isinstance(privacy, DpSgd):
+        return None
+    rate = sampling_rate(spec, declared_size)
+    if privacy.delta >= 1 / declared_size:
+        raise SpecError(
+            f"privacy.delta = {privacy.delta}: expected below 1 / declared size = "
+            f"{1 / declared_size:.3g} of a site that declares {declared_size}"
+        )
+    noise = privacy.noise_multiplier
+    if noise is None:
+        noise = noise_for(rate, spec.total_steps, privacy.target_epsilon or 0.0, privacy.delta)
+    return SubsampledGaussian(rate, noise, spec.total_steps, privacy.unit)
+
+
+def sampling_rate(spec: RunSpec, declared_size: int) -> float:
+    """The public q = expected batch / declared size; never from the real number of patients.
+
+    Raises:
+        SpecError: if it is above 1.
+    """
+    if spec.local.batch_size > declared_size:
+        raise SpecError(
+            f"local.batch_size = {spec.local.batch_size}: a site declares {declared_size} "
+            f"{spec.privacy.unit}s, so the sampling rate would be above 1; take a smaller batch"
+        )
+    return spec.local.batch_size / declared_size
+
+
+@lru_cache(maxsize=256)
+def noise_for(rate: float, steps: int, target_epsilon: float, delta: float) -> float:
+    """The least noise multiplier, to three decimals, that keeps `steps` within the target.
+
+    Raises:
+        SpecError: if not even a noise multiplier of 100,000 does.
+    """
+
+    def cost(thousandths: int) -> float:
+        mechanism = SubsampledGaussian(rate, thousandths / 1000, steps, "patient")
+        return _epsilon((mechanism,), delta, _COARSE)
+
+    low, high = int(_SMALLEST_NOISE * 1000), 1000
+    while cost(high) > target_epsilon:
+        low, high = high, high * 2
+        if high > _LARGEST_NOISE * 1000:
+            raise SpecError(
+                f"privacy.target_epsilon = {target_epsilon} at delta = {delta} is out of reach "
+                f"for {steps} steps at a sampling rate of {rate:.4g}"
+            )
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if cost(middle) <= target_epsilon else (middle, high)
+    return high / 1000
+
+
+def _merged(mechanisms: Iterable[SubsampledGaussian]) -> tuple[SubsampledGaussian, ...]:
+    """Equal steps counted together: composition does not depend on the order."""
+
+    def kind(mechanism: SubsampledGaussian) -> tuple[float, float, Unit]:
+        return mechanism.sampling_rate, mechanism.noise_multiplier, mechanism.unit
+
+    return tuple(
+        SubsampledGaussian(rate, noise, sum(mechanism.steps for mechanism in same), unit)
+        for (rate, noise, unit), same in groupby(sorted(mechanisms, key=kind), key=kind)
+    )
+
+
+@lru_cache(maxsize=4096)
+def _epsilon(mechanisms: tuple[SubsampledGaussian, ...], delta: float, grid: float) -> float:
+    """Pessimistic on any grid; a coarser one is quicker and a little larger."""
+    if not mechanisms:
+        return 0.0
+    accountant = pld.PLDAccountant(value_discretization_interval=grid)
+    for mechanism in mechanisms:
+        accountant.compose(mechanism.event, mechanism.steps)
+    return float(accountant.get_epsilon(delta))

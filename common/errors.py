@@ -1,0 +1,96 @@
+"""Everything that can go wrong, split by whose fault it is.
+
+    CloisterError
+    ├── ConfigError          a file that a person wrote: run.toml, node.toml, a label table
+    │   └── SpecError        the run's description
+    ├── DataError            an input that cannot be used: DICOM, an image, a cohort
+    │   ├── IntakeError      one source file, with the reason a person can act on
+    │   └── CohortError      a cohort directory that is missing, damaged or of another shape
+    ├── PeerError            the other side of the wire broke the protocol
+    │   ├── MessageError     a message that is not on the closed list
+    │   └── UpdateError      a site's update: shape, type, size, not finite
+    ├── Refusal              this node will not do it; carries the code that may leave
+    ├── ModelError           a network that cannot be trained under differential privacy
+    └── RunError             a run that cannot go on: no quorum, a foreign checkpoint
+
+A message names what was seen, what was expected, and the way out. The text of an error
+stays where it was raised: only a `RefusalCode` or an incident number leaves a node.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+
+class CloisterError(Exception):
+    """The root: catch it at the edge of a program, never in between."""
+
+
+class ConfigError(CloisterError):
+    """A file that a person wrote is wrong."""
+
+
+class SpecError(ConfigError):
+    """A run's description is wrong: names file, key, value and what was expected."""
+
+
+class DataError(CloisterError):
+    """An input cannot be used."""
+
+
+class IntakeError(DataError):
+    """One source file cannot become an image of a cohort; the text is the reason."""
+
+
+class CohortError(DataError):
+    """A cohort directory is missing, damaged, or does not fit the run."""
+
+
+class PeerError(CloisterError):
+    """The other side of the wire broke the protocol."""
+
+
+class MessageError(PeerError):
+    """A message holds something that is not on the closed list, or lacks what is."""
+
+
+class UpdateError(PeerError):
+    """A site's update cannot be aggregated."""
+
+
+class ModelError(CloisterError):
+    """A network cannot be trained soundly under differential privacy."""
+
+
+class RunError(CloisterError):
+    """A run cannot start or go on."""
+
+
+class RefusalCode(StrEnum):
+    """Why a node said no: the whole vocabulary that may leave it.
+
+    Every code depends on policy, spec, ledger and task alone, never on the cohort.
+    """
+
+    MALFORMED = "malformed"
+    VERSION = "version"
+    SPEC = "spec"
+    POLICY = "policy"
+    BUDGET = "budget"
+    WEIGHTS = "weights"
+    REPLAY = "replay"
+    INCIDENT = "incident"
+
+
+class Refusal(CloisterError):
+    """This node will not do what it was asked.
+
+    Args:
+        code: what may leave the node.
+        detail: for the node's own log; it never leaves.
+    """
+
+    def __init__(self, code: RefusalCode, detail: str) -> None:
+        super().__init__(f"{code.value}: {detail}")
+        self.code = code
+        self.detail = detail

@@ -1,0 +1,542 @@
+"""RunSpec: the one description of a run, written by a person, frozen, the same for every site.
+
+A run's file is TOML. It is read once, strictly: an unknown key is an error, a number is not a
+string, and nothing is guessed. What is read becomes canonical JSON, whose SHA-256 is the run's
+digest; both are the same whatever the order of the keys, the spelling of a number (``1`` or
+``1.0``) and the version of Python. Nothing in a spec is fitted on data: class weights, means and
+windows are literals that a person wrote (PRIVACY.md 3).
+
+The file may hold a table ``[simulation]`` as well: where the data of a simulation lies. It is
+not part of the spec, has no place in its digest and never travels to a hospital.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import math
+import re
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from common.errors import SpecError
+
+SCHEMA = 1
+
+Positive = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+OpenFraction = Annotated[float, Field(gt=0, lt=1)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class Section(BaseModel):
+    """A table of the file: frozen, strict, without unknown keys or infinities."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=()
+    )
+
+
+class Task(Section):
+    """What is learned. ``classes`` names them: for ``binary`` the negative, then the positive."""
+
+    name: Literal["classification"] = "classification"
+    kind: Literal["binary", "multiclass", "multilabel"] = "binary"
+    classes: Annotated[tuple[str, ...], Field(min_length=2)]
+
+    @model_validator(mode="after")
+    def _classes_fit(self) -> Self:
+        if len(set(self.classes)) != len(self.classes):
+            raise ValueError("classes must be different from each other")
+        if self.kind == "binary" and len(self.classes) != 2:
+            raise ValueError("a binary task has exactly two classes: the negative, the positive")
+        return self
+
+    @property
+    def outputs(self) -> int:
+        """Units of the network's last layer: one for a binary task, else one a class."""
+        return 1 if self.kind == "binary" else len(self.classes)
+
+
+class Model(Section):
+    """Which network of the registry (``cloister models``), and its own options."""
+
+    name: str
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    width: Annotated[int, Field(ge=4, le=1024)] | None = None
+
+
+class Input(Section):
+    """What the network sees, and how an image of any size becomes that.
+
+    ``fit``: ``pad`` keeps everything and the aspect, ``crop`` keeps the aspect and the centre,
+    ``stretch`` keeps neither. ``window``: ``dicom`` is the file's own VOI LUT or window and else
+    the range of its values; ``range`` is the range of the image's values; ``percentile`` is its
+    1st to 99th percentile. ``normalize``: ``literal`` is (x - mean) / std with the numbers given
+    here (x in 0..1), ``image`` uses each image's own mean and deviation. ``frames``: which frame
+    of a multi-frame file.
+    """
+
+    channels: Literal[1, 3] = 1
+    height: Annotated[int, Field(ge=8, le=4096)]
+    width: Annotated[int, Field(ge=8, le=4096)]
+    fit: Literal["pad", "crop", "stretch"] = "pad"
+    window: Literal["dicom", "range", "percentile"] = "dicom"
+    frames: Literal["refuse", "first", "middle", "all"] = "refuse"
+    normalize: Literal["literal", "image"] = "literal"
+    mean: tuple[float, ...] = (0.5,)
+    std: tuple[Positive, ...] = (0.25,)
+
+    @model_validator(mode="after")
+    def _one_number_a_channel(self) -> Self:
+        for name, numbers in (("mean", self.mean), ("std", self.std)):
+            if len(numbers) not in (1, self.channels):
+                raise ValueError(f"{name} needs one number, or one for each of {self.channels}")
+        return self
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(channels, height, width)."""
+        return self.channels, self.height, self.width
+
+    @property
+    def preprocessing_digest(self) -> str:
+        """SHA-256 of what intake does to an image; a cohort made otherwise does not fit the run."""
+        kept = self.model_dump(mode="json", exclude={"normalize", "mean", "std"})
+        return hashlib.sha256(_canonical(kept)).hexdigest()
+
+
+class Augmentation(Section):
+    """Random changes of each image, drawn anew each time it is used.
+
+    ``rotate`` and ``shear`` in degrees, ``shift`` in parts of the image's side, ``zoom`` as a
+    relative change; each is drawn uniformly from minus to plus the number. ``multiplicity``
+    copies of a patient's image are averaged before clipping, which costs no privacy (De et al.
+    2022, arXiv:2204.13650).
+    """
+
+    rotate: Annotated[float, Field(ge=0, le=180)] = 0.0
+    shift: Annotated[float, Field(ge=0, le=0.5)] = 0.0
+    shear: Annotated[float, Field(ge=0, le=45)] = 0.0
+    zoom: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    flip_horizontal: bool = False
+    flip_vertical: bool = False
+    multiplicity: Annotated[int, Field(ge=1, le=64)] = 1
+
+
+class Loss(Section):
+    """The loss of one patient. ``class_weights`` are literals, one a class, never counted."""
+
+    name: Literal["cross-entropy", "mse", "focal"] = "cross-entropy"
+    class_weights: tuple[Positive, ...] | None = None
+    focal_gamma: NonNegative = 2.0
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
+
+
+class Sgd(Section):
+    """Stochastic gradient descent with momentum, started afresh each round."""
+
+    name: Literal["sgd"]
+    learning_rate: Positive
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    weight_decay: NonNegative = 0.0
+
+
+class Adam(Section):
+    """Adam, or AdamW (decoupled weight decay), started afresh each round."""
+
+    name: Literal["adam", "adamw"]
+    learning_rate: Positive
+    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    weight_decay: NonNegative = 0.0
+
+
+class Schedule(Section):
+    """The learning rate over the run's local steps, as a factor of the optimiser's rate.
+
+    ``constant``; ``exponential`` falls to ``final`` by the last step; ``cosine`` likewise along
+    half a cosine; ``cyclical`` goes from ``final`` to 1 and back in ``cycles`` triangles.
+    ``warmup_rounds`` rise linearly to 1 first.
+    """
+
+    name: Literal["constant", "exponential", "cosine", "cyclical"] = "constant"
+    final: Annotated[float, Field(gt=0, le=1)] = 0.01
+    cycles: Count = 1
+    warmup_rounds: Annotated[int, Field(ge=0)] = 0
+
+
+class Local(Section):
+    """A round at a site: ``steps`` of DP-SGD with ``batch_size`` patients *expected* in each.
+
+    A patient is sampled with probability batch_size / declared size of the site, so a batch is
+    larger or smaller by chance. ``precision``: ``bfloat16`` is used where the device has it;
+    gradient norms are float32 always.
+    """
+
+    steps: Count = 1
+    batch_size: Count
+    precision: Literal["float32", "bfloat16"] = "float32"
+
+
+class DpSgd(Section):
+    """Differential privacy by DP-SGD (Abadi et al. 2016) with Poisson sampling of the unit.
+
+    Either ``noise_multiplier`` (the same for every site, whose epsilon follows from its declared
+    size) or ``target_epsilon`` (each site's noise follows from its declared size). ``delta`` must
+    be below 1 / the site's declared size. Adjacency: one unit's whole record added or removed.
+    """
+
+    mechanism: Literal["dp-sgd"]
+    unit: Literal["patient", "image"] = "patient"
+    clip_norm: Positive = 1.0
+    noise_multiplier: Positive | None = None
+    target_epsilon: Positive | None = None
+    delta: OpenFraction
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> Self:
+        if (self.noise_multiplier is None) == (self.target_epsilon is None):
+            raise ValueError("write either noise_multiplier or target_epsilon, one of the two")
+        return self
+
+
+class NoPrivacy(Section):
+    """No differential privacy, in so many words. A node refuses it unless its policy says yes."""
+
+    mechanism: Literal["none"]
+    unit: Literal["patient", "image"] = "patient"
+
+
+class Federation(Section):
+    """How long to wait and for how many.
+
+    A round closes when every invited site has answered, or when ``deadline_seconds`` have passed
+    and at least ``quorum`` updates came. Without the quorum the run stops at its last round.
+    """
+
+    quorum: Count = 1
+    deadline_seconds: Positive = 3600.0
+
+
+class _Strategy(Section):
+    """What all strategies share.
+
+    ``weighting``: by the sites' declared sizes, or all equal. ``average_decay``: the evaluated
+    model is an exponential moving average of the global one (0: it is the global one).
+    ``max_update_norm``: an update with a larger L2 norm is rejected by name.
+    """
+
+    weighting: Literal["declared", "uniform"] = "declared"
+    average_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    max_update_norm: Positive | None = None
+
+
+class FedAvg(_Strategy):
+    """McMahan et al. 2017: the weighted mean of the updates."""
+
+    strategy: Literal["fedavg"]
+
+
+class FedProx(_Strategy):
+    """Li et al. 2020: FedAvg with a proximal term mu/2 |w - w_global|^2 at the sites."""
+
+    strategy: Literal["fedprox"]
+    mu: NonNegative
+
+
+class FedAvgM(_Strategy):
+    """Hsu et al. 2019: momentum on the mean update."""
+
+    strategy: Literal["fedavgm"]
+    server_learning_rate: Positive = 1.0
+    server_momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+
+
+class FedOpt(_Strategy):
+    """Reddi et al. 2021: an adaptive optimiser on the mean update."""
+
+    strategy: Literal["fedadam", "fedyogi", "fedadagrad"]
+    server_learning_rate: Positive = 0.01
+    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.99
+    tau: Positive = 1e-3
+
+
+class TrimmedMean(_Strategy):
+    """Yin et al. 2018: drop the ``trim`` part at either end of each coordinate, then the mean."""
+
+    strategy: Literal["trimmed-mean"]
+    trim: Annotated[float, Field(gt=0, lt=0.5)] = 0.2
+
+
+class Median(_Strategy):
+    """Yin et al. 2018: the median of each coordinate."""
+
+    strategy: Literal["median"]
+
+
+class Krum(_Strategy):
+    """Blanchard et al. 2017: the mean of the ``keep`` updates closest to their neighbours."""
+
+    strategy: Literal["krum"]
+    byzantine: Annotated[int, Field(ge=0)] = 1
+    keep: Count = 1
+
+
+STREAMING = ("fedavg", "fedprox", "fedavgm", "fedadam", "fedyogi", "fedadagrad")
+ALL_AT_ONCE = ("trimmed-mean", "median", "krum")
+
+Aggregation = Annotated[
+    FedAvg | FedProx | FedAvgM | FedOpt | TrimmedMean | Median | Krum,
+    Field(discriminator="strategy"),
+]
+
+
+class Evaluation(Section):
+    """The central evaluation after each ``every``-th round and the last.
+
+    The cohort's patients are split once into a validation part, which chooses the best model and
+    stops the run early after ``patience`` evaluations without ``min_delta`` of gain (0: never),
+    and a test part, which makes the headline. ``bootstrap`` resamples of patients give the 95 %
+    intervals (0: none).
+    """
+
+    every: Count = 1
+    validation_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.3
+    metric: Literal["auroc", "auprc", "accuracy", "f1", "brier"] = "auroc"
+    threshold: OpenFraction = 0.5
+    patience: Annotated[int, Field(ge=0)] = 0
+    min_delta: NonNegative = 0.0
+    bootstrap: Annotated[int, Field(ge=0, le=10_000)] = 500
+
+
+class RunSpec(Section):
+    """A whole run. Read it with `read_run_file` or `RunSpec.from_json`."""
+
+    schema_version: Literal[1] = SCHEMA
+    name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9][a-zA-Z0-9-]{0,62}$")]
+    run_id: Annotated[str, Field(pattern=r"^[a-z0-9-]{0,80}$")] = ""
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 1
+    rounds: Annotated[int, Field(ge=1, le=100_000)]
+    task: Task
+    model: Model
+    input: Input
+    augmentation: Augmentation = Augmentation()
+    loss: Loss = Loss()
+    optimizer: Annotated[Sgd | Adam, Field(discriminator="name")]
+    schedule: Schedule = Schedule()
+    local: Local
+    privacy: Annotated[DpSgd | NoPrivacy, Field(discriminator="mechanism")]
+    federation: Federation = Federation()
+    aggregation: Aggregation = FedAvg(strategy="fedavg")
+    evaluation: Evaluation = Evaluation()
+
+    @model_validator(mode="after")
+    def _parts_fit_each_other(self) -> Self:
+        weights = self.loss.class_weights
+        if weights is not None and len(weights) != len(self.task.classes):
+            raise ValueError(
+                f"loss.class_weights has {len(weights)} numbers for {len(self.task.classes)} "
+                "classes; write one literal for each class"
+            )
+        if isinstance(self.aggregation, Krum):
+            _check_krum(self.aggregation, self.federation.quorum)
+        elif isinstance(self.aggregation, TrimmedMean | Median) and self.federation.quorum < 3:
+            raise ValueError(
+                f"aggregation.strategy = {self.aggregation.strategy!r} holds all updates at once "
+                f"and means something from 3 on; federation.quorum is {self.federation.quorum}"
+            )
+        if self.schedule.warmup_rounds >= self.rounds:
+            raise ValueError(
+                f"schedule.warmup_rounds = {self.schedule.warmup_rounds} must be below "
+                f"rounds = {self.rounds}"
+            )
+        return self
+
+    @classmethod
+    def from_json(cls, text: str, *, source: str = "spec") -> RunSpec:
+        """Parse canonical (or any) JSON of a spec.
+
+        Raises:
+            SpecError: naming `source`, the key, the value and what was expected.
+        """
+        return _validate(text, source, toml=None)
+
+    @property
+    def canonical_json(self) -> str:
+        """The one spelling of this spec: sorted keys, no spaces, ASCII."""
+        return _canonical(self.model_dump(mode="json")).decode()
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the canonical JSON, in hex. It covers the run's identity as well."""
+        return hashlib.sha256(self.canonical_json.encode()).hexdigest()
+
+    @property
+    def total_steps(self) -> int:
+        """Local steps of a site that takes part in every round."""
+        return self.rounds * self.local.steps
+
+    def identified(self, run_id: str) -> RunSpec:
+        """The same run under an identity of its own; each launch has one."""
+        changed = self.model_dump(mode="json") | {"run_id": run_id}
+        return RunSpec.from_json(json.dumps(changed))
+
+    def learning_rate(self, round_number: int, step: int) -> float:
+        """The local learning rate at `step` (from 0) of `round_number` (from 1)."""
+        done = (round_number - 1) * self.local.steps + step
+        warmup = self.schedule.warmup_rounds * self.local.steps
+        if done < warmup:
+            return self.optimizer.learning_rate * (done + 1) / (warmup + 1)
+        span = max(1, self.total_steps - 1 - warmup)
+        return self.optimizer.learning_rate * _factor(self.schedule, (done - warmup) / span)
+
+
+class RunFile(NamedTuple):
+    """A run's file: the spec, and the `[simulation]` table as it stands (empty if absent)."""
+
+    spec: RunSpec
+    simulation: Mapping[str, Any]
+
+
+def read_run_file(path: Path) -> RunFile:
+    """Read a run's TOML file.
+
+    Raises:
+        SpecError: if it cannot be read, is no TOML, or is not a valid run; the message names
+            file, line where it can be found, key, value, and what was expected.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise SpecError(f"{path}: cannot be read ({error}); expected a run's TOML file") from error
+    return parse_run_text(text, source=str(path))
+
+
+def parse_run_text(text: str, *, source: str) -> RunFile:
+    """Parse the text of a run's file; see `read_run_file`."""
+    try:
+        document = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise SpecError(f"{source}: this is not TOML: {error}") from error
+    simulation = document.pop("simulation", {})
+    if not isinstance(simulation, dict):
+        raise SpecError(f"{source}: simulation = {simulation!r}: expected a table [simulation]")
+    if "privacy" not in document:
+        raise SpecError(
+            f"{source}: the table [privacy] is missing; write mechanism, clip_norm, delta and "
+            'noise_multiplier or target_epsilon, or say mechanism = "none" in so many words'
+        )
+    return RunFile(_validate(json.dumps(document, default=str), source, toml=text), simulation)
+
+
+def _factor(schedule: Schedule, progress: float) -> float:
+    """The schedule's factor at `progress` in 0..1 after the warm-up."""
+    if schedule.name == "constant":
+        return 1.0
+    if schedule.name == "exponential":
+        return float(schedule.final**progress)
+    if schedule.name == "cosine":
+        rise = 0.5 * (1 + math.cos(math.pi * progress))
+    else:
+        rise = 1 - abs(2 * ((progress * schedule.cycles) % 1.0) - 1)
+    return schedule.final + (1 - schedule.final) * rise
+
+
+def _check_krum(krum: Krum, quorum: int) -> None:
+    """Krum's bound n >= 2f + 3 must hold for the smallest round that may close."""
+    need = 2 * krum.byzantine + 3
+    if quorum < need or krum.keep > quorum - krum.byzantine - 2:
+        raise ValueError(
+            f"aggregation.strategy = 'krum' holds all updates at once and needs at least "
+            f"2 x byzantine + 3 = {need} of them and keep <= quorum - byzantine - 2; "
+            f"federation.quorum is {quorum}, keep is {krum.keep}"
+        )
+
+
+def _canonical(value: object) -> bytes:
+    return json.dumps(
+        value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False
+    ).encode()
+
+
+def _validate(text: str, source: str, toml: str | None) -> RunSpec:
+    """Strict validation by way of JSON, where a list may become a tuple and nothing else may."""
+    try:
+        return RunSpec.model_validate_json(text)
+    except ValidationError as error:
+        lines = [_explain(detail, source, toml) for detail in error.errors()]
+        raise SpecError("\n".join(lines)) from None
+
+
+_TAGS = {"sgd", "adam", "adamw", "dp-sgd", "none", *STREAMING, *ALL_AT_ONCE}
+
+
+def _explain(detail: Any, source: str, toml: str | None) -> str:
+    """One line for a person: file, line, key, value, what was expected, the way out."""
+    location = [str(part) for part in detail["loc"]]
+    if len(location) > 1 and location[1] in _TAGS:
+        del location[1]
+    key = ".".join(location) or "run"
+    where = f"{source}:{line}" if (line := _line_of(toml, location)) else source
+    kind, value = detail["type"], detail["input"]
+    if kind == "extra_forbidden":
+        return f"{where}: {key} = {value!r}: unknown key; {_nearest(location)}"
+    if kind == "missing":
+        return f"{where}: {key} is missing; {_expected(location)}"
+    if kind in ("union_tag_not_found", "union_tag_invalid"):
+        tag = detail["ctx"]["discriminator"].strip("'")
+        seen = value.get(tag) if isinstance(value, dict) else value
+        return f"{where}: {key}.{tag} = {seen!r}: expected one of {_tags(location)}"
+    message = detail["msg"].removeprefix("Value error, ")
+    if kind == "value_error":
+        return f"{where}: {key}: {message}"
+    return f"{where}: {key} = {value!r}: {message[0].lower() + message[1:]}"
+
+
+def _tags(location: list[str]) -> str:
+    if location[:1] == ["aggregation"]:
+        return f"{', '.join(STREAMING)}, or, holding all updates at once: {', '.join(ALL_AT_ONCE)}"
+    return "'sgd', 'adam', 'adamw'" if location[:1] == ["optimizer"] else "'dp-sgd', 'none'"
+
+
+def _known_keys(location: list[str]) -> list[str]:
+    """The keys that may stand where the last part of `location` stands."""
+    if len(location) == 1:
+        return [*RunSpec.model_fields, "simulation"]
+    schema = RunSpec.model_json_schema()
+    node = schema["properties"].get(location[0], {})
+    options = node.get("oneOf") or node.get("allOf") or [node]
+    names = (option.get("$ref", "").rpartition("/")[2] for option in options)
+    return sorted({key for n in names for key in schema["$defs"].get(n, {}).get("properties", {})})
+
+
+def _nearest(location: list[str]) -> str:
+    known = _known_keys(location)
+    close = difflib.get_close_matches(location[-1], known, n=1)
+    return f"did you mean {close[0]!r}?" if close else f"expected one of {', '.join(known)}"
+
+
+def _expected(location: list[str]) -> str:
+    return f"write it in [{'.'.join(location[:-1])}]" if location[1:] else "it has no default"
+
+
+def _line_of(toml: str | None, location: list[str]) -> int | None:
+    """The line on which a key stands, by a light reading of the text; None if not found."""
+    table = ""
+    for number, line in enumerate((toml or "").splitlines(), start=1):
+        if header := re.match(r"\s*\[([\w.-]+)\]", line):
+            table = header[1]
+            if [table] == location:
+                return number
+        elif entry := re.match(r"\s*([\w-]+)\s*=", line):
+            if (f"{table}." if table else "") + entry[1] == ".".join(location[:2]):
+                return number
+    return None
