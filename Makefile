@@ -1,0 +1,55 @@
+# `make help` lists what there is. All of it runs in .venv, made on first use; a machine
+# needs Python 3.11 or later, and git.
+
+PYTHON ?= python3
+VENV ?= .venv
+PYTEST_ARGS ?=
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+# Nothing that is started here reports home.
+export FLWR_TELEMETRY_ENABLED = 0
+export FLWR_DISABLE_UPDATE_CHECK = 1
+export RAY_USAGE_STATS_ENABLED = 0
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test test-fast check bench docs clean
+
+help: ## List these targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s  %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+venv: $(STAMP) ## Install everything into .venv, in the versions of constraints.txt
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "Cloister needs Python 3.11 or later; '$(PYTHON)' is $$($(PYTHON) --version 2>&1)." >&2; \
+	  echo "Name a newer one: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[simulation,ray,dev]'
+	@touch $@
+
+demo: $(STAMP) ## Synthetic hospitals, a whole federation, a report, on this machine
+	$(BIN)/cloister demo
+
+test: check ## Every check, then every test (PYTEST_ARGS='-k gate' for some)
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-fast: $(STAMP) ## The tests without those of whole systems
+	$(BIN)/python -m pytest -m 'not slow' $(PYTEST_ARGS)
+
+check: $(STAMP) ## Lint, format, types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(STAMP) ## Run every benchmark; each prints its own table
+	@for script in benchmarks/*.py; do \
+	  if [ -e "$$script" ]; then echo "== $$script"; $(BIN)/python "$$script" || exit 1; \
+	  else echo "There is no benchmark in benchmarks/."; fi; done
+
+docs: $(STAMP) ## Write docs/commands.md, the reference of the command line
+	$(BIN)/python -m typer deploy.cli utils docs --name cloister --output docs/commands.md
+
+clean: ## Remove what was made here, .venv included
+	rm -rf $(VENV) build dist docs/commands.md .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find client common deploy server tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,1 @@
+"""How the system is brought up: the command line, the simulation, identities."""

@@ -1,0 +1,1 @@
+"""The coordinator: invites, collects, aggregates, evaluates, and never sees a patient."""
