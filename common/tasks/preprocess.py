@@ -1,0 +1,40 @@
+"""What happens to an image between the cohort and the network, in training and in evaluation.
+
+A cohort holds pixels in 0..1; the spec says how they are centred and scaled. Nothing here is
+fitted on data: the numbers are literals of the spec, or one image's own (PRIVACY.md 3).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from common.spec import Input
+
+_SMALLEST_DEVIATION = 1e-5  # below one 16-bit grey level: the image is flat
+
+
+def normalise(images: Tensor, spec: Input) -> Tensor:
+    """Centre and scale images as the spec's input says.
+
+    ``literal`` is (x - mean) / std with the spec's numbers, by channel; ``image`` uses each
+    image's own mean and standard deviation over all its channels and pixels, so that an image's
+    result is a function of that image alone whatever batch it comes in. A flat image becomes
+    zeros under ``image``.
+
+    Args:
+        images: (B, C, H, W), any floating type, values in 0..1.
+        spec: the run's input.
+
+    Returns:
+        (B, C, H, W) float32 on the device of `images`, which are not changed.
+    """
+    pixels = images.to(torch.float32)
+    if spec.normalize == "literal":
+        return (pixels - _by_channel(spec.mean, pixels)) / _by_channel(spec.std, pixels)
+    deviation, mean = torch.std_mean(pixels, dim=(1, 2, 3), correction=0, keepdim=True)
+    return (pixels - mean) / deviation.clamp_min(_SMALLEST_DEVIATION)
+
+
+def _by_channel(numbers: tuple[float, ...], like: Tensor) -> Tensor:
+    return torch.tensor(numbers, dtype=like.dtype, device=like.device).view(1, -1, 1, 1)
