@@ -1,0 +1,118 @@
+"""The registry of networks.
+
+A new network is one function, ``RunSpec -> nn.Module``, and one line in the table below. It
+returns one row of ``spec.task.outputs`` logits an image, computed from that image alone, so it
+holds no BatchNorm and no statistics of a batch (PRIVACY.md 2). The table names functions instead
+of importing them: MONAI takes seconds to import, and a run uses one network.
+"""
+
+from __future__ import annotations
+
+import pkgutil
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from common.errors import ModelError
+from common.spec import RunSpec
+
+
+class Network(NamedTuple):
+    """One line of the registry.
+
+    Attributes:
+        factory: where the function stands, as ``module:function``.
+        smallest_side: the least height and width of an image, in pixels.
+        takes_width: whether ``spec.model.width`` means something to it.
+    """
+
+    factory: str
+    smallest_side: int
+    takes_width: bool = False
+
+
+NETWORKS = {
+    "densenet121": Network("common.models.monai:densenet121", smallest_side=32),
+    "reference-cnn": Network("common.models.cnn:reference_cnn", smallest_side=46),
+    "resnet18": Network("common.models.monai:resnet18", smallest_side=16),
+    "small-cnn": Network("common.models.cnn:small_cnn", smallest_side=16, takes_width=True),
+}
+
+
+def names() -> tuple[str, ...]:
+    """The names that ``spec.model.name`` may have, sorted."""
+    return tuple(sorted(NETWORKS))
+
+
+def build(spec: RunSpec) -> nn.Module:
+    """Build the network of a run, in training mode, on the CPU, in float32.
+
+    The same spec gives the same weights in every process: they are drawn from ``spec.seed``, and
+    the state of the global random generators is left as it was.
+
+    Raises:
+        ModelError: if the name is not in the registry, the images are too small for the network,
+            or the spec sets an option that the network does not have.
+    """
+    network = _network_for(spec)
+    factory = pkgutil.resolve_name(network.factory)
+    # Seeding the CPU's generator alone: torch.manual_seed would seed every device's.
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        torch.default_generator.manual_seed(spec.seed)
+        model: nn.Module = factory(spec)
+    return model.float()
+
+
+def check_private(model: nn.Module) -> None:
+    """Refuse a network that cannot be trained soundly under DP-SGD.
+
+    What is seen here is what the modules declare. That an image's output depends on that image
+    alone is a property of the forward pass, which the tests hold for every network by itself.
+
+    Raises:
+        ModelError: naming the layer: BatchNorm in any form, frozen and without parameters too;
+            state that is no parameter, which would leave the site without noise; an activation
+            in place, on which per-patient gradients fail (opacus#828).
+    """
+    for name, module in model.named_modules():
+        _check_layer(name or "the network itself", module)
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    for name in model.state_dict(keep_vars=True):
+        if name not in parameters:
+            raise ModelError(
+                f"{name}: this is state without being a parameter; it would leave the site "
+                "without noise. Drop it, or register it with persistent=False if it is a constant"
+            )
+
+
+def _check_layer(name: str, module: nn.Module) -> None:
+    kind = type(module).__name__
+    if isinstance(module, _BatchNorm) or "batchnorm" in kind.lower():
+        raise ModelError(
+            f"{name}: {kind} mixes the patients of a batch, so no patient's gradient can be "
+            "clipped; use GroupNorm"
+        )
+    if getattr(module, "inplace", False) is True:
+        raise ModelError(
+            f"{name}: {kind} works in place, on which per-patient gradients fail; use inplace=False"
+        )
+
+
+def _network_for(spec: RunSpec) -> Network:
+    """The line of the registry that the spec asks for, if it fits the spec."""
+    name, (_, height, width) = spec.model.name, spec.input.shape
+    if name not in NETWORKS:
+        raise ModelError(f"model.name = {name!r}: expected one of {', '.join(names())}")
+    network = NETWORKS[name]
+    if min(height, width) < network.smallest_side:
+        raise ModelError(
+            f"input.height x input.width = {height} x {width}: {name} needs at least "
+            f"{network.smallest_side} pixels on either side"
+        )
+    if spec.model.width is not None and not network.takes_width:
+        raise ModelError(
+            f"model.width = {spec.model.width}: {name} has a fixed width; leave the key out"
+        )
+    return network
