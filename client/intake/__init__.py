@@ -1,0 +1,1 @@
+"""DICOM and pictures in, a de-identified cohort out."""

@@ -1,0 +1,385 @@
+"""A de-identified cohort on disk: its index and its images, read only.
+
+A cohort is a directory of two files, pseudonymised patient data both (mode 0600 in 0700):
+
+``images.u16``
+    raw little-endian uint16 in C order, shape (images, channels, height, width);
+    value / 65535 is the brightness in 0..1.
+``index.sqlite``
+    ``meta`` (what was done, for which classes) and ``image`` (one row an image: pseudonyms,
+    label, SHA-256 of its stored pixels, size of the original, split).
+
+Intake writes it (`client.intake.builder`), everyone else reads it through `Cohort`. Images are
+memory-mapped: a cohort may be many times larger than memory. The index is held in memory, some
+hundred bytes an image.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sqlite3
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from common.errors import CohortError
+from common.spec import Input, RunSpec
+
+FORMAT = 1
+INDEX_FILE = "index.sqlite"
+IMAGES_FILE = "images.u16"
+PIXEL = np.dtype("<u2")
+PIXEL_MAX = 65535
+SPLITS = ("", "train", "validation", "test")
+SCHEMA_SQL = """
+CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL);
+CREATE TABLE image (
+    row INTEGER PRIMARY KEY, patient TEXT NOT NULL, study TEXT NOT NULL, series TEXT NOT NULL,
+    instance TEXT NOT NULL, label TEXT NOT NULL, sha256 TEXT NOT NULL,
+    height INT NOT NULL, width INT NOT NULL, split TEXT NOT NULL
+);
+"""
+
+Unit = Literal["patient", "image"]
+Rows = Sequence[int] | NDArray[np.int64]
+_KINDS = ("binary", "multiclass", "multilabel")
+
+
+@dataclass(frozen=True)
+class CohortMeta:
+    """What holds for a whole cohort; it is stored as text in the index.
+
+    ``unit`` is what one pseudonym stands for: ``image`` where the source names no patients.
+    ``preprocessing`` says in words what intake did to every image; its digest is what a run is
+    compared with. ``source`` is the kind of source (``dicom``), ``created`` a date.
+    """
+
+    unit: Unit
+    kind: str
+    classes: tuple[str, ...]
+    shape: tuple[int, int, int]
+    preprocessing: str
+    preprocessing_digest: str
+    source: str
+    created: str
+
+    def __post_init__(self) -> None:
+        if self.unit not in ("patient", "image") or self.kind not in _KINDS:
+            raise CohortError(
+                f"unit {self.unit!r}, task {self.kind!r}: expected 'patient' or 'image', "
+                f"and one of {', '.join(_KINDS)}"
+            )
+        if len(self.shape) != 3 or min(self.shape) < 1 or len(self.classes) < 2:
+            raise CohortError(f"shape {self.shape}, classes {self.classes}: not those of a cohort")
+
+    @classmethod
+    def of(cls, spec: RunSpec, *, unit: Unit, source: str, created: str) -> CohortMeta:
+        """The description of a cohort made for `spec` from a `source` (such as ``dicom``)."""
+        return cls(
+            unit=unit,
+            kind=spec.task.kind,
+            classes=spec.task.classes,
+            shape=spec.input.shape,
+            preprocessing=_preprocessing(spec.input),
+            preprocessing_digest=spec.input.preprocessing_digest,
+            source=source,
+            created=created,
+        )
+
+    @property
+    def image_bytes(self) -> int:
+        """Bytes of one stored image."""
+        return int(np.prod(self.shape)) * PIXEL.itemsize
+
+    def to_rows(self) -> list[tuple[str, str]]:
+        """The rows of the table ``meta``."""
+        values = {"format": FORMAT, **vars(self)}
+        return [(key, json.dumps(value)) for key, value in sorted(values.items())]
+
+    @classmethod
+    def from_rows(cls, rows: Mapping[str, str]) -> CohortMeta:
+        """Parse the table ``meta``.
+
+        Raises:
+            CohortError: for another format, or a value that is missing or of another kind.
+        """
+        try:
+            values = {key: json.loads(value) for key, value in rows.items()}
+            if values.pop("format", None) != FORMAT:
+                raise CohortError(f"format {rows.get('format')}: this version reads {FORMAT}")
+            for key in ("classes", "shape"):
+                values[key] = tuple(values[key])
+            return cls(**values)
+        except (KeyError, TypeError, ValueError) as error:
+            raise CohortError(f"its table meta cannot be understood ({error})") from error
+
+
+class _Index(NamedTuple):
+    """The table ``image`` as arrays, one entry an image, in the order of the stored images."""
+
+    patients: tuple[str, ...]
+    patient_index: NDArray[np.int64]
+    labels: NDArray[Any]
+    splits: NDArray[np.str_]
+
+
+class Cohort:
+    """A cohort, or a view of some of its images; read only and lazy.
+
+    Everything about images is numbered from 0 within *this* view, and everything about patients
+    within its own sorted `patients`; a view never changes what it was made from. Pickling one
+    carries its path and its rows: a worker process opens the files by itself.
+
+    Attributes:
+        path: the cohort's directory.
+        meta: what holds for the whole cohort.
+        patients: sorted pseudonyms of those with at least one image; for an image-level cohort
+            each image has its own.
+        patient_index: (images,) for each image the index of its patient.
+        labels: (images,) int64 class indices, or (images, classes) float32 of 0 and 1 for a
+            multilabel task.
+        splits: (images,) ``""``, ``"train"``, ``"validation"`` or ``"test"``.
+    """
+
+    def __init__(
+        self, path: Path, meta: CohortMeta, index: _Index, rows: NDArray[np.int64] | None = None
+    ) -> None:
+        self.path = path
+        self.meta = meta
+        self._index = index
+        self._is_view = rows is not None
+        self._rows = np.arange(len(index.labels), dtype=np.int64) if rows is None else rows
+        present, inverse = np.unique(index.patient_index[self._rows], return_inverse=True)
+        self.patients = tuple(index.patients[number] for number in present)
+        self.patient_index: NDArray[np.int64] = inverse.astype(np.int64)
+        self.labels: NDArray[Any] = index.labels[self._rows]
+        self.splits: NDArray[np.str_] = index.splits[self._rows]
+
+    @classmethod
+    def open(cls, path: Path) -> Self:
+        """Open a cohort's directory and check that its parts agree.
+
+        The stored pixels are not read; `verify` does that.
+
+        Raises:
+            CohortError: if it is missing, damaged, of another version, or its sizes disagree.
+        """
+        path = Path(path)
+        for name in (INDEX_FILE, IMAGES_FILE):
+            if not (path / name).is_file():
+                raise CohortError(
+                    f"{path}: not a cohort, {name} is missing; make one with `cloister intake`"
+                )
+        try:
+            with closing(_connect(path)) as database:
+                meta = CohortMeta.from_rows(dict(database.execute("SELECT key, value FROM meta")))
+                index = _read_index(database, meta)
+        except (sqlite3.Error, UnicodeError) as error:
+            raise CohortError(f"{path / INDEX_FILE}: damaged ({error}); take in again") from error
+        except CohortError as error:
+            raise CohortError(f"{path / INDEX_FILE}: {error}; take in again") from error
+        _check_size(path / IMAGES_FILE, len(index.labels) * meta.image_bytes)
+        return cls(path, meta, index)
+
+    @property
+    def unit(self) -> Unit:
+        """What one pseudonym stands for, and so what differential privacy can protect."""
+        return self.meta.unit
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the classes, in the order of their numbers."""
+        return self.meta.classes
+
+    @property
+    def kind(self) -> str:
+        """``binary``, ``multiclass`` or ``multilabel``."""
+        return self.meta.kind
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(channels, height, width) of every image."""
+        return self.meta.shape
+
+    @property
+    def preprocessing_digest(self) -> str:
+        """SHA-256 of what intake did to every image; see `Input.preprocessing_digest`."""
+        return self.meta.preprocessing_digest
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __repr__(self) -> str:
+        return f"Cohort({str(self.path)!r}, {len(self)} images of {len(self.patients)} patients)"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _reopen, (type(self), self.path, self._rows if self._is_view else None)
+
+    def images(self, rows: Rows) -> NDArray[np.float32]:
+        """Read images from the memory map.
+
+        Args:
+            rows: image numbers within this view, in any order, repeated or not.
+
+        Returns:
+            (len(rows), channels, height, width) in 0..1, a copy.
+        """
+        stored = self._stored[self._rows[np.asarray(rows, dtype=np.int64)]]
+        return np.divide(stored, np.float32(PIXEL_MAX), dtype=np.float32)
+
+    def rows_of(self, patient: int) -> NDArray[np.int64]:
+        """Image numbers of patient number `patient`, ascending; never empty."""
+        order, starts = self._by_patient
+        if not 0 <= patient < len(self.patients):
+            raise CohortError(f"patient {patient}: this cohort has {len(self.patients)}")
+        return order[starts[patient] : starts[patient + 1]]
+
+    def subset(self, patients: Rows) -> Self:
+        """A view of all images of these patients, a set of patient numbers of this view.
+
+        Raises:
+            CohortError: if a number is not one of this view's patients.
+        """
+        wanted = np.unique(np.asarray(patients, dtype=np.int64))
+        known = np.arange(len(self.patients))
+        if not np.isin(wanted, known).all():
+            raise CohortError(
+                f"patients {wanted[0]} to {wanted[-1]}: this cohort has {len(self.patients)}"
+            )
+        return self._view(np.isin(self.patient_index, wanted))
+
+    def with_split(self, *names: str) -> Self:
+        """A view of the images whose split is one of `names`.
+
+        Raises:
+            CohortError: for a name that no split can have.
+        """
+        for name in names:
+            if name not in SPLITS:
+                raise CohortError(f"split {name!r}: expected one of {', '.join(map(repr, SPLITS))}")
+        return self._view(np.isin(self.splits, np.asarray(names, dtype=np.str_)))
+
+    def check_fits(self, spec: RunSpec) -> None:
+        """Check that a run described by `spec` can use this cohort.
+
+        A patient-level claim needs patients: it is refused on an image-level cohort. An
+        image-level claim on a cohort that knows its patients is refused as well (a patient of
+        several images would be protected less than the cohort allows), unless there is no
+        privacy at all.
+
+        Raises:
+            CohortError: naming everything that differs.
+        """
+        differences = [
+            f"{name} is {ours}, the run asks for {theirs}"
+            for name, ours, theirs in self._comparison(spec)
+            if ours != theirs
+        ]
+        if differences:
+            raise CohortError(
+                f"{self.path}: does not fit the run: {'; '.join(differences)}. "
+                "Take the source in again with this run's spec, or change the spec"
+            )
+
+    def verify(self) -> None:
+        """Recompute the SHA-256 of all stored images of the cohort, also those outside a view.
+
+        Raises:
+            CohortError: naming the first image whose pixels are not those that intake stored.
+        """
+        with closing(_connect(self.path)) as database:
+            stored = database.execute("SELECT row, sha256 FROM image ORDER BY row")
+            for row, expected in stored:
+                seen = hashlib.sha256(self._stored[row].tobytes()).hexdigest()
+                if seen != expected:
+                    raise CohortError(
+                        f"{self.path / IMAGES_FILE}: image {row} has SHA-256 {seen}, stored was "
+                        f"{expected}; the file is damaged or was changed: take in again"
+                    )
+
+    @cached_property
+    def _stored(self) -> NDArray[np.uint16]:
+        shape = (len(self._index.labels), *self.shape)
+        if not shape[0]:
+            return np.zeros(shape, dtype=PIXEL)
+        return np.memmap(self.path / IMAGES_FILE, dtype=PIXEL, mode="r", shape=shape)
+
+    @cached_property
+    def _by_patient(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Image numbers grouped by patient, and where each patient's begin."""
+        order = np.argsort(self.patient_index, kind="stable").astype(np.int64)
+        bounds = np.arange(len(self.patients) + 1)
+        return order, np.searchsorted(self.patient_index[order], bounds).astype(np.int64)
+
+    def _view(self, mask: NDArray[np.bool_]) -> Self:
+        return type(self)(self.path, self.meta, self._index, self._rows[mask])
+
+    def _comparison(self, spec: RunSpec) -> Iterator[tuple[str, object, object]]:
+        """(what, ours, the run's) for everything that must be equal."""
+        yield "task.kind", self.kind, spec.task.kind
+        yield "task.classes", self.classes, spec.task.classes
+        yield "input's shape", self.shape, spec.input.shape
+        if self.preprocessing_digest != spec.input.preprocessing_digest:
+            yield "input's preprocessing", self.meta.preprocessing, _preprocessing(spec.input)
+        asked = spec.privacy.unit
+        if asked == "patient" or spec.privacy.mechanism != "none":
+            yield "the unit (privacy.unit)", self.unit, asked
+
+
+def _preprocessing(settings: Input) -> str:
+    """Every setting of the input in one line, for a person who compares two of them."""
+    kept = settings.model_dump(mode="json", exclude={"normalize", "mean", "std"})
+    return " ".join(f"{key}={value}" for key, value in sorted(kept.items()))
+
+
+def _reopen(kind: type[Cohort], path: Path, rows: NDArray[np.int64] | None) -> Cohort:
+    whole = kind.open(path)
+    return whole if rows is None else kind(path, whole.meta, whole._index, rows)
+
+
+def _connect(path: Path) -> sqlite3.Connection:
+    """Open the index as it lies there: no lock, no journal beside it, no change."""
+    location = (path / INDEX_FILE).absolute().as_uri()
+    return sqlite3.connect(f"{location}?mode=ro&immutable=1", uri=True)
+
+
+def _read_index(database: sqlite3.Connection, meta: CohortMeta) -> _Index:
+    rows = database.execute("SELECT row, patient, label, split FROM image ORDER BY row").fetchall()
+    if any(number != row[0] for number, row in enumerate(rows)):
+        raise CohortError("its images are not numbered 0, 1, 2, …")
+    names, index = np.unique(np.array([row[1] for row in rows], dtype=np.str_), return_inverse=True)
+    splits = np.array([row[3] for row in rows], dtype=np.str_)
+    if not np.isin(splits, SPLITS).all():
+        raise CohortError(f"a split is not one of {', '.join(map(repr, SPLITS))}")
+    labels = _labels([row[2] for row in rows], meta)
+    return _Index(tuple(map(str, names)), index.astype(np.int64), labels, splits)
+
+
+def _labels(texts: Sequence[str], meta: CohortMeta) -> NDArray[Any]:
+    """Parse labels: a class number each, or for a multilabel task a 0 or 1 for each class."""
+    classes = len(meta.classes)
+    many = meta.kind == "multilabel"
+    try:
+        numbers = np.array([json.loads(text) for text in texts])
+        labels = numbers.reshape((len(texts), classes) if many else (len(texts),))
+    except (TypeError, ValueError) as error:
+        raise CohortError(f"a label cannot be understood ({error})") from error
+    if not np.isin(labels, np.arange(2 if many else classes)).all():
+        raise CohortError(f"a label is not one of its {classes} classes")
+    return labels.astype(np.float32 if many else np.int64)
+
+
+def _check_size(file: Path, expected: int) -> None:
+    seen = file.stat().st_size
+    if seen != expected:
+        raise CohortError(
+            f"{file}: {seen} bytes, the index describes {expected}; "
+            "the cohort is damaged or half copied: take in again"
+        )
