@@ -29,7 +29,9 @@ _FINE, _COARSE = 1e-4, 1e-3
 
 @dataclass(frozen=True, order=True)
 class SubsampledGaussian:
-    """`steps` times: take each unit independently with probability `sampling_rate`, sum their
+    """The mechanism of DP-SGD, as its definition.
+
+    `steps` times: take each unit independently with probability `sampling_rate`, sum their
     vectors of L2 norm at most C, and add Gaussian noise of standard deviation
     `noise_multiplier` x C to each coordinate.
     """
@@ -63,6 +65,17 @@ def epsilon(mechanisms: Iterable[SubsampledGaussian], delta: float) -> float:
 def epsilon_by_renyi(mechanisms: Iterable[SubsampledGaussian], delta: float) -> float:
     """The same by Renyi differential privacy: an independent, looser upper bound."""
     accountant = rdp.RdpAccountant()
+    for mechanism in _merged(mechanisms):
+        accountant.compose(mechanism.event, mechanism.steps)
+    return float(accountant.get_epsilon(delta))
+
+
+def epsilon_at_order(mechanisms: Iterable[SubsampledGaussian], delta: float, order: float) -> float:
+    """The Renyi bound at one fixed order, which stays valid when mechanisms are chosen adaptively.
+
+    Feldman and Zrnic 2021 (arXiv:2008.11193): a filter on the sum of divergences at that order.
+    """
+    accountant = rdp.RdpAccountant(orders=[order])
     for mechanism in _merged(mechanisms):
         accountant.compose(mechanism.event, mechanism.steps)
     return float(accountant.get_epsilon(delta))

@@ -70,7 +70,7 @@ class Keystream:
 
     def uniform(self, count: int) -> NDArray[np.float64]:
         """`count` numbers in [0, 1), multiples of 2^-53."""
-        return (self.words(count) >> np.uint64(11)) * 2.0**-53
+        return (self.words(count) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
     def gaussian(self, count: int) -> NDArray[np.float64]:
         """`count` independent standard normal numbers, by Box-Muller."""
@@ -102,9 +102,10 @@ class Keystream:
 class KeystreamSource(Protocol):
     """Gives the keystream of one attempt at one task; called in the process that trains."""
 
-    def __call__(self, *, run_id: str, round_number: int) -> Keystream: ...
+    def __call__(self, *, run_id: str, round_number: int) -> Keystream:
+        """The keystream of one attempt at `round_number` of the run."""
 
 
-def fresh_keystream(*, run_id: str, round_number: int) -> Keystream:  # noqa: ARG001
+def fresh_keystream(*, run_id: str, round_number: int) -> Keystream:
     """The source of every node: a new unpredictable key for each attempt, whatever the task."""
     return Keystream.fresh()

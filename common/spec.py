@@ -26,8 +26,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from common.errors import SpecError
 
-SCHEMA = 1
-
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -320,7 +318,7 @@ class Evaluation(Section):
 class RunSpec(Section):
     """A whole run. Read it with `read_run_file` or `RunSpec.from_json`."""
 
-    schema_version: Literal[1] = SCHEMA
+    schema_version: Literal[1] = 1
     name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9][a-zA-Z0-9-]{0,62}$")]
     run_id: Annotated[str, Field(pattern=r"^[a-z0-9-]{0,80}$")] = ""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 1
@@ -537,6 +535,7 @@ def _line_of(toml: str | None, location: list[str]) -> int | None:
             if [table] == location:
                 return number
         elif entry := re.match(r"\s*([\w-]+)\s*=", line):
-            if (f"{table}." if table else "") + entry[1] == ".".join(location[:2]):
+            found = [table, entry[1]] if table else [entry[1]]
+            if found == location[:2]:
                 return number
     return None

@@ -1,0 +1,136 @@
+"""What privacy was spent: written before it is spent, never rewritten.
+
+One SQLite file a site, in WAL mode with ``synchronous=FULL``. An attempt is *reserved* durably
+before training and *committed* with the digest of its release after; a crash in between leaves it
+reserved, and what is reserved counts as spent. A second attempt at the same task is a new row and
+a new charge. A task that is committed answers with the same bytes again, from disk, at no cost;
+if these bytes are gone, or the round is asked with other content, the answer is no.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sqlite3
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from common.accounting import SubsampledGaussian
+from common.errors import Refusal, RefusalCode
+from common.files import write_durably
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS attempt (
+    id INTEGER PRIMARY KEY AUTOINCREMENT,
+    run TEXT NOT NULL, round INTEGER NOT NULL, task TEXT NOT NULL,
+    sampling_rate REAL, noise_multiplier REAL, steps INTEGER, unit TEXT,
+    reserved TEXT NOT NULL
+);
+CREATE TABLE IF NOT EXISTS release (
+    attempt INTEGER PRIMARY KEY REFERENCES attempt (id),
+    digest TEXT NOT NULL, committed TEXT NOT NULL
+);
+CREATE TRIGGER IF NOT EXISTS attempt_stays BEFORE UPDATE ON attempt
+    BEGIN SELECT RAISE(ABORT, 'the ledger is append only'); END;
+CREATE TRIGGER IF NOT EXISTS attempt_kept BEFORE DELETE ON attempt
+    BEGIN SELECT RAISE(ABORT, 'the ledger is append only'); END;
+"""
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """A reserved attempt: the right, once, to train and release."""
+
+    number: int
+    run: str
+    round_number: int
+    task: str
+
+
+class Ledger:
+    """The ledger in `folder`, made if it is not there."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self._releases = folder / "releases"
+        self._releases.mkdir(exist_ok=True, mode=0o700)
+        self._database = sqlite3.connect(folder / "ledger.sqlite", timeout=60)
+        self._database.execute("PRAGMA journal_mode=WAL")
+        self._database.execute("PRAGMA synchronous=FULL")
+        self._database.executescript(_SCHEMA)
+
+    def spent(self) -> list[SubsampledGaussian]:
+        """Every attempt ever reserved, committed or not, that had a mechanism."""
+        rows = self._database.execute(
+            "SELECT sampling_rate, noise_multiplier, sum(steps), unit FROM attempt "
+            "WHERE steps IS NOT NULL GROUP BY 1, 2, 4"
+        )
+        return [SubsampledGaussian(*row) for row in rows]
+
+    def released(self, run: str, round_number: int, task: str) -> bytes | None:
+        """The stored release of this very task, or None if it was never committed.
+
+        Raises:
+            Refusal: ``replay``: the round was asked with other content, or the bytes are gone.
+        """
+        rows = self._database.execute(
+            "SELECT a.task, r.digest FROM attempt a LEFT JOIN release r ON r.attempt = a.id "
+            "WHERE a.run = ? AND a.round = ?",
+            (run, round_number),
+        ).fetchall()
+        if any(seen != task for seen, _ in rows):
+            raise Refusal(RefusalCode.REPLAY, f"round {round_number} was asked with other content")
+        digests = [digest for _, digest in rows if digest is not None]
+        return self._stored(digests[0]) if digests else None
+
+    def reserve(
+        self, run: str, round_number: int, task: str, mechanism: SubsampledGaussian | None
+    ) -> Attempt:
+        """Book one attempt durably; from here on it counts as spent, whatever happens."""
+        parts = (None, None, None, None)
+        if mechanism is not None:
+            m = mechanism
+            parts = (m.sampling_rate, m.noise_multiplier, m.steps, m.unit)  # type: ignore[assignment]
+        with self._database:
+            cursor = self._database.execute(
+                "INSERT INTO attempt (run, round, task, sampling_rate, noise_multiplier, steps, "
+                "unit, reserved) VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+                (run, round_number, task, *parts, _now()),
+            )
+        return Attempt(int(cursor.lastrowid or 0), run, round_number, task)
+
+    def commit(self, attempt: Attempt, release: bytes) -> None:
+        """Keep the release's bytes durably, then book it as released."""
+        digest = hashlib.sha256(release).hexdigest()
+        write_durably(self._releases / digest, release)
+        with self._database:
+            self._database.execute(
+                "INSERT INTO release (attempt, digest, committed) VALUES (?, ?, ?)",
+                (attempt.number, digest, _now()),
+            )
+
+    def prune(self, run: str, before_round: int) -> None:
+        """Drop the stored bytes of a run's earlier rounds; the bookings stay.
+
+        A coordinator that is past a round has its release; one that asks again is refused.
+        """
+        rows = self._database.execute(
+            "SELECT r.digest FROM attempt a JOIN release r ON r.attempt = a.id "
+            "WHERE a.run = ? AND a.round < ?",
+            (run, before_round),
+        )
+        for (digest,) in rows:
+            (self._releases / digest).unlink(missing_ok=True)
+
+    def _stored(self, digest: str) -> bytes:
+        try:
+            release = (self._releases / digest).read_bytes()
+        except FileNotFoundError:
+            raise Refusal(RefusalCode.REPLAY, "that release is no longer kept") from None
+        if hashlib.sha256(release).hexdigest() != digest:
+            raise Refusal(RefusalCode.REPLAY, "the stored release is damaged")
+        return release
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="milliseconds")

@@ -1,0 +1,391 @@
+"""Local steps under DP-SGD: the only room that touches Opacus.
+
+What makes the guarantee, in the order of PRIVACY.md:
+
+1. Each patient enters a step independently with the public probability q = batch / declared size,
+   from the keystream handed in; a batch is never truncated, redrawn or padded. A physical batch
+   may be smaller than the logical one: it bounds memory, not the mechanism.
+2. One random image of each sampled patient, in `multiplicity` augmented copies, gives one loss
+   a patient; a patient's copies never cross a physical batch. Losses are summed, a patient's
+   gradient is clipped to L2 norm C in float32, and a non-finite one becomes zero.
+3. Gaussian noise of deviation sigma x C from the keystream, then division by the public batch
+   size. An empty batch releases noise like any other.
+4. Weight decay, momentum and FedProx's proximal term act on the noised sum: post-processing.
+
+What `train` returns beside the update (losses, counts) is for the node's own log.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from opacus import GradSampleModule
+from opacus.optimizers import DPOptimizer
+from torch import Tensor, nn
+
+from common import models
+from common.accounting import SubsampledGaussian, sampling_rate
+from common.cohort import Cohort
+from common.errors import ModelError, Refusal, RefusalCode
+from common.noise import Keystream
+from common.spec import DpSgd, FedProx, RunSpec, Sgd
+from common.tasks import task_for
+from common.tasks.augment import augment
+from common.tasks.preprocess import normalise
+
+log = logging.getLogger("cloister.training")
+
+Arrays = Mapping[str, NDArray[np.float32]]
+
+_GRADIENT_MEMORY = 512 * 2**20
+_LARGEST_WEIGHT = 1e6
+
+
+@dataclass(frozen=True)
+class Compute:
+    """Where to train, and how many images at once (None: by the network's size).
+
+    The size of a physical batch bounds memory; it does not change what is computed.
+    """
+
+    device: torch.device
+    physical_images: int | None = None
+
+
+@dataclass(frozen=True)
+class LocalResult:
+    """What a round of local steps gave.
+
+    Attributes:
+        update: trained minus global weights, float32, by parameter name. Under DP-SGD this is
+            the noised release; everything else here stays in the node.
+        drawn: the mechanism as it was really executed, or None without privacy.
+        mean_loss: over the sampled patients, NaN if there was none.
+        sampled: patients in each step.
+        zeroed: patients whose gradient was not finite and became zero.
+    """
+
+    update: dict[str, NDArray[np.float32]]
+    drawn: SubsampledGaussian | None
+    mean_loss: float
+    sampled: tuple[int, ...]
+    zeroed: int
+
+
+class PatientOptimizer(DPOptimizer):  # type: ignore[misc]
+    """Opacus' optimiser with the patient as unit and the keystream as source of noise.
+
+    Args:
+        optimizer: what applies the noised mean gradient.
+        noise_multiplier: sigma.
+        clip_norm: C, the L2 bound of one patient's gradient.
+        normaliser: the public expected batch size.
+        keystream: where the noise comes from.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        *,
+        noise_multiplier: float,
+        clip_norm: float,
+        normaliser: int,
+        keystream: Keystream,
+    ) -> None:
+        super().__init__(
+            optimizer,
+            noise_multiplier=noise_multiplier,
+            max_grad_norm=clip_norm,
+            expected_batch_size=normaliser,
+        )
+        self.keystream = keystream
+        self.zeroed = 0
+
+    def begin(self) -> None:
+        """Start a logical batch with a sum of zero, so that an empty one is a batch too."""
+        for parameter in self.params:
+            parameter.grad_sample = None
+            parameter.summed_grad = torch.zeros_like(parameter)
+
+    def accumulate(self, copies: int) -> None:
+        """Clip the per-patient gradients of one physical batch and add them to the sum.
+
+        The per-image gradients lie patient by patient, `copies` of each, and already carry the
+        factor 1 / copies of the mean over a patient's copies.
+        """
+        gradients = [self._by_patient(parameter, copies) for parameter in self.params]
+        norms = torch.stack([g.flatten(1).norm(dim=1) for g in gradients]).norm(dim=0)
+        finite = torch.isfinite(norms)
+        if not finite.all():
+            self.zeroed += int((~finite).sum())
+            gradients = [torch.where(_like(finite, g), g, torch.zeros_like(g)) for g in gradients]
+        factor = (self.max_grad_norm / (norms + 1e-6)).clamp(max=1.0).nan_to_num(0.0)
+        for parameter, gradient in zip(self.params, gradients, strict=True):
+            clipped = factor @ gradient.flatten(1)
+            parameter.summed_grad += clipped.view_as(parameter)
+            parameter.grad_sample = None
+
+    def add_noise(self) -> None:
+        """Draw all noise of the step from the keystream at once; the result is in ``grad``."""
+        deviation = self.noise_multiplier * self.max_grad_norm
+        drawn = self.keystream.gaussian(sum(parameter.numel() for parameter in self.params))
+        noise = torch.from_numpy((drawn * deviation).astype(np.float32))
+        start = 0
+        for parameter in self.params:
+            part = noise[start : start + parameter.numel()].to(parameter.device)
+            parameter.grad = parameter.summed_grad + part.view_as(parameter)
+            start += parameter.numel()
+
+    def scale_grad(self) -> None:
+        """Divide by the public batch size, whatever number of patients was really there."""
+        for parameter in self.params:
+            parameter.grad /= self.expected_batch_size
+
+    @staticmethod
+    def _by_patient(parameter: nn.Parameter, copies: int) -> Tensor:
+        samples: Tensor = parameter.grad_sample.float()  # type: ignore[attr-defined]
+        if copies == 1:
+            return samples
+        return samples.view(-1, copies, *samples.shape[1:]).sum(dim=1)
+
+
+class LocalTrainer:
+    """Trains one run's network on one cohort; kept warm between rounds.
+
+    Args:
+        spec: the run.
+        cohort: the site's training images; the caller has checked that it fits the spec.
+        declared_size: the site's public, rounded number of units; the real one is never used.
+        mechanism: noise and rate for this site (`accounting.planned`), or None for no privacy.
+        compute: where and how much at once; None: the best device there is.
+
+    Raises:
+        ModelError: if the network cannot be trained soundly under DP; names the layer.
+        SpecError: if the sampling rate is above 1.
+    """
+
+    def __init__(
+        self,
+        spec: RunSpec,
+        cohort: Cohort,
+        *,
+        declared_size: int,
+        mechanism: SubsampledGaussian | None,
+        compute: Compute | None = None,
+    ) -> None:
+        self._spec = spec
+        self._cohort = cohort
+        self._mechanism = mechanism
+        self._rate = sampling_rate(spec, declared_size)
+        compute = compute or Compute(best_device())
+        self._device = compute.device
+        self._task = task_for(spec)
+        network = models.build(spec).to(self._device)
+        models.check_private(network)
+        size = sum(parameter.numel() for parameter in network.parameters())
+        self._physical_images = compute.physical_images or _physical_images(size)
+        self._network = _with_sample_gradients(network) if mechanism else network
+
+    def check(self, weights: Arrays) -> None:
+        """Refuse global weights that are not exactly the network's, finite and of sane size.
+
+        Raises:
+            Refusal: with the code ``weights``.
+        """
+        check_weights(weights, {name: tuple(p.shape) for name, p in self._named()})
+
+    def train(self, weights: Arrays, round_number: int, keystream: Keystream) -> LocalResult:
+        """Run the round's local steps from the global `weights`.
+
+        Args:
+            weights: float32 arrays by parameter name, exactly the network's.
+            round_number: from 1; only the learning rate depends on it.
+            keystream: randomness of this attempt, made in this process.
+
+        Raises:
+            Refusal: if the weights are of another shape, not finite or absurdly large.
+        """
+        self._load(weights)
+        self._network.train()
+        optimizer = self._optimizer(keystream.derive("noise"))
+        sampling, looks = keystream.derive("sampling"), keystream.derive("augmentation")
+        generator = torch.Generator().manual_seed(looks.seed())
+        losses: list[Tensor] = []
+        sampled: list[int] = []
+        with torch.random.fork_rng(devices=[], enabled=True):
+            torch.manual_seed(keystream.derive("dropout").seed())
+            for step in range(self._spec.local.steps):
+                _set_rate(optimizer, self._spec.learning_rate(round_number, step))
+                rows = self._sample(sampling)
+                losses += self._step(optimizer, rows, generator, weights)
+                sampled.append(len(rows))
+        return LocalResult(
+            update=self._update(weights),
+            drawn=self._drawn(len(sampled)),
+            mean_loss=float(torch.cat(losses).mean()) if losses else float("nan"),
+            sampled=tuple(sampled),
+            zeroed=getattr(optimizer, "zeroed", 0),
+        )
+
+    def _sample(self, keystream: Keystream) -> NDArray[np.int64]:
+        """One random image row for each patient that the Poisson draw took."""
+        patients = np.flatnonzero(keystream.uniform(len(self._cohort.patients)) < self._rate)
+        images = [self._cohort.rows_of(int(patient)) for patient in patients]
+        chosen = keystream.below(np.array([len(rows) for rows in images], dtype=np.int64))
+        pairs = zip(images, chosen, strict=True)
+        return np.array([rows[which] for rows, which in pairs], dtype=np.int64)
+
+    def _step(
+        self, optimizer: Any, rows: NDArray[np.int64], generator: torch.Generator, weights: Arrays
+    ) -> list[Tensor]:
+        """One logical batch, in physical batches; returns the patients' losses."""
+        copies = self._spec.augmentation.multiplicity
+        losses = []
+        private = isinstance(optimizer, PatientOptimizer)
+        optimizer.begin() if private else optimizer.zero_grad()
+        for part in _parts(rows, max(1, self._physical_images // copies)):
+            loss = self._losses(part, copies, generator)
+            total = loss.sum() if private else loss.sum() / self._spec.local.batch_size
+            total.backward()  # type: ignore[no-untyped-call]
+            if private:
+                optimizer.accumulate(copies)
+            losses.append(loss.detach().cpu())
+        if private:
+            optimizer.add_noise()
+            optimizer.scale_grad()
+        self._apply(optimizer, weights)
+        return losses
+
+    def _losses(self, rows: NDArray[np.int64], copies: int, generator: torch.Generator) -> Tensor:
+        """(patients,) losses, each the mean over the copies of that patient's image."""
+        images = torch.from_numpy(self._cohort.images(rows)).repeat_interleave(copies, dim=0)
+        labels = torch.from_numpy(self._cohort.labels[rows]).repeat_interleave(copies, dim=0)
+        seen = normalise(
+            augment(images, self._spec.augmentation, generator).to(self._device), self._spec.input
+        )
+        with torch.autocast(self._device.type, torch.bfloat16, enabled=self._half_precision):
+            outputs = self._network(seen)
+        return self._task.losses(outputs.float(), labels.to(self._device)).view(-1, copies).mean(1)
+
+    def _apply(self, optimizer: Any, weights: Arrays) -> None:
+        """The optimiser's step on the noised mean, with FedProx's pull back to the global model."""
+        strategy = self._spec.aggregation
+        if isinstance(strategy, FedProx):
+            for name, parameter in self._named():
+                anchor = torch.from_numpy(weights[name]).to(parameter.device)
+                parameter.grad = _gradient(parameter) + strategy.mu * (parameter.detach() - anchor)
+        getattr(optimizer, "original_optimizer", optimizer).step()
+
+    def _optimizer(self, keystream: Keystream) -> Any:
+        inner = _plain_optimizer(self._spec, [parameter for _, parameter in self._named()])
+        privacy = self._spec.privacy
+        if self._mechanism is None or not isinstance(privacy, DpSgd):
+            return inner
+        return PatientOptimizer(
+            inner,
+            noise_multiplier=self._mechanism.noise_multiplier,
+            clip_norm=privacy.clip_norm,
+            normaliser=self._spec.local.batch_size,
+            keystream=keystream,
+        )
+
+    def _named(self) -> list[tuple[str, nn.Parameter]]:
+        return [
+            (name.removeprefix("_module."), parameter)
+            for name, parameter in self._network.named_parameters()
+        ]
+
+    def _load(self, weights: Arrays) -> None:
+        self.check(weights)
+        with torch.no_grad():
+            for name, parameter in self._named():
+                parameter.copy_(torch.from_numpy(np.array(weights[name])))
+
+    def _update(self, weights: Arrays) -> dict[str, NDArray[np.float32]]:
+        return {
+            name: parameter.detach().cpu().numpy() - weights[name]
+            for name, parameter in self._named()
+        }
+
+    def _drawn(self, steps: int) -> SubsampledGaussian | None:
+        if self._mechanism is None:
+            return None
+        noise, unit = self._mechanism.noise_multiplier, self._mechanism.unit
+        return SubsampledGaussian(self._rate, noise, steps, unit)
+
+    @property
+    def _half_precision(self) -> bool:
+        wanted = self._spec.local.precision == "bfloat16"
+        return wanted and self._device.type == "cuda" and torch.cuda.is_bf16_supported()
+
+
+def best_device() -> torch.device:
+    """CUDA, else MPS, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def check_weights(weights: Arrays, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Refuse global weights that are not exactly the network's, finite and of sane size.
+
+    Raises:
+        Refusal: with the code ``weights``.
+    """
+    if set(weights) != set(shapes):
+        odd = sorted(set(weights) ^ set(shapes))[:3]
+        raise Refusal(RefusalCode.WEIGHTS, f"parameters differ from the network's: {odd}")
+    for name, shape in shapes.items():
+        array = weights[name]
+        if array.shape != shape or array.dtype != np.float32:
+            seen = f"{array.dtype}{list(array.shape)}"
+            raise Refusal(RefusalCode.WEIGHTS, f"{name}: {seen}, expected float32{list(shape)}")
+        if not np.all(np.abs(array) <= _LARGEST_WEIGHT):
+            raise Refusal(RefusalCode.WEIGHTS, f"{name}: not finite, or beyond {_LARGEST_WEIGHT:g}")
+
+
+def _with_sample_gradients(network: nn.Module) -> nn.Module:
+    try:
+        wrapped: nn.Module = GradSampleModule(
+            network, batch_first=True, loss_reduction="sum", strict=True
+        )
+    except NotImplementedError as error:
+        raise ModelError(f"this network cannot be trained under DP-SGD: {error}") from error
+    return wrapped
+
+
+def _plain_optimizer(spec: RunSpec, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    chosen = spec.optimizer
+    rate, decay = chosen.learning_rate, chosen.weight_decay
+    if isinstance(chosen, Sgd):
+        return torch.optim.SGD(parameters, lr=rate, momentum=chosen.momentum, weight_decay=decay)
+    kind = torch.optim.AdamW if chosen.name == "adamw" else torch.optim.Adam
+    return kind(parameters, lr=rate, betas=(chosen.beta1, chosen.beta2), weight_decay=decay)
+
+
+def _set_rate(optimizer: Any, rate: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+
+
+def _physical_images(parameters: int) -> int:
+    """As many images as their float32 gradients fit into half a gigabyte; 8 to 512."""
+    return int(min(512, max(8, _GRADIENT_MEMORY // (4 * parameters))))
+
+
+def _parts(rows: NDArray[np.int64], size: int) -> Iterator[NDArray[np.int64]]:
+    return (rows[start : start + size] for start in range(0, len(rows), size))
+
+
+def _like(mask: Tensor, tensor: Tensor) -> Tensor:
+    return mask.view(-1, *([1] * (tensor.dim() - 1)))
+
+
+def _gradient(parameter: nn.Parameter) -> Tensor:
+    return parameter.grad if parameter.grad is not None else torch.zeros_like(parameter)

@@ -1,0 +1,257 @@
+"""The closed list of what may cross between the coordinator and a node, in both directions.
+
+    coordinator -> node                      node -> coordinator
+    query.invite  Invitation (spec)          NodeCard or RefusalReply
+    train.step    TrainTask (spec, round,    Release (update, mechanism) or RefusalReply
+                  global weights)
+
+Each becomes a Flower `RecordDict` of one record of scalars and at most one of arrays. Reading is
+strict both ways: a missing or unknown field, a wrong type, another version or a digest that does
+not fit is a `MessageError` that names it. A release is built from these fields and from nothing
+else (law 1): there is no place in it for a loss, a count, a duration or a text.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Literal, TypeVar
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+from numpy.typing import NDArray
+from pydantic import Field, ValidationError
+
+from common.accounting import SubsampledGaussian
+from common.errors import MessageError, RefusalCode, SpecError
+from common.spec import Count, RunSpec, Section
+
+INVITE, TRAIN = "query.invite", "train.step"
+
+Arrays = Mapping[str, NDArray[np.float32]]
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$")]
+
+_MOST_ARRAYS, _LONGEST_NAME = 10_000, 200
+
+
+class _Fields(Section):
+    """The scalars of a message. `protocol` must be this side's."""
+
+    protocol: Literal[1] = 1
+
+
+class _InvitationFields(_Fields):
+    spec: Annotated[str, Field(max_length=200_000)]
+    digest: Digest
+
+
+class _TaskFields(_InvitationFields):
+    round: Count
+
+
+class _ReleaseFields(_Fields):
+    digest: Digest
+    round: Count
+    private: bool
+    sampling_rate: Annotated[float, Field(ge=0, le=1)]
+    noise_multiplier: Annotated[float, Field(ge=0)]
+    steps: Annotated[int, Field(ge=0)]
+    unit: Literal["patient", "image"]
+
+
+class NodeCard(_Fields):
+    """Yes: the node's public name, its software and the size that its hospital declares."""
+
+    digest: Digest
+    site: Name
+    version: Annotated[str, Field(max_length=40)]
+    declared_size: Count
+
+    def to_records(self) -> RecordDict:
+        """As Flower carries it."""
+        return _write("card", self)
+
+
+class RefusalReply(_Fields):
+    """No, with a code of the closed list; a random incident number where it was a failure."""
+
+    code: Annotated[RefusalCode, Field(strict=False)]
+    incident: Annotated[str, Field(pattern=r"^[0-9a-f]{0,32}$")] = ""
+
+    def to_records(self) -> RecordDict:
+        """As Flower carries it."""
+        return _write("refusal", self)
+
+
+@dataclass(frozen=True)
+class Invitation:
+    """Can you take part in this run?"""
+
+    spec: RunSpec
+
+    def to_records(self) -> RecordDict:
+        """As Flower carries it."""
+        spec = self.spec
+        return _write("invitation", _InvitationFields(spec=spec.canonical_json, digest=spec.digest))
+
+
+@dataclass(frozen=True)
+class TrainTask:
+    """Train round `round_number` of the run `spec` from these global weights."""
+
+    spec: RunSpec
+    round_number: int
+    weights: Arrays
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over run, round and weights: what makes two tasks the same task."""
+        seen = hashlib.sha256(f"{self.spec.digest} {self.round_number}".encode())
+        for name in sorted(self.weights):
+            array = self.weights[name]
+            seen.update(f"\0{name} {array.dtype} {array.shape}\0".encode())
+            seen.update(np.ascontiguousarray(array).data)
+        return seen.hexdigest()
+
+    def to_records(self) -> RecordDict:
+        """As Flower carries it."""
+        text, digest = self.spec.canonical_json, self.spec.digest
+        fields = _TaskFields(spec=text, digest=digest, round=self.round_number)
+        return _write("task", fields, weights=self.weights)
+
+
+@dataclass(frozen=True)
+class Release:
+    """The noised update of a round, and the mechanism that made it (None: no privacy).
+
+    `digest` is the run's: with the round it says which task this answers.
+    """
+
+    digest: str
+    round_number: int
+    mechanism: SubsampledGaussian | None
+    update: Arrays
+
+    def to_records(self) -> RecordDict:
+        """As Flower carries it."""
+        made = self.mechanism
+        fields = _ReleaseFields(
+            digest=self.digest,
+            round=self.round_number,
+            private=made is not None,
+            sampling_rate=made.sampling_rate if made else 0.0,
+            noise_multiplier=made.noise_multiplier if made else 0.0,
+            steps=made.steps if made else 0,
+            unit=made.unit if made else "patient",
+        )
+        return _write("release", fields, update=self.update)
+
+
+def read_request(records: RecordDict) -> Invitation | TrainTask:
+    """What a coordinator asks of a node.
+
+    Raises:
+        MessageError: if it is not exactly one message of the list.
+    """
+    if "task" not in records:
+        return Invitation(_spec_of(_read(records, "invitation", _InvitationFields)))
+    fields = _read(records, "task", _TaskFields, arrays="weights")
+    spec = _spec_of(fields)
+    if fields.round > spec.rounds:
+        raise MessageError(f"task.round = {fields.round}: expected 1 to {spec.rounds}")
+    return TrainTask(spec, fields.round, _arrays(records["weights"]))
+
+
+def read_reply(records: RecordDict) -> NodeCard | Release | RefusalReply:
+    """What a node answers.
+
+    Raises:
+        MessageError: if it is not exactly one message of the list.
+    """
+    if "card" in records:
+        return _read(records, "card", NodeCard)
+    if "refusal" in records:
+        return _read(records, "refusal", RefusalReply)
+    fields = _read(records, "release", _ReleaseFields, arrays="update")
+    update = _arrays(records["update"])
+    return Release(fields.digest, fields.round, _mechanism(fields), update)
+
+
+def _write(name: str, fields: _Fields, **arrays: Arrays) -> RecordDict:
+    records = RecordDict({name: ConfigRecord(fields.model_dump(mode="json"))})
+    for key, named in arrays.items():
+        records[key] = ArrayRecord(
+            {parameter: Array(np.ascontiguousarray(array)) for parameter, array in named.items()}
+        )
+    return records
+
+
+_FieldsOf = TypeVar("_FieldsOf", bound=_Fields)
+
+
+def _read(
+    records: RecordDict, name: str, kind: type[_FieldsOf], arrays: str | None = None
+) -> _FieldsOf:
+    """The checked scalars of the one message that `records` must be."""
+    expected = {name, arrays} if arrays else {name}
+    if set(records) != expected:
+        raise MessageError(f"records {sorted(records)}: expected exactly {sorted(expected)}")
+    record = records[name]
+    if not isinstance(record, ConfigRecord):
+        raise MessageError(f"{name}: a {type(record).__name__}, expected a record of scalars")
+    if set(record) != set(kind.model_fields):
+        odd = sorted(set(record) ^ set(kind.model_fields))
+        raise MessageError(f"{name}: fields missing or unknown: {odd}")
+    try:
+        return kind.model_validate(dict(record))
+    except ValidationError as error:
+        seen = error.errors()[0]
+        where = ".".join(map(str, seen["loc"]))
+        raise MessageError(f"{name}.{where} = {seen['input']!r}: {seen['msg']}") from None
+
+
+def _arrays(record: object) -> dict[str, NDArray[np.float32]]:
+    if not isinstance(record, ArrayRecord) or not 0 < len(record) <= _MOST_ARRAYS:
+        raise MessageError(f"expected one record of 1 to {_MOST_ARRAYS} arrays")
+    return {_parameter(key): _float32(key, array) for key, array in record.items()}
+
+
+def _parameter(key: str) -> str:
+    if len(key) > _LONGEST_NAME or not key.isprintable():
+        raise MessageError(f"an array's name of {len(key)} characters is not a parameter's")
+    return key
+
+
+def _float32(key: str, array: Array) -> NDArray[np.float32]:
+    """The array itself, without a pickle and without trust in what it says of itself."""
+    if array.stype != "numpy.ndarray" or array.dtype != "float32":
+        raise MessageError(f"{key}: {array.stype} of {array.dtype}, expected float32")
+    try:
+        read: NDArray[np.float32] = array.numpy()
+    except (ValueError, OSError, EOFError) as error:
+        raise MessageError(f"{key}: not a readable array") from error
+    if read.dtype != np.float32 or list(read.shape) != list(array.shape):
+        raise MessageError(f"{key}: {read.dtype}{list(read.shape)} is not what it says of itself")
+    return read
+
+
+def _spec_of(fields: _InvitationFields) -> RunSpec:
+    try:
+        spec = RunSpec.from_json(fields.spec, source="message")
+    except SpecError as error:
+        raise MessageError(str(error)) from error
+    if spec.digest != fields.digest:
+        raise MessageError("the digest does not fit the spec")
+    return spec
+
+
+def _mechanism(fields: _ReleaseFields) -> SubsampledGaussian | None:
+    if not fields.private:
+        return None
+    rate, noise = fields.sampling_rate, fields.noise_multiplier
+    try:
+        return SubsampledGaussian(rate, noise, fields.steps, fields.unit)
+    except ValueError as error:
+        raise MessageError(f"release: {error}") from error
