@@ -1,0 +1,163 @@
+"""Augmentation, against SciPy one image at a time."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from common.spec import Augmentation
+from common.tasks.augment import augment, resample
+
+ndimage = pytest.importorskip("scipy.ndimage")
+
+EVERYTHING = Augmentation(
+    rotate=20, shift=0.1, shear=10, zoom=0.2, flip_horizontal=True, flip_vertical=True
+)
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def pictures(count: int, height: int = 24, width: int = 36) -> Tensor:
+    """Smooth pictures of two channels, without symmetry."""
+    noise = torch.rand(count, 2, height, width, generator=generator(5)).numpy()
+    return torch.from_numpy(ndimage.gaussian_filter(noise, (0, 0, 2, 2))).float()
+
+
+def slow_resample(image: Tensor, matrix: NDArray[np.float64], shift: tuple[float, float]) -> Tensor:
+    """SciPy reads output (row, column) at matrix @ (row, column) + offset."""
+    height, width = image.shape[-2:]
+    centre = np.array([(height - 1) / 2, (width - 1) / 2])
+    rows_first = matrix[::-1, ::-1]
+    offset = centre - rows_first @ centre + np.array([shift[1] * height, shift[0] * width])
+    planes = [
+        ndimage.affine_transform(plane, rows_first, offset, order=1, mode="nearest")
+        for plane in image.double().numpy()
+    ]
+    return torch.from_numpy(np.stack(planes)).float()
+
+
+def turn(degrees: float) -> NDArray[np.float64]:
+    cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
+    return np.array([[cos, -sin], [sin, cos]])
+
+
+MAPS = [
+    (turn(0), (0.0, 0.0)),
+    (turn(10), (0.0, 0.0)),
+    (turn(-33), (0.0, 0.0)),
+    (turn(180), (0.0, 0.0)),
+    (turn(0), (0.25, 0.0)),
+    (turn(0), (0.0, -0.125)),
+    (np.array([[1.0, 0.3], [0.0, 1.0]]), (0.0, 0.0)),
+    (turn(0) / 1.2, (0.0, 0.0)),
+    (turn(17) @ np.array([[1.0, 0.2], [0.0, 1.0]]) / 0.8, (0.1, 0.05)),
+]
+
+
+def test_resampling_agrees_with_scipy_for_a_batch_of_different_maps():
+    images = pictures(len(MAPS))
+    matrices = torch.stack(
+        [torch.tensor(np.column_stack([linear, shift])).float() for linear, shift in MAPS]
+    )
+    expected = [slow_resample(i, linear, s) for i, (linear, s) in zip(images, MAPS, strict=True)]
+    result = resample(images, matrices)
+    torch.testing.assert_close(result, torch.stack(expected), rtol=0, atol=2e-5)
+    assert not torch.allclose(result[1], torch.stack(expected)[2], atol=1e-2)
+
+
+def test_nothing_asked_gives_the_images_themselves_and_draws_nothing():
+    images, source = pictures(3), generator()
+    before = source.get_state()
+    assert augment(images, Augmentation(multiplicity=4), source) is images
+    assert torch.equal(source.get_state(), before)
+
+
+@pytest.mark.parametrize(("key", "dim"), [("flip_horizontal", -1), ("flip_vertical", -2)])
+def test_flips_are_exact_and_fall_on_about_half(key, dim):
+    images = pictures(400, 6, 5)
+    result = augment(images, Augmentation(**{key: True}), generator())
+    flipped = (result == images.flip(dim)).flatten(1).all(dim=1)
+    kept = (result == images).flatten(1).all(dim=1)
+    assert (flipped ^ kept).all()
+    assert 150 < flipped.sum() < 250
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [{"rotate": 30.0}, {"shift": 0.2}, {"shear": 20.0}, {"zoom": 0.3}],
+    ids=lambda asked: next(iter(asked)),
+)
+def test_each_kind_of_change_stays_within_what_was_asked(asked):
+    """A bright dot right of the centre goes only where the asked range lets it."""
+    side, radius, count = 65, 16, 300
+    images = torch.zeros(count, 1, side, side)
+    images[:, :, 32 - 1 : 32 + 2, 32 + radius - 1 : 32 + radius + 2] = 1
+    result = augment(images, Augmentation(**asked), generator())[:, 0]
+    steps = torch.arange(side, dtype=torch.float32) - 32
+    mass = result.sum(dim=(1, 2))
+    x = (result.sum(dim=1) * steps).sum(dim=1) / mass
+    y = (result.sum(dim=2) * steps).sum(dim=1) / mass
+    if "rotate" in asked:
+        angle = torch.rad2deg(torch.atan2(y, x))
+        assert 25 < angle.max() < 30.5
+        assert -30.5 < angle.min() < -25
+        torch.testing.assert_close(x.hypot(y), torch.full((count,), 16.0), rtol=0, atol=0.1)
+    elif "shift" in asked:
+        for moved in (x - radius, y):
+            assert 11 < moved.max() < 13.1
+            assert -13.1 < moved.min() < -11
+    elif "shear" in asked:
+        torch.testing.assert_close(x, torch.full((count,), 16.0), rtol=0, atol=0.1)
+        torch.testing.assert_close(y, torch.zeros(count), rtol=0, atol=0.1)
+    else:
+        assert 20 < x.max() < 16 * 1.3 + 0.1
+        assert 16 * 0.7 - 0.1 < x.min() < 12
+
+
+def test_shear_slants_a_vertical_line():
+    images = torch.zeros(200, 1, 65, 65)
+    images[:, :, :, 31:34] = 1
+    result = augment(images, Augmentation(shear=20.0), generator())[:, 0]
+    steps = torch.arange(65, dtype=torch.float32) - 32
+    moved = (result[:, 16] * steps).sum(dim=1) / result[:, 16].sum(dim=1)
+    most = 16 * math.tan(math.radians(20))
+    assert most - 1 < moved.max() < most + 0.1
+    assert -most - 0.1 < moved.min() < 1 - most
+
+
+def test_beyond_the_border_the_border_goes_on():
+    constant = torch.full((20, 1, 16, 16), 0.7)
+    result = augment(constant, EVERYTHING, generator())
+    torch.testing.assert_close(result, constant)
+
+
+def test_each_image_has_its_own_draw_and_the_generator_decides():
+    images = pictures(1).expand(6, -1, -1, -1)
+    first = augment(images, EVERYTHING, generator(1))
+    assert torch.equal(first, augment(images, EVERYTHING, generator(1)))
+    assert not torch.allclose(first, augment(images, EVERYTHING, generator(2)), atol=1e-3)
+    for i in range(1, 6):
+        assert not torch.allclose(first[0], first[i], atol=1e-3)
+    assert first.shape == images.shape
+    assert first.dtype == torch.float32
+
+
+def test_what_becomes_of_an_image_does_not_depend_on_the_others():
+    images = pictures(4)
+    others = pictures(4) * 1000
+    others[1] = images[1]
+    mine = augment(images, EVERYTHING, generator())[1]
+    assert torch.equal(mine, augment(others, EVERYTHING, generator())[1])
+
+
+def test_the_global_generator_is_left_alone():
+    state = torch.get_rng_state()
+    augment(pictures(2), EVERYTHING, generator())
+    assert torch.equal(torch.get_rng_state(), state)
