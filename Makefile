@@ -53,4 +53,4 @@ docs: $(STAMP) ## Write docs/commands.md, the reference of the command line
 
 clean: ## Remove what was made here, .venv included
 	rm -rf $(VENV) build dist docs/commands.md .hypothesis .mypy_cache .pytest_cache .ruff_cache
-	find client common deploy server tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+	find . -path ./.git -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from flwr.cli.build import build_fab_from_disk, build_fab_from_files
+from flwr.cli.build import build_fab_from_files
 from flwr.cli.config_utils import load_and_validate
 from flwr.cli.utils import collect_files
 from packaging.requirements import Requirement
@@ -42,6 +42,12 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
     return set(zipfile.ZipFile(file).namelist())
 
 
+@pytest.fixture(scope="module")
+def checkout() -> dict[str, bytes | Path]:
+    """Every file that Flower finds here, as `flwr build` and `flwr run` collect them."""
+    return dict(collect_files(ROOT))
+
+
 def sources() -> set[str]:
     """The product's files that git tracks or would track."""
     command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", *sorted(PACKAGES)]
@@ -49,7 +55,9 @@ def sources() -> set[str]:
     return {name for name in listed.stdout.splitlines() if (ROOT / name).is_file()}
 
 
-def bundled(fab: bytes) -> set[str]:
+def bundled(files: Mapping[str, bytes | Path]) -> set[str]:
+    """The names of what Flower would carry to a node."""
+    fab, _ = build_fab_from_files(files)
     return set(zipfile.ZipFile(io.BytesIO(fab)).namelist())
 
 
@@ -129,16 +137,14 @@ def test_flower_accepts_the_app() -> None:
     assert not warnings
 
 
-def test_the_bundle_carries_no_code() -> None:
-    assert bundled(build_fab_from_disk(ROOT)) == BUNDLE
+def test_the_bundle_carries_no_code(checkout: dict[str, bytes | Path]) -> None:
+    assert bundled(checkout) == BUNDLE
 
 
-def test_without_the_guard_flower_would_bundle_code() -> None:
-    # What the guard is worth: take it out, and the product is in the bundle.
+def test_without_the_guard_flower_would_bundle_code(checkout: dict[str, bytes | Path]) -> None:
     lines = (ROOT / "pyproject.toml").read_text("utf-8").splitlines()
     unguarded = "\n".join(line for line in lines if not line.startswith("fab-include"))
-    fab, _ = build_fab_from_files({**collect_files(ROOT), "pyproject.toml": unguarded.encode()})
-    assert "client/__init__.py" in bundled(fab)
+    assert "client/__init__.py" in bundled({**checkout, "pyproject.toml": unguarded.encode()})
 
 
 def test_ci_installs_versions_that_the_project_allows() -> None:
