@@ -1,0 +1,335 @@
+"""The central evaluation: what the global model is worth on the operator's own cohort.
+
+The cohort's patients are split once. The *validation* part chooses the best model and stops a
+run early; the *test* part makes the headline, and decides nothing. No patient is in both.
+
+Evaluation patients are not covered by the privacy claim: their metrics are published as they are,
+and their hospital permits that use.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from common.cohort import Cohort, Unit
+from common.errors import CohortError, RunError
+from common.files import write_durably
+from common.spec import NoPrivacy, RunSpec
+from common.tasks import task_for
+from common.tasks.metrics import LOWER_IS_BETTER, NAMES, Predictions, Scores, score
+from common.tasks.preprocess import normalise
+
+_log = logging.getLogger("cloister.evaluation")
+
+PartName = Literal["validation", "test"]
+PARTS: tuple[PartName, PartName] = ("validation", "test")
+
+_BATCH_PIXELS = 1 << 22  # 16 MB of float32 into the first layer, whatever the image's size
+_BATCH_IMAGES = (8, 512)
+
+
+@dataclass(frozen=True)
+class PartResult:
+    """What a model reached on one part of the central cohort.
+
+    Attributes:
+        predictions: what it said of each image, and the truth.
+        scores: the metrics of that.
+        unit: what the intervals resample; ``image`` where the cohort knows no patients.
+    """
+
+    predictions: Predictions
+    scores: Scores
+    unit: Unit
+
+    @property
+    def images(self) -> int:
+        """How many images."""
+        return len(self.predictions)
+
+    @property
+    def patients(self) -> int:
+        """Of how many patients (each image its own where the unit is the image)."""
+        return len(np.unique(self.predictions.patients))
+
+    def to_json(self) -> dict[str, Any]:
+        """The form of it in ``metrics.jsonl``: no NaN, None where a metric has no meaning."""
+        return {
+            "images": self.images,
+            "patients": self.patients,
+            "unit": self.unit,
+            "metrics": {name: e.to_json() for name, e in self.scores.metrics.items()},
+            "confusion": self.scores.confusion.tolist(),
+        }
+
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """Probabilities (N, classes) float32, labels, patients (N,) int64 and the unit."""
+        return {
+            "probabilities": self.predictions.probabilities,
+            "labels": self.predictions.labels,
+            "patients": self.predictions.patients,
+            "unit": np.array(self.unit),
+        }
+
+
+@dataclass(frozen=True)
+class EvaluationResult:
+    """Both parts after one round; None for a part that the cohort does not have."""
+
+    validation: PartResult | None
+    test: PartResult | None
+
+    def to_json(self) -> dict[str, Any]:
+        """The form of it in ``metrics.jsonl``."""
+        return {name: part and part.to_json() for name, part in self._parts()}
+
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """What ``evaluation.npz`` holds: the test part's arrays, the others by a prefix."""
+        prefixed = {"validation": "validation_", "test": ""}
+        return {
+            prefixed[name] + key: array
+            for name, part in self._parts()
+            if part is not None
+            for key, array in part.arrays().items()
+        }
+
+    def save(self, path: Path) -> None:
+        """Write `arrays` as ``evaluation.npz``, whole or not at all."""
+        content = io.BytesIO()
+        np.savez(content, allow_pickle=False, **self.arrays())
+        write_durably(path, content.getvalue())
+
+    def _parts(self) -> tuple[tuple[PartName, PartResult | None], ...]:
+        return ("validation", self.validation), ("test", self.test)
+
+
+def score_part(spec: RunSpec, name: PartName, predictions: Predictions, unit: Unit) -> PartResult:
+    """Score one part; the same predictions give the same intervals, in a round and in a report."""
+    generator = np.random.default_rng([spec.seed, PARTS.index(name)])
+    scores = score(predictions, resamples=spec.evaluation.bootstrap, generator=generator)
+    return PartResult(predictions, scores, unit)
+
+
+class CentralEvaluator:
+    """Evaluates models on the two parts of a cohort.
+
+    A cohort with images marked ``validation`` or ``test`` keeps those parts, and nothing else of
+    it is used. Otherwise a permutation of its patients, seeded by the spec, gives
+    ``validation_fraction`` of them to validation, each combination of labels in proportion;
+    images marked ``train`` are not used.
+
+    Args:
+        spec: the run's.
+        cohort: images are read from it batch by batch.
+        device: where models are evaluated; None means wherever a model lies.
+
+    Raises:
+        CohortError: if the cohort does not fit the spec, has no image to evaluate, or has a
+            patient marked for both parts.
+    """
+
+    def __init__(
+        self, spec: RunSpec, cohort: Cohort, *, device: torch.device | None = None
+    ) -> None:
+        # Its patients are outside the claim, so the run's unit of privacy does not bind it.
+        unbound = NoPrivacy(mechanism="none", unit=cohort.unit)
+        cohort.check_fits(spec.model_copy(update={"privacy": unbound}))
+        self._spec = spec
+        self._device = device
+        self._task = task_for(spec)
+        self.parts: Mapping[PartName, Cohort] = split_cohort(cohort, spec)
+
+    def evaluate(self, model: nn.Module) -> EvaluationResult:
+        """Evaluate `model` on both parts.
+
+        The model is put into evaluation mode for as long as this takes, and on the evaluator's
+        device for good. Probabilities that are not finite make metrics of None, not an error.
+        """
+        device = self._device or next(model.parameters()).device
+        training = model.training
+        model.to(device).eval()
+        try:
+            results = {name: self._evaluate_part(model, name, device) for name in self.parts}
+        finally:
+            model.train(training)
+        return EvaluationResult(results.get("validation"), results.get("test"))
+
+    def _evaluate_part(self, model: nn.Module, name: PartName, device: torch.device) -> PartResult:
+        cohort = self.parts[name]
+        predictions = Predictions(
+            self._spec.task.kind,
+            self._probabilities(model, cohort, device),
+            cohort.labels,
+            cohort.patient_index,
+            self._spec.evaluation.threshold,
+        )
+        if not predictions.finite:
+            _log.warning("the model's probabilities on the %s part are not finite", name)
+        return score_part(self._spec, name, predictions, cohort.unit)
+
+    @torch.no_grad()
+    def _probabilities(
+        self, model: nn.Module, cohort: Cohort, device: torch.device
+    ) -> NDArray[np.float32]:
+        found = np.empty((len(cohort), len(self._spec.task.classes)), np.float32)
+        for rows in _batches(cohort):
+            images = torch.from_numpy(cohort.images(rows)).to(device)
+            outputs = model(normalise(images, self._spec.input))
+            found[rows] = self._task.probabilities(outputs).float().cpu().numpy()
+        return found
+
+
+def _batches(cohort: Cohort) -> Iterator[NDArray[np.int64]]:
+    smallest, largest = _BATCH_IMAGES
+    size = max(smallest, min(largest, _BATCH_PIXELS // int(np.prod(cohort.shape))))
+    for start in range(0, len(cohort), size):
+        yield np.arange(start, min(start + size, len(cohort)), dtype=np.int64)
+
+
+# --- The two parts ----------------------------------------------------------------------------
+
+
+def split_cohort(cohort: Cohort, spec: RunSpec) -> dict[PartName, Cohort]:
+    """The parts of an evaluation cohort, as views; a part without images is left out.
+
+    Raises:
+        CohortError: as `CentralEvaluator`.
+    """
+    if np.isin(cohort.splits, PARTS).any():
+        marked: dict[PartName, Cohort] = {name: cohort.with_split(name) for name in PARTS}
+        _refuse_shared_patients(cohort, marked)
+        return {name: part for name, part in marked.items() if len(part)}
+    kept = cohort.with_split("")
+    if not len(kept):
+        raise CohortError(
+            f"{cohort.path}: no image to evaluate on; an evaluation cohort needs images that "
+            "are not marked 'train'"
+        )
+    chosen = _choose(kept, spec)
+    parts: dict[PartName, Cohort] = {
+        "validation": kept.subset(np.flatnonzero(chosen)),
+        "test": kept.subset(np.flatnonzero(~chosen)),
+    }
+    return {name: part for name, part in parts.items() if len(part)}
+
+
+def _refuse_shared_patients(cohort: Cohort, parts: Mapping[PartName, Cohort]) -> None:
+    both = set(parts["validation"].patients) & set(parts["test"].patients)
+    if both:
+        raise CohortError(
+            f"{cohort.path}: {len(both)} patients have images in 'validation' and in 'test', one "
+            f"is {min(both)}; expected each patient in one part: mark all its images alike"
+        )
+
+
+def _choose(cohort: Cohort, spec: RunSpec) -> NDArray[np.bool_]:
+    """(patients,) True for validation: in a random order, sorted by labels, every so many-th."""
+    order = np.random.default_rng(spec.seed).permutation(len(cohort.patients))
+    order = order[np.lexsort(_labels_of_patients(cohort)[order].T)]
+    places = np.floor(np.arange(len(order) + 1) * spec.evaluation.validation_fraction + 0.5)
+    chosen = np.zeros(len(order), dtype=np.bool_)
+    chosen[order] = np.diff(places) > 0
+    if chosen.all():
+        chosen[order[-1]] = False  # a headline needs a test part more than a choice needs its own
+    return chosen
+
+
+def _labels_of_patients(cohort: Cohort) -> NDArray[np.bool_]:
+    """(patients, classes): which labels each patient's images have."""
+    has = np.zeros((len(cohort.patients), len(cohort.classes)), dtype=np.bool_)
+    if cohort.kind == "multilabel":
+        np.logical_or.at(has, cohort.patient_index, cohort.labels > 0)
+    else:
+        has[cohort.patient_index, cohort.labels] = True
+    return has
+
+
+# --- The best round, and when to stop -----------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class EarlyStopping:
+    """The best round so far by the validation part, and how long nothing better came.
+
+    A value: `after` returns the next one. Any gain makes a round the best; only a gain of
+    `min_delta` over `reference` starts the patience anew. A metric without meaning is no gain.
+    Without a validation part nothing is best and nothing stops.
+
+    Attributes:
+        metric: its name; for the Brier score lower is better.
+        patience: evaluations without gain until `stop`; 0 means never.
+        min_delta: the gain that counts.
+        best_round: None until there is one.
+        best_value: the metric in that round.
+        reference: the value from which `min_delta` is measured.
+        waited: evaluations since then.
+    """
+
+    metric: str
+    patience: int
+    min_delta: float
+    best_round: int | None = None
+    best_value: float | None = None
+    reference: float | None = None
+    waited: int = 0
+
+    @classmethod
+    def of(cls, spec: RunSpec) -> Self:
+        """Before the first round of a run."""
+        e = spec.evaluation
+        return cls(metric=e.metric, patience=e.patience, min_delta=e.min_delta)
+
+    @property
+    def stop(self) -> bool:
+        """Whether the run's patience is at its end."""
+        return 0 < self.patience <= self.waited
+
+    def after(self, round_number: int, evaluation: EvaluationResult) -> Self:
+        """What holds after one more evaluation."""
+        if evaluation.validation is None:
+            return self
+        value = evaluation.validation.scores.metrics[self.metric].value
+        if value is None:
+            return dataclasses.replace(self, waited=self.waited + 1)
+        best = self
+        if self._gain(value, self.best_value) > 0:
+            best = dataclasses.replace(self, best_round=round_number, best_value=value)
+        gain = self._gain(value, self.reference)
+        if gain > 0 and gain >= self.min_delta:
+            return dataclasses.replace(best, reference=value, waited=0)
+        return dataclasses.replace(best, waited=self.waited + 1)
+
+    def to_json(self) -> dict[str, Any]:
+        """All fields, for the checkpoint."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, state: Mapping[str, Any]) -> Self:
+        """What `to_json` wrote.
+
+        Raises:
+            RunError: if it is something else.
+        """
+        known = {field.name for field in dataclasses.fields(cls)}
+        if set(state) != known or state["metric"] not in NAMES:
+            raise RunError(
+                f"early stopping in the checkpoint is {dict(state)!r}, expected the keys "
+                f"{', '.join(sorted(known))}; it is of another version: start the run anew"
+            )
+        return cls(**state)
+
+    def _gain(self, value: float, before: float | None) -> float:
+        if before is None:
+            return float("inf")
+        return before - value if self.metric in LOWER_IS_BETTER else value - before
