@@ -71,10 +71,10 @@ def project() -> dict[str, Any]:
     return table
 
 
-def requirements() -> list[Requirement]:
-    """Every declared dependency, of the base and of each extra."""
-    extras = project()["optional-dependencies"].values()
-    lines = chain(project()["dependencies"], *extras)
+def requirements(*extras: str) -> list[Requirement]:
+    """The declared dependencies of the base and of these extras; without any, of all extras."""
+    optional = project()["optional-dependencies"]
+    lines = chain(project()["dependencies"], *(optional[extra] for extra in extras or optional))
     return [Requirement(line) for line in lines if not line.startswith("cloister[")]
 
 
@@ -83,24 +83,39 @@ def constraints() -> list[str]:
     return [line for line in text.splitlines() if line and not line.startswith("#")]
 
 
-def third_party(source: str) -> set[str]:
-    """Top-level names that a file imports from outside the product and the standard library."""
+def imported(file: Path) -> set[str]:
+    """Every dotted name that a file imports; of `from a import b` both `a` and `a.b`."""
     names: set[str] = set()
-    for node in ast.walk(ast.parse(source)):
+    for node in ast.walk(ast.parse(file.read_text("utf-8"))):
         if isinstance(node, ast.Import):
-            names |= {alias.name.partition(".")[0] for alias in node.names}
+            names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            names.add(node.module.partition(".")[0])
-    return names - PACKAGES - sys.stdlib_module_names
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return names
 
 
-def undeclared(names: Iterable[str], owners: Mapping[str, list[str]]) -> set[str]:
-    """Imported names that no declared dependency provides."""
-    declared = {canonicalize_name(requirement.name) for requirement in requirements()}
+def reached(start: str) -> set[str]:
+    """Every name imported by a module, or by a module of the product that it reaches."""
+    names, waiting = set[str](), {start}
+    while waiting:
+        name = waiting.pop()
+        names.add(name)
+        path = ROOT.joinpath(*name.split("."))
+        files = (path.with_suffix(".py"), path / "__init__.py")
+        found = set().union(*(imported(file) for file in files if file.is_file()))
+        waiting |= found - names
+    return names
+
+
+def undeclared(names: Iterable[str], declared: Iterable[Requirement]) -> set[str]:
+    """Top-level modules from outside that none of the declared distributions provides."""
+    tops = {name.partition(".")[0] for name in names} - PACKAGES - sys.stdlib_module_names
+    provided = {canonicalize_name(requirement.name) for requirement in declared}
+    owners = packages_distributions()
     return {
-        name
-        for name in names
-        if declared.isdisjoint(canonicalize_name(owner) for owner in owners.get(name, []))
+        top
+        for top in tops
+        if provided.isdisjoint(canonicalize_name(owner) for owner in owners.get(top, []))
     }
 
 
@@ -161,12 +176,20 @@ def test_constraints_are_names_and_versions_alone() -> None:
 
 
 def test_what_is_imported_is_declared() -> None:
-    owners = packages_distributions()
-    names = {
-        name
-        for file in sources()
-        if file.endswith(".py")
-        for name in third_party((ROOT / file).read_text("utf-8"))
+    files = [ROOT / name for name in sources() if name.endswith(".py")]
+    names = set().union(*map(imported, files))
+    assert not undeclared(names, requirements())
+    assert undeclared({"torch.nn", "pluggy", "no_such_module"}, requirements()) == {
+        "pluggy",
+        "no_such_module",
     }
-    assert not undeclared(names, owners)
-    assert undeclared({"torch", "pluggy"}, owners) == {"pluggy"}
+
+
+@pytest.mark.parametrize(
+    ("app", "extra", "beside"),
+    [("client.app", "node", "client.training"), ("server.app", "coordinator", "server.rounds")],
+)
+def test_an_extra_is_enough_for_its_side(app: str, extra: str, beside: str) -> None:
+    # A hospital installs `cloister[node]` alone, an operator `cloister[coordinator]`.
+    assert beside in reached(app)
+    assert not undeclared(reached(app), requirements(extra))
