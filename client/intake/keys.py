@@ -1,0 +1,107 @@
+"""Pseudonyms: keyed, one domain for each kind of identifier.
+
+A pseudonym is HMAC-SHA-256 under the site's key (RFC 2104), cut to 128 bits. Without the key
+nobody can try identifiers against it, which a plain hash allows. Every kind of identifier has a
+domain of its own, so equal texts of two kinds have unrelated pseudonyms.
+
+By default the key is random and forgotten: two cohorts of one site share no pseudonym. Kept in a
+file, it gives the same patient the same pseudonym in every cohort of the site; whoever holds that
+file can recognise patients, so it is guarded as they are.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import os
+import secrets
+import stat
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, Self
+
+from common.errors import ConfigError
+
+KEY_BYTES = 32
+PSEUDONYM_BYTES = 16
+Domain = Literal["patient", "study", "series", "instance", "order"]
+
+
+@dataclass(frozen=True)
+class SiteKey:
+    """The secret of a site's pseudonyms.
+
+    Args:
+        secret: 32 random bytes; they never appear in `repr`.
+
+    Raises:
+        ConfigError: if it has another length.
+    """
+
+    secret: bytes = field(repr=False)
+
+    def __post_init__(self) -> None:
+        if len(self.secret) != KEY_BYTES:
+            raise ConfigError(f"a site key has {KEY_BYTES} bytes; this one has {len(self.secret)}")
+
+    @classmethod
+    def random(cls) -> Self:
+        """A new key from the operating system's cryptographic source."""
+        return cls(secrets.token_bytes(KEY_BYTES))
+
+    @classmethod
+    def from_file(cls, path: Path) -> Self:
+        """The key in `path`; on first use a random one is put there (hex, mode 0600).
+
+        Raises:
+            ConfigError: if others than the owner may read it, or it holds no key.
+        """
+        try:
+            _create(path)
+            return cls(_read(path))
+        except OSError as error:
+            raise ConfigError(f"{path}: the site key cannot be read or made ({error})") from error
+
+    def pseudonym(self, domain: Domain, *parts: str) -> str:
+        """32 hexadecimal digits for an identifier, given as its `parts` in order.
+
+        The parts are encoded with their lengths: ``("a", "bc")`` and ``("ab", "c")`` differ.
+        """
+        message = [f"cloister pseudonym 1 {domain}".encode()]
+        message += [part.encode("utf-8", "surrogatepass") for part in parts]
+        framed = b"".join(len(piece).to_bytes(8, "big") + piece for piece in message)
+        return hmac.new(self.secret, framed, hashlib.sha256).digest()[:PSEUDONYM_BYTES].hex()
+
+
+def _create(path: Path) -> None:
+    """Write a new key under a name of its own, then link it to `path` unless that exists."""
+    if path.exists():
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    try:
+        with os.fdopen(descriptor, "w", encoding="ascii") as file:
+            file.write(secrets.token_hex(KEY_BYTES) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.link(new, path)
+    except FileExistsError:
+        pass  # another intake made it in this moment: theirs is used
+    finally:
+        os.unlink(new)
+
+
+def _read(path: Path) -> bytes:
+    mode = stat.S_IMODE(path.stat().st_mode)
+    if mode & 0o077:
+        raise ConfigError(
+            f"{path}: the site key has mode {mode:04o}, others may reach it; expected 0600: "
+            f"run `chmod 600 {path}` and think about who has read it"
+        )
+    try:
+        return bytes.fromhex(path.read_text(encoding="ascii").strip())
+    except (ValueError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"{path}: not a site key; expected {2 * KEY_BYTES} hexadecimal digits"
+        ) from error

@@ -1,0 +1,297 @@
+"""One DICOM file of unknown origin (PS3.10): its header, then single frames, trusted with nothing.
+
+A file may be damaged or hostile. Its claims (lengths, sizes, frames, what an embedded codestream
+says of itself) are checked against the file and against `Limits` before memory is asked for. What
+parsers and codecs still raise on broken bytes is for the caller to turn into a reason.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import stat
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, Literal, NamedTuple
+
+from numpy.typing import NDArray
+from pydicom import dcmread
+from pydicom.dataset import Dataset
+from pydicom.encaps import get_frame
+from pydicom.filereader import read_dataset
+from pydicom.pixels.decoders.base import get_decoder
+from pydicom.pixels.utils import as_pixel_options, get_expected_length
+from pydicom.tag import BaseTag
+from pydicom.uid import (
+    UID,
+    DeflatedExplicitVRLittleEndian,
+    ExplicitVRBigEndian,
+    ExplicitVRLittleEndian,
+    ImplicitVRLittleEndian,
+)
+
+from client.intake.codestream import claimed_size
+from client.intake.deidentify import text_of
+from common.errors import IntakeError
+
+_PREFIX_AT, _PREFIX = 128, b"DICM"
+_META_GROUP, _FIRST_GROUPS = 0x0002, (0x0002, 0x0008)
+_FLOAT, _DOUBLE, _INTEGER = 0x7FE00008, 0x7FE00009, 0x7FE00010
+_PIXELS = {_FLOAT: "FloatPixelData", _DOUBLE: "DoubleFloatPixelData", _INTEGER: "PixelData"}
+_FLOAT_BYTES = {"FloatPixelData": 4, "DoubleFloatPixelData": 8}
+_UNDEFINED = 0xFFFFFFFF
+_DIRECTORY = "1.2.840.10008.1.3.10"
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How much a single file may ask for.
+
+    ``frame_samples`` and ``samples`` are rows x columns x samples a pixel, of one frame and of
+    all; ``stored_bytes`` is what all frames of one file may take in the cohort; ``read_bytes``
+    bounds a single value, and a deflated data set as a whole.
+    """
+
+    frame_samples: int = 2**26
+    samples: int = 2**34
+    stored_bytes: int = 2**30
+    read_bytes: int = 2**29
+
+
+class Directory(Exception):  # noqa: N818
+    """A DICOMDIR: it lists files and is none."""
+
+
+class Geometry(NamedTuple):
+    """Rows, columns, samples a pixel, and frames; each at least 1."""
+
+    rows: int
+    columns: int
+    samples: int
+    frames: int
+
+
+class PixelElement(NamedTuple):
+    """Where a file's pixel data stands: keyword, VR (None if implicit), first byte, length."""
+
+    keyword: str
+    representation: str | None
+    start: int
+    length: int
+
+
+class BoundedFile(io.BufferedReader):
+    """A file in which a lying length reads no more than is there, and never more than a limit.
+
+    Raises:
+        IntakeError: if it is not a regular file.
+    """
+
+    def __init__(self, path: Path, limit: int) -> None:
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise IntakeError("not a regular file")
+        super().__init__(io.FileIO(path))
+        self._limit = limit
+        self._size = os.fstat(self.fileno()).st_size
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        """Read at most `size` bytes.
+
+        Raises:
+            IntakeError: if that many are there and they are above the limit.
+        """
+        left = max(0, self._size - self.tell())
+        wanted = left if size is None or size < 0 else min(size, left)
+        if wanted > self._limit:
+            raise IntakeError(f"one value has {wanted} bytes; at most {self._limit} are read")
+        return super().read(wanted)
+
+
+@dataclass(frozen=True)
+class DicomFile:
+    """An opened file: the header is read, the pixels are not."""
+
+    stream: BinaryIO
+    header: Dataset
+    syntax: UID
+
+    @classmethod
+    def parse(cls, stream: BinaryIO, limits: Limits) -> DicomFile:
+        """Read the header of a file, with or without preamble and file meta information.
+
+        Raises:
+            IntakeError: if it is not DICOM.
+            Directory: if it is a DICOMDIR.
+        """
+        meta = _file_meta(stream)
+        syntax = UID(meta.get("TransferSyntaxUID") or "")
+        if str(meta.get("MediaStorageSOPClassUID")) == _DIRECTORY:
+            raise Directory
+        if syntax == DeflatedExplicitVRLittleEndian:
+            inflated = io.BytesIO(_inflate(stream.read(), limits.read_bytes))
+            header = read_dataset(inflated, False, True, stop_when=_at_pixels)
+            return cls(inflated, header, ExplicitVRLittleEndian)
+        stream.seek(0)
+        header = dcmread(stream, stop_before_pixels=True, force=True)
+        if "SOPClassUID" not in header and "Rows" not in header:
+            raise IntakeError("not a DICOM file")
+        return cls(stream, header, syntax or _native_syntax(*header.original_encoding))
+
+    def geometry(self, limits: Limits) -> Geometry:
+        """What the header claims.
+
+        Raises:
+            IntakeError: if a number is missing or not one, or they are above the limits.
+        """
+        rows, columns = _count(self.header, "Rows"), _count(self.header, "Columns")
+        samples = _count(self.header, "SamplesPerPixel", 1)
+        frames = _count(self.header, "NumberOfFrames", 1)
+        one = rows * columns * samples
+        if one > limits.frame_samples or one * frames > limits.samples:
+            raise IntakeError(
+                f"it claims {frames} frames of {rows} x {columns} x {samples} samples; "
+                f"at most {limits.frame_samples} a frame and {limits.samples} in all"
+            )
+        return Geometry(rows, columns, samples, frames)
+
+    def pixel_element(self) -> PixelElement:
+        """Where the pixels are. Ask once, straight after `parse` (PS3.5 7.1.2).
+
+        Raises:
+            IntakeError: if there are none.
+        """
+        head = self.stream.read(12)
+        order: Literal["little", "big"] = "little" if self.syntax.is_little_endian else "big"
+        group, element = (int.from_bytes(head[at : at + 2], order) for at in (0, 2))
+        keyword = _PIXELS.get((group << 16) + element)
+        if keyword is None or len(head) < 12:
+            raise IntakeError(f"it has no pixel data ({_class_name(self.header)})")
+        if self.syntax.is_implicit_VR:
+            start = self.stream.seek(-4, os.SEEK_CUR)
+            return PixelElement(keyword, None, start, int.from_bytes(head[4:8], order))
+        name = head[4:6].decode("ascii")
+        return PixelElement(keyword, name, self.stream.tell(), int.from_bytes(head[8:], order))
+
+
+@dataclass(frozen=True)
+class FrameDecoder:
+    """Decodes single frames of a file; memory is that of one frame.
+
+    Raises:
+        IntakeError: if pixels of this kind cannot be decoded here, or are not all there.
+    """
+
+    file: DicomFile
+    element: PixelElement
+    geometry: Geometry
+
+    def __post_init__(self) -> None:
+        syntax = self.file.syntax
+        try:
+            get_decoder(syntax)
+        except NotImplementedError as error:
+            raise IntakeError(
+                f"its transfer syntax is {syntax.name!r}, which cannot be decoded here"
+            ) from error
+        if not syntax.is_encapsulated:
+            self._check_complete()
+
+    def __call__(self, frame: int) -> NDArray[Any]:
+        """Decode frame number `frame`.
+
+        Returns:
+            (rows, columns), or (rows, columns, samples) with YBR turned into RGB.
+
+        Raises:
+            IntakeError: if the codestream claims another size than the header.
+        """
+        file, element = self.file, self.element
+        options: dict[str, Any] = {"pixel_keyword": element.keyword}
+        if element.representation:
+            options["pixel_vr"] = element.representation
+        options = as_pixel_options(file.header, transfer_syntax_uid=file.syntax, **options)
+        if file.syntax.is_encapsulated:
+            self._check_claim(frame, options.get("extended_offsets"))
+        file.stream.seek(element.start)
+        array, _ = get_decoder(file.syntax).as_array(file.stream, index=frame, **options)
+        return array
+
+    def _check_claim(self, frame: int, offsets: Any) -> None:
+        """A decoder allocates what the codestream says: it must say what the header says."""
+        stream = self.file.stream
+        stream.seek(self.element.start)
+        data = get_frame(
+            stream, frame, number_of_frames=self.geometry.frames, extended_offsets=offsets
+        )
+        claim = claimed_size(data)
+        if claim is not None and claim != self.geometry[:3]:
+            raise IntakeError(
+                f"its compressed image has rows, columns, samples {tuple(claim)}, "
+                f"its header {self.geometry[:3]}"
+            )
+
+    def _check_complete(self) -> None:
+        """Uncompressed pixel data has the length that the header describes (PS3.5 8.1.1)."""
+        left = self.file.stream.seek(0, os.SEEK_END) - self.element.start
+        length = self.element.length
+        present = left if length == _UNDEFINED else min(left, length)
+        if width := _FLOAT_BYTES.get(self.element.keyword):
+            expected = get_expected_length(self.file.header, unit="pixels") * width
+        else:
+            expected = get_expected_length(self.file.header)
+        if present < expected:
+            raise IntakeError(
+                f"its pixel data is cut short: {present} bytes, its header describes {expected}"
+            )
+
+
+def _file_meta(stream: BinaryIO) -> Dataset:
+    """The file meta information (PS3.10 7.1); empty where a bare data set begins at once.
+
+    The stream stands behind it afterwards.
+    """
+    start = stream.read(_PREFIX_AT + len(_PREFIX))
+    if start[_PREFIX_AT:] != _PREFIX:
+        if int.from_bytes(start[:2], "little") not in _FIRST_GROUPS:
+            raise IntakeError("not a DICOM file")
+        stream.seek(0)
+    return read_dataset(stream, False, True, stop_when=_behind_meta)
+
+
+def _behind_meta(tag: BaseTag, _representation: str | None, _length: int) -> bool:
+    return (tag >> 16) != _META_GROUP
+
+
+def _at_pixels(tag: BaseTag, _representation: str | None, _length: int) -> bool:
+    return tag in _PIXELS
+
+
+def _inflate(data: bytes, limit: int) -> bytes:
+    """Inflate a deflated data set (PS3.5 A.5), which may be a bomb."""
+    inflater = zlib.decompressobj(-zlib.MAX_WBITS)
+    inflated = inflater.decompress(data, limit)
+    if inflater.unconsumed_tail:
+        raise IntakeError(f"its data set inflates to more than {limit} bytes")
+    return inflated
+
+
+def _native_syntax(is_implicit: bool | None, is_little: bool | None) -> UID:
+    """For a bare data set without file meta: uncompressed, as it has been read."""
+    if is_implicit:
+        return ImplicitVRLittleEndian
+    return ExplicitVRBigEndian if is_little is False else ExplicitVRLittleEndian
+
+
+def _count(header: Dataset, keyword: str, default: int | None = None) -> int:
+    text = text_of(header, keyword)
+    if not text and default is not None:
+        return default
+    if not text.isdecimal() or int(text) < 1:
+        raise IntakeError(f"its {keyword} is {text!r}; expected a number of at least 1")
+    return int(text)
+
+
+def _class_name(header: Dataset) -> str:
+    uid = text_of(header, "SOPClassUID")
+    return UID(uid).name if uid else "no SOP class"
