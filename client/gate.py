@@ -77,7 +77,7 @@ class Gate:
     def _release(self, task: TrainTask) -> Release:
         spec, number, digest = task.spec, task.round_number, task.digest
         planned = self._policy.plan(spec)
-        mechanism = _one_round(planned, spec)
+        mechanism = planned and planned.of_steps(spec.local.steps)
         stored = self._ledger.released(spec.digest, number, digest)
         if stored is not None:
             return Release(spec.digest, number, mechanism, load(stored))
@@ -129,10 +129,3 @@ def _answered(answer: Callable[[], Answer]) -> Answer | RefusalReply:
         return RefusalReply(code=RefusalCode.MALFORMED)
     except Exception:  # noqa: BLE001 - the edge of the node: no text may leave it
         return incident_reply()
-
-
-def _one_round(mechanism: SubsampledGaussian | None, spec: RunSpec) -> SubsampledGaussian | None:
-    if mechanism is None:
-        return None
-    rate, noise, unit = mechanism.sampling_rate, mechanism.noise_multiplier, mechanism.unit
-    return SubsampledGaussian(rate, noise, spec.local.steps, unit)

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -316,8 +316,7 @@ class LocalTrainer:
     def _drawn(self, steps: int) -> SubsampledGaussian | None:
         if self._mechanism is None:
             return None
-        noise, unit = self._mechanism.noise_multiplier, self._mechanism.unit
-        return SubsampledGaussian(self._rate, noise, steps, unit)
+        return replace(self._mechanism, sampling_rate=self._rate, steps=steps)
 
     @property
     def _half_precision(self) -> bool:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import groupby
 from typing import Literal
@@ -48,6 +48,10 @@ class SubsampledGaussian:
             raise ValueError(f"noise_multiplier = {self.noise_multiplier}: expected a number > 0")
         if self.steps < 1:
             raise ValueError(f"steps = {self.steps}: expected at least 1")
+
+    def of_steps(self, steps: int) -> SubsampledGaussian:
+        """The same mechanism, taken `steps` times."""
+        return replace(self, steps=steps)
 
     @property
     def event(self) -> dp_accounting.DpEvent:

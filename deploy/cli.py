@@ -1,0 +1,156 @@
+"""The `cloister` command: one group of commands for each of the three people who use it."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+QUIET = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"}
+os.environ.update(QUIET)  # law 8: before anything of Flower is imported
+
+from common.errors import CloisterError  # noqa: E402
+from deploy.cli_intake import intake_app  # noqa: E402
+
+app = typer.Typer(
+    name="cloister",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    help="Federated learning for medical imaging, with patient-level differential privacy.",
+    epilog="A first run: `cloister demo`. On your own data: `cloister intake --help`, then "
+    "`cloister simulate run.toml`.",
+)
+spec_app = typer.Typer(no_args_is_help=True, help="Look at a run's description before it runs.")
+app.add_typer(intake_app, name="intake")
+app.add_typer(spec_app, name="spec")
+
+console = Console()
+
+
+@app.command()
+def demo(
+    folder: Annotated[
+        Path, typer.Argument(help="Where hospitals, cohorts and the run are put.")
+    ] = Path("demo"),
+    rounds: Annotated[
+        int | None, typer.Option(min=1, help="Rounds, if not as many as the demo has.")
+    ] = None,
+) -> None:
+    """Three synthetic hospitals train one network together, from DICOM to report."""
+    from deploy.demo import run_demo
+
+    report = run_demo(folder, console=console, rounds=rounds)
+    console.print(f"\nOpen the report: [bold]{report.resolve().as_uri()}")
+
+
+@app.command()
+def simulate(
+    run: Annotated[
+        Path | None, typer.Argument(help="The run's TOML file, with a [simulation] table.")
+    ] = None,
+    runs: Annotated[Path, typer.Option(help="Folder in which the run's folder is made.")] = Path(
+        "runs"
+    ),
+    engine: Annotated[
+        str, typer.Option(help="local: warm processes on this machine. ray: Flower's runtime.")
+    ] = "local",
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            min=0, help="Processes of the local engine; 0: all in one. Default: a site each."
+        ),
+    ] = None,
+    resume: Annotated[
+        Path | None, typer.Option(help="Go on with the killed run in this folder.")
+    ] = None,
+) -> None:
+    """Run a whole federation on this machine, on your own cohorts.
+
+    Example: `cloister simulate run.toml`, and after a crash
+    `cloister simulate --resume runs/my-run-20260101-120000-ab12`.
+    """
+    from deploy import simulation
+
+    if (run is None) == (resume is None):
+        raise typer.BadParameter("give a run's TOML file, or --resume with a run's folder")
+    if engine not in ("local", "ray"):
+        raise typer.BadParameter(f"--engine {engine!r}: expected local or ray")
+    folder = resume if resume is not None else simulation.prepare(run or Path(), runs)
+    report = conduct(folder, engine=engine, workers=workers)
+    console.print(f"\nOpen the report: [bold]{report.resolve().as_uri()}")
+
+
+def conduct(folder: Path, *, engine: str = "local", workers: int | None = None) -> Path:
+    """Conduct the simulated run in `folder` before the person's eyes; returns its report."""
+    from deploy import simulation
+    from deploy.live import LiveObserver
+
+    console.print(f"run folder: {folder}", highlight=False)
+    chosen: simulation.Engine = "ray" if engine == "ray" else "local"
+    with LiveObserver(console).showing() as observer:
+        simulation.simulate(folder, engine=chosen, workers=workers, observer=observer)
+    summary(folder)
+    return folder / "report.html"
+
+
+def summary(folder: Path) -> None:
+    """Print what the run reached and what it cost."""
+    from deploy.explain import outcome
+
+    for part in outcome(folder):
+        console.print(part)
+
+
+@app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(help="A run's folder.", exists=True, file_okay=False)],
+) -> None:
+    """Write a run's report and model card again, from what its folder holds."""
+    from server.card import write_card
+    from server.report import write_report
+
+    write_card(folder)
+    console.print(f"Open the report: [bold]{write_report(folder).resolve().as_uri()}")
+
+
+@app.command()
+def models() -> None:
+    """List the networks that a spec may name, with their sizes."""
+    from common.models import names
+
+    for name in names():
+        console.print(name, highlight=False)
+
+
+@spec_app.command()
+def explain(
+    run: Annotated[Path, typer.Argument(help="The run's TOML file.")],
+    declared_size: Annotated[
+        list[int] | None,
+        typer.Option(min=1, help="A site's declared size; may be given again for another site."),
+    ] = None,
+) -> None:
+    """Say in words what a run will do, and what it will cost each site in epsilon.
+
+    Sites come from the file's [simulation] table, or from --declared-size. Nothing is run.
+    """
+    from deploy.explain import explain_run
+
+    for part in explain_run(run, declared_size or []):
+        console.print(part)
+
+
+def main() -> None:
+    """Run the command line; an error of ours is one message, not a stack."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    try:
+        app()
+    except CloisterError as error:
+        Console(stderr=True).print(f"[red]error:[/red] {error}", highlight=False)
+        raise SystemExit(2) from None

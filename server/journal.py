@@ -1,0 +1,172 @@
+"""What a run leaves on disk for people and programs to read: see `docs/run-folder.md`.
+
+``spec.json`` the run; ``metrics.jsonl`` one line a round; ``privacy.json`` what each site spent;
+``environment.json`` versions and times; ``model.safetensors`` and ``evaluation.npz`` the result;
+``report.html`` and the model card for people.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import platform
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.numpy import save
+
+from common import accounting
+from common.accounting import SubsampledGaussian
+from common.files import write_durably
+from common.messages import Arrays
+from common.spec import DpSgd, RunSpec
+from server.card import write_card
+from server.evaluation import EarlyStopping, EvaluationResult
+from server.report import write_report
+
+_VERSIONS = ("cloister", "flwr", "torch", "opacus", "dp-accounting", "numpy")
+
+
+class RunJournal:
+    """Writes the folder of one run.
+
+    Args:
+        folder: where it lies.
+        spec: the run.
+        history: the finished rounds; ``metrics.jsonl`` is made to hold exactly these.
+        engine: what carries the messages, for the record.
+        seeded: whether the sites' randomness comes from a seed.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        spec: RunSpec,
+        history: Sequence[Mapping[str, Any]],
+        *,
+        engine: str,
+        seeded: bool,
+    ) -> None:
+        self._folder, self._spec, self._history = folder, spec, history
+        self._engine, self._seeded = engine, seeded
+        self._started, self._opened = _now(), time.monotonic()
+        self.declined: dict[str, str] = {}
+        self.sites: dict[str, tuple[int, SubsampledGaussian | None]] = {}
+        folder.mkdir(parents=True, exist_ok=True)
+        write_durably(folder / "spec.json", spec.canonical_json.encode())
+        lines = "".join(json.dumps(row) + "\n" for row in history)
+        write_durably(folder / "metrics.jsonl", lines.encode())
+
+    def sites_to_json(self) -> dict[str, Any]:
+        """The sites that ever took part, for the checkpoint."""
+        return {
+            name: {"declared_size": size, "mechanism": mechanism and asdict(mechanism)}
+            for name, (size, mechanism) in self.sites.items()
+        }
+
+    def restore_sites(self, saved: Mapping[str, Any]) -> None:
+        """What `sites_to_json` wrote, when a run goes on."""
+        for name, site in saved.items():
+            made = site["mechanism"]
+            mechanism = SubsampledGaussian(**made) if made else None
+            self.sites[name] = site["declared_size"], mechanism
+
+    def append(self, row: Mapping[str, Any]) -> None:
+        """Add one round's line. The checkpoint is the durable copy; a lost line comes back."""
+        with (self._folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def conclude(self, weights: Arrays, result: EvaluationResult, stopping: EarlyStopping) -> None:
+        """Write the model, what it reaches, what it cost, and the pages for people."""
+        model = save(dict(weights), metadata={"spec": self._spec.canonical_json})
+        write_durably(self._folder / "model.safetensors", model)
+        content = io.BytesIO()
+        np.savez(content, **result.arrays())  # type: ignore[arg-type]
+        write_durably(self._folder / "evaluation.npz", content.getvalue())
+        self._write("privacy.json", self._privacy())
+        self._write("environment.json", self._environment(stopping))
+        write_card(self._folder)
+        write_report(self._folder)
+
+    def _privacy(self) -> dict[str, Any]:
+        """What each site spent, as far as the coordinator knows; its own ledger has the last word.
+
+        Every task that a site did not refuse counts, whether its release came or not.
+        """
+        spent = {name: self._spent(name) for name in sorted(self.sites)}
+        together = [mechanism for _, mechanism, _ in spent.values() if mechanism is not None]
+        privacy = self._spec.privacy
+        private = isinstance(privacy, DpSgd)
+        delta = privacy.delta if isinstance(privacy, DpSgd) else None
+        return {
+            "protected": private and not self._seeded,
+            "sites": {name: self._site(*parts) for name, parts in spent.items()},
+            "all_sites_epsilon": accounting.epsilon(together, delta) if delta else None,
+            "all_sites_delta": delta,
+        }
+
+    def _spent(self, name: str) -> tuple[int, SubsampledGaussian | None, int]:
+        """Declared size, the mechanism with the steps that were taken, and in how many rounds."""
+        declared, planned = self.sites[name]
+        seen = [row["sites"].get(name, {}).get("status") for row in self._history]
+        rounds = sum(status not in (None, "refused") for status in seen)
+        steps = rounds * self._spec.local.steps
+        return declared, planned.of_steps(steps) if planned and steps else None, rounds
+
+    def _site(
+        self, declared: int, mechanism: SubsampledGaussian | None, rounds: int
+    ) -> dict[str, Any]:
+        shared = {"declared_size": declared, "unit": self._spec.privacy.unit, "rounds": rounds}
+        privacy = self._spec.privacy
+        if not isinstance(privacy, DpSgd):
+            return shared | dict.fromkeys(_FIGURES) | {"mechanism": "none", "steps": 0}
+        return shared | {
+            "mechanism": "Poisson-subsampled Gaussian",
+            "sampling_rate": mechanism.sampling_rate if mechanism else None,
+            "noise_multiplier": mechanism.noise_multiplier if mechanism else None,
+            "clip_norm": privacy.clip_norm,
+            "steps": mechanism.steps if mechanism else 0,
+            "epsilon": accounting.epsilon([mechanism] if mechanism else [], privacy.delta),
+            "delta": privacy.delta,
+        }
+
+    def _environment(self, stopping: EarlyStopping) -> dict[str, Any]:
+        versions = {name: version(name) for name in _VERSIONS}
+        return {
+            "versions": versions | {"python": platform.python_version()},
+            "engine": self._engine,
+            "device": _device(),
+            "seeded": self._seeded,
+            "started": self._started,
+            "finished": _now(),
+            "wall_seconds": time.monotonic() - self._opened,
+            "training_seconds": sum(row["waited_seconds"] for row in self._history),
+            "model_round": stopping.best_round or len(self._history),
+            "stopped_early": stopping.stop and len(self._history) < self._spec.rounds,
+            "declined": self.declined,
+        }
+
+    def _write(self, name: str, content: Mapping[str, Any]) -> None:
+        write_durably(self._folder / name, json.dumps(content, indent=2).encode())
+
+
+_FIGURES = ("sampling_rate", "noise_multiplier", "clip_norm", "epsilon", "delta")
+
+
+def _device() -> str:
+    """What the coordinator's machine computes on; in a simulation the sites' as well."""
+    if torch.cuda.is_available():
+        return str(torch.cuda.get_device_name())
+    return f"CPU, {os.cpu_count()} cores"
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
