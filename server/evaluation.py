@@ -255,7 +255,7 @@ def _labels_of_patients(cohort: Cohort) -> NDArray[np.bool_]:
     return has
 
 
-# --- The best round, and when to stop -----------------------------------------------------------
+# --- The best round, and when to stop ---------------------------------------------------------
 
 
 @dataclass(frozen=True)

@@ -193,7 +193,7 @@ def confusion_matrix(predictions: Predictions) -> NDArray[np.int64]:
     return np.stack(tables) if predictions.kind == "multilabel" else tables[0]
 
 
-# --- Point estimates: torchmetrics ----------------------------------------------------------
+# --- Point estimates: torchmetrics ------------------------------------------------------------
 
 
 def point_estimates(predictions: Predictions) -> dict[str, float | None]:
@@ -284,7 +284,7 @@ def _mean(values: Iterator[float | None] | list[float]) -> float | None:
     return sum(defined) / len(defined) if defined else None
 
 
-# --- Resamples: weighted formulas -----------------------------------------------------------
+# --- Resamples: weighted formulas -------------------------------------------------------------
 
 
 def patient_weights(

@@ -182,7 +182,7 @@ def test_an_image_level_cohort_may_evaluate_and_says_its_unit(tmp_path):
     assert result.to_json()["test"]["unit"] == "image"
 
 
-# --- Evaluating ---------------------------------------------------------------------------------
+# --- Evaluating -------------------------------------------------------------------------------
 
 
 def test_a_model_that_sees_the_label_scores_one(tmp_path):
@@ -285,7 +285,7 @@ def test_the_arrays_hold_both_parts_and_load_without_pickle(tmp_path):
         assert str(arrays["unit"]) == "patient"
 
 
-# --- Early stopping -------------------------------------------------------------------------------
+# --- Early stopping ---------------------------------------------------------------------------
 
 
 def reached(value, name="auroc"):

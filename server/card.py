@@ -1,0 +1,253 @@
+"""The model card: what a model is, for people (Markdown) and for programs (JSON).
+
+After Mitchell et al. 2019, "Model Cards for Model Reporting" (arXiv:1810.03993). It travels with
+the model, so it says again what the report says: what it is for, what it was trained on as far as
+the sites declare it, what privacy cost, how well it does, and what nobody has looked at.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from common.files import write_durably
+from common.tasks.metrics import Estimate
+from server import wording
+from server.evaluation import PARTS, PartResult
+from server.record import RunRecord, Spend
+
+MARKDOWN_FILE = "model_card.md"
+JSON_FILE = "model_card.json"
+FORMAT = 1
+
+
+class CardFiles(NamedTuple):
+    """Where the two forms of a card lie."""
+
+    markdown: Path
+    json: Path
+
+
+def write_card(run_directory: Path) -> CardFiles:
+    """Write ``model_card.md`` and ``model_card.json`` into a run directory from what lies there.
+
+    Raises:
+        RunError: naming the file of the run directory that is missing or wrong.
+    """
+    card = describe(RunRecord.read(run_directory))
+    files = CardFiles(run_directory / MARKDOWN_FILE, run_directory / JSON_FILE)
+    write_durably(files.markdown, to_markdown(card).encode())
+    text = json.dumps(card, indent=2, ensure_ascii=False, allow_nan=False)
+    write_durably(files.json, f"{text}\n".encode())
+    return files
+
+
+# --- What it says -----------------------------------------------------------------------------
+
+
+def describe(record: RunRecord) -> dict[str, Any]:
+    """The card as JSON; every figure that is not known is null."""
+    return {
+        "format": FORMAT,
+        "name": record.spec.name,
+        "run_id": record.spec.run_id,
+        "created": record.environment.finished,
+        "spec_sha256": record.spec.digest,
+        "model": _model(record),
+        "intended_use": wording.INTENDED_USE,
+        "not_for_clinical_use": wording.NOT_FOR_CLINICAL_USE,
+        "data": _data(record),
+        "training": _training(record),
+        "privacy": _privacy(record),
+        "evaluation": {
+            name: _part(record.final[name]) if name in record.final else None for name in PARTS
+        },
+        "limitations": list(wording.limitations(record)),
+        "versions": dict(record.environment.versions),
+    }
+
+
+def _model(record: RunRecord) -> dict[str, Any]:
+    spec = record.spec
+    return {
+        "network": spec.model.name,
+        "task": f"{spec.task.kind} {spec.task.name}",
+        "classes": list(spec.task.classes),
+        "threshold": None if spec.task.kind == "multiclass" else spec.evaluation.threshold,
+        "input": spec.input.model_dump(mode="json"),
+        "safetensors_sha256": record.model_digest,
+        "round": record.environment.model_round,
+    }
+
+
+def _data(record: RunRecord) -> dict[str, Any]:
+    sites = record.privacy.sites
+    return {
+        "note": "Sizes are declared by the sites and rounded; the real numbers are private.",
+        "sites": {
+            name: {"declared_size": spend.declared_size, "unit": spend.unit}
+            for name, spend in sorted(sites.items())
+        },
+        "declared_total": sum(spend.declared_size for spend in sites.values()),
+    }
+
+
+def _training(record: RunRecord) -> dict[str, Any]:
+    spec, environment = record.spec, record.environment
+    return {
+        "rounds_finished": len(record.rounds),
+        "rounds_planned": spec.rounds,
+        "local_steps": spec.local.steps,
+        "batch_size": spec.local.batch_size,
+        "optimizer": spec.optimizer.model_dump(mode="json"),
+        "loss": spec.loss.model_dump(mode="json"),
+        "augmentation": spec.augmentation.model_dump(mode="json"),
+        "aggregation": spec.aggregation.model_dump(mode="json"),
+        "engine": environment.engine,
+        "device": environment.device,
+        "seconds": environment.wall_seconds,
+        "participation": {name: dict(record.outcomes(name)) for name in record.sites},
+    }
+
+
+def _privacy(record: RunRecord) -> dict[str, Any]:
+    privacy, banner = record.privacy, wording.banner(record)
+    return {
+        "protected": privacy.protected and banner is None,
+        "warning": None if banner is None else f"{banner.title}. {banner.text}",
+        "adjacency": f"add or remove one {record.spec.privacy.unit}",
+        "sites": {name: spend.model_dump() for name, spend in sorted(privacy.sites.items())},
+        "all_sites_epsilon": privacy.all_sites_epsilon,
+        "all_sites_delta": privacy.all_sites_delta,
+        "claim": list(wording.claim(record)),
+    }
+
+
+def _part(part: PartResult) -> dict[str, Any]:
+    return part.to_json() | {"interval": "95 % bootstrap percentile, resampled by " + part.unit}
+
+
+# --- In Markdown ------------------------------------------------------------------------------
+
+
+def to_markdown(card: Mapping[str, Any]) -> str:
+    """The card as a page of Markdown; text from the run cannot become markup or a link."""
+    sections = (
+        _opening(card),
+        _section("Intended use", [_safe(card["intended_use"])]),
+        _section("Data", _data_lines(card["data"])),
+        _section("Training", _training_lines(card)),
+        _section("Privacy", _privacy_lines(card["privacy"])),
+        _section("Performance", _performance_lines(card)),
+        _section("Limitations", [f"- {_safe(text)}" for text in card["limitations"]]),
+        _section("Versions and digests", _version_lines(card)),
+    )
+    return "\n".join(line for section in sections for line in section)
+
+
+def _section(title: str, lines: Iterable[str]) -> list[str]:
+    return [f"## {title}", "", *lines, ""]
+
+
+def _opening(card: Mapping[str, Any]) -> Iterator[str]:
+    model = card["model"]
+    classes = ", ".join(map(_safe, model["classes"]))
+    yield from (f"# Model card: {_safe(card['name'])}", "")
+    yield f"A {_safe(model['network'])} network for {_safe(model['task'])} ({classes}), trained by"
+    yield f"{wording.counted(len(card['data']['sites']), 'site')} together with Cloister."
+    yield from ("", f"> **{_safe(card['not_for_clinical_use'])}**", "")
+    if card["privacy"]["warning"]:
+        yield from (f"> **{_safe(card['privacy']['warning'])}**", "")
+
+
+def _data_lines(data: Mapping[str, Any]) -> Iterator[str]:
+    rows = [
+        (name, f"{site['declared_size']:,}", site["unit"] + "s")
+        for name, site in data["sites"].items()
+    ]
+    yield from _table(("Site", "Declared size", "Unit"), rows)
+    yield from ("", _safe(data["note"]))
+
+
+def _training_lines(card: Mapping[str, Any]) -> Iterator[str]:
+    training, model = card["training"], card["model"]
+    yield f"- {training['rounds_finished']} of {training['rounds_planned']} rounds"
+    yield f"- {training['local_steps']} local steps a round"
+    yield f"- {training['batch_size']} units expected in a batch"
+    for key in ("optimizer", "loss", "augmentation", "aggregation"):
+        yield f"- {key} ({_listed(training[key])})"
+    yield f"- input ({_listed(model['input'])})"
+    if model["round"] is not None:
+        yield f"- the model is that of round {model['round']}"
+
+
+def _privacy_lines(privacy: Mapping[str, Any]) -> Iterator[str]:
+    spends = {name: Spend.model_validate(site) for name, site in privacy["sites"].items()}
+    rows = [
+        (
+            name,
+            wording.epsilon_of(spend),
+            wording.scientific(spend.delta),
+            spend.unit,
+            spend.mechanism,
+            wording.plain(spend.sampling_rate),
+            wording.plain(spend.noise_multiplier),
+            wording.plain(spend.clip_norm),
+            str(spend.steps),
+        )
+        for name, spend in spends.items()
+    ]
+    yield from _table(("Site", "ε", "δ", "Unit", "Mechanism", "q", "σ", "C", "Steps"), rows)
+    if privacy["claim"]:
+        yield from ("", *(f"- {_safe(sentence)}" for sentence in privacy["claim"]))
+
+
+def _performance_lines(card: Mapping[str, Any]) -> Iterator[str]:
+    parts = {name: part for name, part in reversed(card["evaluation"].items()) if part}
+    if not parts:
+        yield "The run had no central evaluation cohort."
+        return
+    for name, part in parts.items():
+        yield f"- {name}: {part['images']:,} images, interval: {part['interval']}"
+    yield ""
+    rows = [
+        (title, *(_estimate(part["metrics"][metric]) for part in parts.values()))
+        for metric, title in wording.METRIC_TITLES.items()
+    ]
+    yield from _table(("Metric", *parts), rows)
+
+
+def _version_lines(card: Mapping[str, Any]) -> Iterator[str]:
+    for name, version in sorted(card["versions"].items()):
+        yield f"- {_safe(name)} {_safe(version)}"
+    yield f"- run: {_safe(card['run_id']) or wording.NONE}, made {_safe(card['created'])}"
+    yield f"- SHA-256 of the spec: `{card['spec_sha256']}`"
+    digest = card["model"]["safetensors_sha256"]
+    yield f"- SHA-256 of model.safetensors: `{digest}`" if digest else "- no model.safetensors"
+
+
+def _estimate(found: Mapping[str, float | None]) -> str:
+    return wording.estimate(Estimate(**found))
+
+
+def _listed(settings: Mapping[str, Any]) -> str:
+    known = ((key.replace("_", " "), value) for key, value in settings.items())
+    words = (f"{key}: {wording.setting(value)}" for key, value in known if value is not None)
+    return _safe("; ".join(words))
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:
+    yield f"| {' | '.join(head)} |"
+    yield "|" + " --- |" * len(head)
+    for row in rows:
+        yield f"| {' | '.join(map(_safe, row))} |"
+
+
+def _safe(text: str) -> str:
+    """Text in one line, with every character escaped that Markdown or HTML would act on."""
+    line = " ".join(str(text).split())
+    line = re.sub(r"([\\`*_\[\]|~])", r"\\\1", line).replace("&", "&amp;")
+    return line.replace("<", "&lt;").replace(">", "&gt;").replace("://", ":\u200b//")

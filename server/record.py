@@ -1,0 +1,252 @@
+"""What a finished run left in its directory, read and checked: the source of report and card.
+
+Nothing in it is trusted to be what it should be: a file may have been edited, and the names of
+sites are what others typed. Values are checked here; text is escaped where it is printed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import zipfile
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from common.errors import RunError, SpecError
+from common.spec import RunSpec
+from common.tasks.metrics import Estimate, Predictions
+from server.evaluation import PARTS, PartName, PartResult, score_part
+
+SPEC_FILE = "spec.json"
+ENVIRONMENT_FILE = "environment.json"
+METRICS_FILE = "metrics.jsonl"
+PRIVACY_FILE = "privacy.json"
+EVALUATION_FILE = "evaluation.npz"
+MODEL_FILE = "model.safetensors"
+
+Status = Literal["ok", "late", "failed", "rejected", "refused"]
+STATUSES: tuple[Status, ...] = ("ok", "late", "failed", "rejected", "refused")
+
+_WAY_OUT = "expected what the run wrote; restore the file, or resume the run to write it again"
+
+
+class _Read(BaseModel):
+    """A JSON object of the run directory; keys of later versions are let be."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
+
+
+class Environment(_Read):
+    """``environment.json``: what ran, where, and from which randomness."""
+
+    versions: dict[str, str]
+    engine: str
+    device: str
+    seeded: bool
+    started: str
+    finished: str
+    wall_seconds: float
+    training_seconds: float
+    model_round: int | None = None
+
+
+class SiteRound(_Read):
+    """What became of one site in one round."""
+
+    status: Status
+    reason: str = ""
+
+
+class Part(_Read):
+    """A part of the central cohort after one round."""
+
+    images: int
+    patients: int
+    metrics: dict[str, Estimate]
+    confusion: list[Any]
+
+
+class Evaluated(_Read):
+    """Both parts after one round."""
+
+    validation: Part | None
+    test: Part | None
+
+
+class Round(_Read):
+    """One line of ``metrics.jsonl``."""
+
+    number: Annotated[int, Field(alias="round", ge=1)]
+    seconds: float
+    sites: dict[str, SiteRound]
+    evaluation: Evaluated | None = None
+
+    def part(self, name: PartName) -> Part | None:
+        """A part's result, if this round was evaluated on it."""
+        return None if self.evaluation is None else getattr(self.evaluation, name)
+
+
+class Spend(_Read):
+    """What a site spent in this run; None in every figure where there is no privacy."""
+
+    declared_size: int
+    unit: Literal["patient", "image"]
+    mechanism: str
+    sampling_rate: float | None = None
+    noise_multiplier: float | None = None
+    clip_norm: float | None = None
+    steps: int
+    rounds: int
+    epsilon: float | None = None
+    delta: float | None = None
+
+
+class Privacy(_Read):
+    """``privacy.json``: each site's own spending, and the composition over all of them."""
+
+    protected: bool
+    sites: dict[str, Spend]
+    all_sites_epsilon: float | None = None
+    all_sites_delta: float | None = None
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """A run directory, read and checked.
+
+    Attributes:
+        spec: the run's description.
+        environment: what ran and where.
+        rounds: in their order, at least one.
+        privacy: what was spent.
+        final: the published model's result on each part of the central cohort that there is.
+        model_digest: SHA-256 of ``model.safetensors`` in hex; None if there is no such file.
+    """
+
+    spec: RunSpec
+    environment: Environment
+    rounds: tuple[Round, ...]
+    privacy: Privacy
+    final: Mapping[PartName, PartResult]
+    model_digest: str | None
+
+    @classmethod
+    def read(cls, directory: Path) -> Self:
+        """Read a run directory.
+
+        Raises:
+            RunError: naming the file that is missing or wrong, and the way out.
+        """
+        spec = _read_spec(directory / SPEC_FILE)
+        record = cls(
+            spec=spec,
+            environment=_parse(directory / ENVIRONMENT_FILE, Environment),
+            rounds=_read_rounds(directory / METRICS_FILE),
+            privacy=_parse(directory / PRIVACY_FILE, Privacy),
+            final=_read_final(directory / EVALUATION_FILE, spec),
+            model_digest=_digest(directory / MODEL_FILE),
+        )
+        if not record.sites:
+            raise RunError(f"{directory / PRIVACY_FILE}: names no site; {_WAY_OUT}")
+        return record
+
+    @cached_property
+    def sites(self) -> tuple[str, ...]:
+        """Every site that was asked or declared, sorted."""
+        asked = {name for entry in self.rounds for name in entry.sites}
+        return tuple(sorted(asked | set(self.privacy.sites)))
+
+    def outcomes(self, site: str) -> Counter[Status]:
+        """How often a site ended in each status."""
+        return Counter(entry.sites[site].status for entry in self.rounds if site in entry.sites)
+
+    @property
+    def seconds_of_a_round(self) -> float:
+        """The median round."""
+        return float(np.median([entry.seconds for entry in self.rounds]))
+
+
+_Kind = TypeVar("_Kind", bound=_Read)
+
+
+def _parse(path: Path, kind: type[_Kind]) -> _Kind:
+    return _validate(_text(path), kind, str(path))
+
+
+def _validate(text: str, kind: type[_Kind], source: str) -> _Kind:
+    try:
+        return kind.model_validate_json(text)
+    except ValidationError as error:
+        detail = error.errors()[0]
+        key = ".".join(str(part) for part in detail["loc"]) or "content"
+        raise RunError(
+            f"{source}: {key} = {str(detail['input'])[:80]!r}: {detail['msg']}; {_WAY_OUT}"
+        ) from None
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RunError(f"{path}: cannot be read ({error}); {_WAY_OUT}") from error
+
+
+def _read_spec(path: Path) -> RunSpec:
+    try:
+        return RunSpec.from_json(_text(path), source=str(path))
+    except SpecError as error:
+        raise RunError(f"{error}; {_WAY_OUT}") from error
+
+
+def _read_rounds(path: Path) -> tuple[Round, ...]:
+    lines = enumerate(_text(path).splitlines(), start=1)
+    rounds = tuple(_validate(line, Round, f"{path}:{n}") for n, line in lines if line.strip())
+    if not rounds:
+        raise RunError(f"{path}: no round is finished, so there is nothing to report")
+    for before, after in pairwise(rounds):
+        if after.number <= before.number:
+            raise RunError(f"{path}: round {after.number} follows {before.number}; {_WAY_OUT}")
+    return rounds
+
+
+def _read_final(path: Path, spec: RunSpec) -> dict[PartName, PartResult]:
+    prefixes: dict[PartName, str] = {"validation": "validation_", "test": ""}
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            arrays = dict(stored)
+        return {
+            name: _read_part(arrays, prefixes[name], name, spec)
+            for name in PARTS
+            if f"{prefixes[name]}probabilities" in arrays
+        }
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise RunError(f"{path}: cannot be used ({error}); {_WAY_OUT}") from error
+
+
+def _read_part(
+    arrays: Mapping[str, NDArray[Any]], prefix: str, name: PartName, spec: RunSpec
+) -> PartResult:
+    keys = ("probabilities", "labels", "patients")
+    probabilities, labels, patients = (arrays[prefix + key] for key in keys)
+    expected = (len(patients), len(spec.task.classes))
+    if probabilities.shape != expected:
+        raise ValueError(f"{prefix}probabilities have shape {probabilities.shape}, not {expected}")
+    threshold = spec.evaluation.threshold
+    predictions = Predictions(spec.task.kind, probabilities, labels, patients, threshold)
+    unit = str(arrays.get(f"{prefix}unit", np.array("patient")))
+    return score_part(spec, name, predictions, "image" if unit == "image" else "patient")
+
+
+def _digest(path: Path) -> str | None:
+    if not path.is_file():
+        return None
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

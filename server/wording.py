@@ -1,0 +1,207 @@
+"""How report and model card say a number, and the sentences that both print.
+
+A sentence here claims no more than PRIVACY.md does; change neither without the other.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from common.tasks.metrics import Estimate
+from server.record import RunRecord, Spend
+
+NONE = "–"
+METRIC_TITLES = {
+    "auroc": "AUROC",
+    "auprc": "AUPRC",
+    "accuracy": "Accuracy",
+    "sensitivity": "Sensitivity",
+    "specificity": "Specificity",
+    "f1": "F1",
+    "brier": "Brier score",
+    "ece": "Calibration error",
+}
+INTENDED_USE = (
+    "Research on federated learning for medical imaging, and evaluation by the hospitals that "
+    "took part, on images like those they trained with."
+)
+NOT_FOR_CLINICAL_USE = (
+    "Not for clinical use as it is: it is no medical device, no regulator has cleared it, and no "
+    "prospective study stands behind it. It must not be used to diagnose or treat anyone."
+)
+
+_SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """A figure with so many digits after the point; a dash for None."""
+    return NONE if value is None else f"{value:.{digits}f}"
+
+
+def interval(estimate: Estimate, digits: int = 3) -> str:
+    """The interval alone, or nothing."""
+    if estimate.low is None or estimate.high is None:
+        return ""
+    return f"{estimate.low:.{digits}f} to {estimate.high:.{digits}f}"
+
+
+def estimate(found: Estimate, digits: int = 3) -> str:
+    """A value and its interval, ``0.912 (0.871 to 0.946)``."""
+    limits = interval(found, digits)
+    return number(found.value, digits) + (f" ({limits})" if limits else "")
+
+
+def epsilon(value: float | None) -> str:
+    """An epsilon, rounded *up* to two digits: what is printed is never less than what was spent."""
+    if value is None:
+        return NONE
+    return f"{math.ceil(value * 100 - 1e-9) / 100:.2f}"
+
+
+def epsilon_of(spend: Spend) -> str:
+    """A site's epsilon; without a mechanism the words, never a number dressed up as one."""
+    if spend.epsilon is None:
+        return "no privacy" if spend.mechanism == "none" else "not known"
+    return epsilon(spend.epsilon)
+
+
+def largest(sites: Mapping[str, Spend]) -> tuple[Spend, str] | None:
+    """The largest spending and whose it is; None if there is any site without an epsilon."""
+    if not sites or any(spend.epsilon is None for spend in sites.values()):
+        return None
+    name = max(sites, key=lambda site: sites[site].epsilon or 0.0)
+    printed = epsilon(sites[name].epsilon)
+    equal = sum(epsilon(spend.epsilon) == printed for spend in sites.values())
+    whose = name if equal == 1 else "every site" if equal == len(sites) else f"{equal} sites"
+    return sites[name], whose
+
+
+def scientific(value: float | None) -> str:
+    """A small number such as a delta, ``1 × 10⁻⁵``."""
+    if value is None:
+        return NONE
+    if value == 0:
+        return "0"
+    mantissa, exponent = f"{value:.2e}".split("e")
+    factor = f"{float(mantissa):g} × " if float(mantissa) != 1 else ""
+    return f"{factor}10{str(int(exponent)).translate(_SUPERSCRIPT)}"
+
+
+def plain(value: float | None, digits: int = 4) -> str:
+    """A figure with so many significant digits, without zeros behind; a dash for None."""
+    return NONE if value is None else f"{value:.{digits}g}"
+
+
+def duration(seconds: float) -> str:
+    """A time that a person reads: ``42.1 s``, ``3 min 5 s``, ``2 h 4 min``."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
+
+
+def setting(value: Any) -> str:
+    """A value of a spec in words: no brackets, no quotes, a dash where there is none."""
+    match value:
+        case None:
+            return NONE
+        case bool():
+            return "yes" if value else "no"
+        case list() | tuple():
+            return ", ".join(map(setting, value))
+        case float():
+            return f"{value:g}"
+    return str(value)
+
+
+def counted(count: int, noun: str) -> str:
+    """``1 site``, ``4 sites``."""
+    return f"{count:,} {noun}" + ("" if count == 1 else "s")
+
+
+@dataclass(frozen=True)
+class Banner:
+    """A banner: the words that everyone must see, and why."""
+
+    title: str
+    text: str
+
+
+def banner(record: RunRecord) -> Banner | None:
+    """What a reader must know before any figure; None where the run protected its patients."""
+    if record.spec.privacy.mechanism == "none":
+        return Banner(
+            "No differential privacy",
+            'The run\'s description says mechanism = "none". What left the sites was not noised '
+            "and may reveal their images; no ε is claimed for any of them.",
+        )
+    if record.environment.seeded:
+        return Banner(
+            "Accounted, not protected",
+            "Sampling and noise of this run came from a seed, as in every simulation. Whoever "
+            "knows the seed can take the noise away. The figures are what the same run would "
+            "spend at nodes with their own randomness; here they protect nobody.",
+        )
+    if not record.privacy.protected:
+        return Banner(
+            "Not protected",
+            "The run's own account says that its sites were not protected. Read the figures "
+            "below as a calculation.",
+        )
+    return None
+
+
+def claim(record: RunRecord) -> tuple[str, ...]:
+    """What the privacy figures mean, in sentences; empty where there is no privacy to explain."""
+    if record.spec.privacy.mechanism == "none":
+        return ()
+    unit = record.spec.privacy.unit
+    own = "These sentences hold for nodes that draw their own randomness; here none did."
+    return (
+        *((own,) if banner(record) else ()),
+        f"For each site: everything that its node released in this run about its training cohort "
+        f"is (ε, δ)-differentially private under adding or removing one {unit}'s whole record; "
+        f"the number of {unit}s is private. Replacing one {unit} by another costs more.",
+        *_unit_sentence(unit),
+        "ε covers the contents of the releases, not their timing or absence, and holds for real "
+        "arithmetic. It is this run's; what a site has spent over its life is in its own ledger.",
+        *_composition(record),
+        "Patients of the central evaluation cohort are not covered: their hospital permits that "
+        "use.",
+    )
+
+
+def limitations(record: RunRecord) -> tuple[str, ...]:
+    """What a user of the model must bear in mind."""
+    test = record.final.get("test")
+    tested = f"{test.images} images of one cohort" if test else "no test part"
+    return (
+        f"It was tested on {tested}; other scanners, populations and prevalences may give "
+        "other results. Test it on local images first.",
+        "Nothing here says how it does in subgroups (age, sex, device, site).",
+        "Its probabilities are calibrated to the prevalence of its training data at best.",
+        "Intervals show the chance of the sample of patients, not of training.",
+    )
+
+
+def _unit_sentence(unit: str) -> tuple[str, ...]:
+    if unit == "patient":
+        return ()
+    return (
+        "The unit is the image, because the source names no patients: someone with several images "
+        "is protected less, by the composition of them.",
+    )
+
+
+def _composition(record: RunRecord) -> tuple[str, ...]:
+    total, delta = record.privacy.all_sites_epsilon, record.privacy.all_sites_delta
+    if total is None:
+        return ()
+    return (
+        f"A patient with records at all {len(record.privacy.sites)} sites bears their composition, "
+        f"ε = {epsilon(total)} at δ = {scientific(delta)}; nobody can tell who that is.",
+    )

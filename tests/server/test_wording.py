@@ -1,0 +1,49 @@
+from __future__ import annotations
+
+import pytest
+
+from common.tasks.metrics import Estimate
+from server import wording
+
+
+@pytest.mark.parametrize(
+    ("value", "printed"),
+    [(2.99, "2.99"), (2.9901, "3.00"), (3.0, "3.00"), (0.0, "0.00"), (0.001, "0.01"), (None, "–")],
+)
+def test_epsilon_is_rounded_up(value, printed):
+    assert wording.epsilon(value) == printed
+
+
+@pytest.mark.parametrize(
+    ("value", "printed"),
+    [(1e-5, "10⁻⁵"), (4e-4, "4 × 10⁻⁴"), (1.25e-4, "1.25 × 10⁻⁴"), (0, "0"), (None, "–")],
+)
+def test_small_numbers(value, printed):
+    assert wording.scientific(value) == printed
+
+
+@pytest.mark.parametrize(
+    ("seconds", "printed"),
+    [(0.25, "0.2 s"), (59.9, "59.9 s"), (87.2, "1 min 27 s"), (3600, "1 h 0 min")],
+)
+def test_durations(seconds, printed):
+    assert wording.duration(seconds) == printed
+
+
+def test_estimates():
+    assert wording.estimate(Estimate(0.5, 0.25, 0.75)) == "0.500 (0.250 to 0.750)"
+    assert wording.estimate(Estimate(0.5)) == "0.500"
+    assert wording.estimate(Estimate(None)) == "–"
+
+
+@pytest.mark.parametrize(
+    ("value", "printed"),
+    [(True, "yes"), (None, "–"), ((0.5, 1.0), "0.5, 1"), ("pad", "pad"), (60.0, "60"), (3, "3")],
+)
+def test_settings(value, printed):
+    assert wording.setting(value) == printed
+
+
+def test_counts():
+    assert wording.counted(1, "site") == "1 site"
+    assert wording.counted(1200, "image") == "1,200 images"
