@@ -32,6 +32,8 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 OpenFraction = Annotated[float, Field(gt=0, lt=1)]
 Count = Annotated[int, Field(ge=1)]
 
+_LONGEST_SHOWN, _MOST_ERRORS = 120, 20
+
 
 class Section(BaseModel):
     """A table of the file: frozen, strict, without unknown keys or infinities."""
@@ -422,11 +424,12 @@ def parse_run_text(text: str, *, source: str) -> RunFile:
     """Parse the text of a run's file; see `read_run_file`."""
     try:
         document = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # what Python cannot hold is no TOML either
         raise SpecError(f"{source}: this is not TOML: {error}") from error
     simulation = document.pop("simulation", {})
     if not isinstance(simulation, dict):
-        raise SpecError(f"{source}: simulation = {simulation!r}: expected a table [simulation]")
+        shown = _shown(simulation)
+        raise SpecError(f"{source}: simulation = {shown}: expected a table [simulation]")
     if "privacy" not in document:
         raise SpecError(
             f"{source}: the table [privacy] is missing; write mechanism, clip_norm, delta and "
@@ -470,33 +473,55 @@ def _validate(text: str, source: str, toml: str | None) -> RunSpec:
     try:
         return RunSpec.model_validate_json(text)
     except ValidationError as error:
-        lines = [_explain(detail, source, toml) for detail in error.errors()]
+        lines = [_explain(detail, source, toml) for detail in error.errors()[:_MOST_ERRORS]]
         raise SpecError("\n".join(lines)) from None
 
 
-_TAGS = {"sgd", "adam", "adamw", "dp-sgd", "none", *STREAMING, *ALL_AT_ONCE}
+_KINDS = {
+    "optimizer": ("sgd", "adam", "adamw"),
+    "privacy": ("dp-sgd", "none"),
+    "aggregation": (*STREAMING, *ALL_AT_ONCE),
+}
 
 
 def _explain(detail: Any, source: str, toml: str | None) -> str:
     """One line for a person: file, line, key, value, what was expected, the way out."""
     location = [str(part) for part in detail["loc"]]
-    if len(location) > 1 and location[1] in _TAGS:
+    if len(location) > 1 and location[1] in _KINDS.get(location[0], ()):
         del location[1]
-    key = ".".join(location) or "run"
-    where = f"{source}:{line}" if (line := _line_of(toml, location)) else source
-    kind, value = detail["type"], detail["input"]
+    key = _shown_key(".".join(location)) or "run"
+    kind, value, message = detail["type"], detail["input"], detail["msg"]
+    if kind == "value_error":
+        return _explain_whole(location, message.removeprefix("Value error, "), source, toml)
+    where = _where(source, toml, location)
     if kind == "extra_forbidden":
-        return f"{where}: {key} = {value!r}: unknown key; {_nearest(location)}"
+        return f"{where}: {key} = {_shown(value)}: unknown key; {_nearest(location)}"
     if kind == "missing":
         return f"{where}: {key} is missing; {_expected(location)}"
     if kind in ("union_tag_not_found", "union_tag_invalid"):
         tag = detail["ctx"]["discriminator"].strip("'")
         seen = value.get(tag) if isinstance(value, dict) else value
-        return f"{where}: {key}.{tag} = {seen!r}: expected one of {_tags(location)}"
-    message = detail["msg"].removeprefix("Value error, ")
-    if kind == "value_error":
-        return f"{where}: {key}: {message}"
-    return f"{where}: {key} = {value!r}: {message[0].lower() + message[1:]}"
+        where = _where(source, toml, [*location, tag])
+        return f"{where}: {key}.{tag} = {_shown(seen)}: expected one of {_tags(location)}"
+    return f"{where}: {key} = {_shown(value)}: {message[0].lower() + message[1:]}"
+
+
+def _explain_whole(location: list[str], message: str, source: str, toml: str | None) -> str:
+    """A table, or the whole run, whose parts do not fit; the latter's message names its key."""
+    if location:
+        return f"{_where(source, toml, location)}: {'.'.join(location)}: {message}"
+    return f"{_where(source, toml, message.split(maxsplit=1)[0].split('.'))}: {message}"
+
+
+def _shown(value: object) -> str:
+    """A value as a message repeats it: as it was written, and not without end."""
+    text = repr(value)
+    return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}… ({len(text)} long)"
+
+
+def _shown_key(key: str) -> str:
+    """A key as it stands, unless it could be taken for something else on a screen or in a log."""
+    return key if key.isprintable() and len(key) <= _LONGEST_SHOWN else _shown(key)
 
 
 def _tags(location: list[str]) -> str:
@@ -518,6 +543,8 @@ def _known_keys(location: list[str]) -> list[str]:
 
 def _nearest(location: list[str]) -> str:
     known = _known_keys(location)
+    if location[-1] in known:
+        return f"this kind of [{location[0]}] has no such key; leave it out"
     close = difflib.get_close_matches(location[-1], known, n=1)
     return f"did you mean {close[0]!r}?" if close else f"expected one of {', '.join(known)}"
 
@@ -526,11 +553,17 @@ def _expected(location: list[str]) -> str:
     return f"write it in [{'.'.join(location[:-1])}]" if location[1:] else "it has no default"
 
 
+def _where(source: str, toml: str | None, location: list[str]) -> str:
+    """The source, and the line of the key, or else of its table, where one is found."""
+    line = _line_of(toml, location) or _line_of(toml, location[:1])
+    return f"{source}:{line}" if line else source
+
+
 def _line_of(toml: str | None, location: list[str]) -> int | None:
     """The line on which a key stands, by a light reading of the text; None if not found."""
     table = ""
     for number, line in enumerate((toml or "").splitlines(), start=1):
-        if header := re.match(r"\s*\[([\w.-]+)\]", line):
+        if header := re.match(r"\s*\[+([\w.-]+)\]", line):
             table = header[1]
             if [table] == location:
                 return number
