@@ -1,0 +1,194 @@
+"""What tests of more than one room share: real data, small runs, small cohorts."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from torch import nn
+
+from client.intake.builder import CohortBuilder, ImageRecord
+from common import models
+from common.cohort import Cohort, CohortMeta
+from common.spec import RunSpec, parse_run_text
+
+SHARED_DATA = Path(__file__).parents[1].parent / "shared" / "data"
+
+SPEC = """\
+name = "small"
+rounds = 3
+
+[task]
+classes = ["normal", "finding"]
+
+[model]
+name = "small-cnn"
+width = 4
+
+[input]
+height = 16
+width = 16
+
+[optimizer]
+name = "sgd"
+learning_rate = 0.1
+
+[local]
+batch_size = 4
+
+[privacy]
+mechanism = "dp-sgd"
+noise_multiplier = 1.0
+delta = 1e-4
+"""
+
+KINDS = {"mechanism", "strategy", "name"}
+"""Keys by which a table of a run says what kind it is."""
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Real images beside the checkout: skipped where they are not, but never so in CI."""
+    if not SHARED_DATA.is_dir():
+        if os.environ.get("CI") == "true":
+            pytest.fail(f"{SHARED_DATA} is missing, and CI must not skip the real images")
+        pytest.skip(f"{SHARED_DATA} is not there; this test looks at real images")
+    return SHARED_DATA
+
+
+@pytest.fixture(scope="session")
+def spec_text() -> str:
+    """The TOML of a small valid run under DP-SGD."""
+    return SPEC
+
+
+@pytest.fixture(scope="session")
+def make_spec(spec_text: str) -> Callable[..., RunSpec]:
+    """Build the small run with changes: `make_spec(rounds=5, local={"steps": 2})`.
+
+    A table is changed key by key, where None takes a key out; one that says of what kind it is
+    (`model={"name": "resnet18"}`) stands for itself.
+    """
+    plain = json.loads(parse_run_text(spec_text, source="small.toml").spec.canonical_json)
+
+    def make(**changes: Any) -> RunSpec:
+        return RunSpec.from_json(json.dumps(_changed(plain, changes)))
+
+    return make
+
+
+@pytest.fixture
+def write_cohort(tmp_path: Path) -> Callable[..., Cohort]:
+    """Write and open a real cohort that fits a spec.
+
+    Called with the spec, `owners` (a patient's number for each image), and if wished `labels`
+    and `pixels`; both are drawn where they are not given.
+    """
+
+    def write(
+        spec: RunSpec,
+        owners: Sequence[int],
+        *,
+        labels: Sequence[int] | None = None,
+        pixels: NDArray[np.uint16] | None = None,
+        name: str = "cohort",
+    ) -> Cohort:
+        rng = np.random.default_rng(len(owners))
+        classes, shape = len(spec.task.classes), spec.input.shape
+        chosen = rng.integers(0, classes, len(owners)) if labels is None else labels
+        drawn = rng.integers(0, 65536, (len(owners), *shape), dtype=np.uint16)
+        path = tmp_path / name
+        with CohortBuilder(path, shape) as builder:
+            for row, (owner, label) in enumerate(zip(owners, chosen, strict=True)):
+                image = (drawn if pixels is None else pixels)[row]
+                patient = f"p{owner:05d}"
+                builder.add(ImageRecord(patient, "st", "se", str(row), int(label), 20, 20), image)
+            unit = spec.privacy.unit
+            builder.finish(CohortMeta.of(spec, unit=unit, source="test", created="2026-01-01"))
+        return Cohort.open(path)
+
+    return write
+
+
+class ArrayCohort(Cohort):
+    """A cohort in memory, for what no file can hold: an infinite pixel, an order of patients.
+
+    Attributes:
+        reads: the image numbers of every call of `images`, in order.
+    """
+
+    def __init__(
+        self,
+        images: NDArray[np.float32],
+        labels: NDArray[Any],
+        rows_by_patient: Sequence[Sequence[int]] | None = None,
+    ) -> None:
+        count = len(images) if rows_by_patient is None else len(rows_by_patient)
+        self._pixels = images
+        self.labels = labels
+        self.patients = tuple(f"p{number}" for number in range(count))
+        self._owned = rows_by_patient
+        self.reads: list[list[int]] = []
+
+    def __len__(self) -> int:
+        return len(self._pixels)
+
+    def __repr__(self) -> str:
+        return f"ArrayCohort({len(self)} images of {len(self.patients)} patients)"
+
+    def images(self, rows: Sequence[int] | NDArray[np.int64]) -> NDArray[np.float32]:
+        self.reads.append([int(row) for row in rows])
+        return self._pixels[np.asarray(rows, dtype=np.int64)]
+
+    def rows_of(self, patient: int) -> NDArray[np.int64]:
+        owned = [patient] if self._owned is None else self._owned[patient]
+        return np.array(owned, dtype=np.int64)
+
+
+@pytest.fixture(scope="session")
+def array_cohort() -> type[ArrayCohort]:
+    """`array_cohort(images, labels, rows_by_patient)`: one image a patient if not said."""
+    return ArrayCohort
+
+
+@pytest.fixture(scope="session")
+def global_weights() -> Callable[[RunSpec], dict[str, NDArray[np.float32]]]:
+    """The weights with which a run starts, as a coordinator sends them."""
+
+    def weights(spec: RunSpec) -> dict[str, NDArray[np.float32]]:
+        named = models.build(spec).named_parameters()
+        return {name: parameter.detach().numpy().copy() for name, parameter in named}
+
+    return weights
+
+
+def linear(spec: RunSpec) -> nn.Module:
+    """One layer without a bias: the gradient of an image is a multiple of its pixels."""
+    pixels = int(np.prod(spec.input.shape))
+    return nn.Sequential(nn.Flatten(), nn.Linear(pixels, spec.task.outputs, bias=False))
+
+
+@pytest.fixture
+def linear_network(monkeypatch: pytest.MonkeyPatch) -> str:
+    """The name of a network of one linear layer, in the registry while the test lasts."""
+    line = models.Network(f"{__name__}:linear", smallest_side=8)
+    monkeypatch.setitem(models.NETWORKS, "linear", line)
+    return "linear"
+
+
+def _changed(document: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    changed = dict(document)
+    for key, value in changes.items():
+        if value is None:
+            changed.pop(key, None)
+        elif isinstance(value, dict) and not KINDS & value.keys():
+            changed[key] = _changed(changed.get(key) or {}, value)
+        else:
+            changed[key] = value
+    return changed
