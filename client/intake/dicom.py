@@ -8,22 +8,22 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from numpy.typing import NDArray
 from pydicom.dataset import Dataset
 
 from client.intake.builder import ImageRecord
-from client.intake.deidentify import Deidentifier, text_of
+from client.intake.deidentify import Deidentifier, PixelsOnly, text_of
 from client.intake.display import brightness
 from client.intake.keys import SiteKey
-from client.intake.labels import LabelEntry, LabelTable
+from client.intake.labels import LabelEntry, LabelTable, read_labels
 from client.intake.part10 import BoundedFile, DicomFile, Directory, FrameDecoder, Geometry, Limits
 from client.intake.pixels import to_shape
 from client.intake.source import Kept, NotUsed, Step
 from common.cohort import PIXEL, Unit
 from common.errors import IntakeError
-from common.spec import Input
+from common.spec import Input, RunSpec
 
 # Pixel data that shows no patient: what someone or something drew or computed upon an image.
 _NO_PICTURES = {
@@ -177,6 +177,32 @@ class DicomFolder:
         if not self.folder.is_dir():
             raise IntakeError(f"{self.folder}: no such folder; expected a folder of DICOM files")
         self._files = sorted(walk(self.folder), key=self._place)
+
+    @classmethod
+    def of(
+        cls,
+        folder: Path,
+        labels: Path,
+        spec: RunSpec,
+        key: SiteKey,
+        *,
+        split: str = "",
+    ) -> Self:
+        """A folder with its label table, for a run.
+
+        Args:
+            folder: searched at any depth.
+            labels: a CSV; see `client.intake.labels`.
+            spec: the run.
+            key: of the pseudonyms.
+            split: put on every image; if empty, the label table's split is.
+
+        Raises:
+            IntakeError: if there is no such folder.
+            ConfigError: if the label table is wrong.
+        """
+        table = read_labels(labels, spec.task)
+        return cls(folder, FileReader(spec.input, table, PixelsOnly(key), split), key)
 
     def __len__(self) -> int:
         return len(self._files)

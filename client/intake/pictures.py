@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,13 +19,13 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from client.intake.builder import ImageRecord
 from client.intake.dicom import walk
 from client.intake.keys import SiteKey
-from client.intake.labels import LabelEntry, LabelTable
+from client.intake.labels import LabelEntry, LabelTable, read_labels
 from client.intake.part10 import Limits
 from client.intake.pixels import shown, to_shape
 from client.intake.source import Kept, NotUsed, Step
 from common.cohort import Unit
 from common.errors import IntakeError
-from common.spec import Input
+from common.spec import Input, RunSpec
 
 LABEL_KEYS = ("file",)
 _FORMATS = ("PNG", "JPEG")
@@ -65,6 +65,18 @@ class Pictures:
         found = (path.relative_to(self.folder).as_posix() for path in walk(self.folder))
         self._others = {name for name in found if name.lower().endswith(_SUFFIXES)}
         self._others -= {str(PurePosixPath(name)) for name in self.labels.entries}
+
+    @classmethod
+    def of(
+        cls, folder: Path, labels: Path, spec: RunSpec, key: SiteKey, *, split: str = ""
+    ) -> Self:
+        """A folder with its CSV, for a run.
+
+        Raises:
+            IntakeError: if there is no such folder.
+            ConfigError: if the CSV is wrong.
+        """
+        return cls(folder, read_labels(labels, spec.task, LABEL_KEYS), spec.input, key, split)
 
     def __len__(self) -> int:
         return len(self.labels.entries) + len(self._others)
