@@ -18,6 +18,7 @@ What `train` returns beside the update (losses, counts) is for the node's own lo
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -252,7 +253,7 @@ class LocalTrainer:
         for part in _parts(rows, max(1, self._physical_images // copies)):
             loss = self._losses(part, copies, generator)
             total = loss.sum() if private else loss.sum() / self._spec.local.batch_size
-            total.backward()  # type: ignore[no-untyped-call]
+            _backward(total)
             if private:
                 optimizer.accumulate(copies)
             losses.append(loss.detach().cpu())
@@ -347,6 +348,13 @@ def check_weights(weights: Arrays, shapes: Mapping[str, tuple[int, ...]]) -> Non
             raise Refusal(RefusalCode.WEIGHTS, f"{name}: {seen}, expected float32{list(shape)}")
         if not np.all(np.abs(array) <= _LARGEST_WEIGHT):
             raise Refusal(RefusalCode.WEIGHTS, f"{name}: not finite, or beyond {_LARGEST_WEIGHT:g}")
+
+
+def _backward(total: Tensor) -> None:
+    """Backward through Opacus' hooks, which torch warns of on a network's first layer."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Full backward hook is firing")
+        total.backward()  # type: ignore[no-untyped-call]
 
 
 def _with_sample_gradients(network: nn.Module) -> nn.Module:

@@ -23,6 +23,7 @@ from typing import Any
 
 from common.errors import RunError
 from common.spec import RunSpec
+from deploy.local_engine import ROOMY_MALLOC
 from server.rounds import Observer
 
 log = logging.getLogger("cloister.simulation")
@@ -79,7 +80,7 @@ def run_on_ray(folder: Path, spec: RunSpec, *, sites: int, observer: Observer) -
 def _superlink(home: Path, log_file: Path) -> Iterator[dict[str, str]]:
     """A SuperLink on a free loopback port; yields the environment that finds it."""
     port = _free_port()
-    environment = os.environ | {
+    environment = os.environ | ROOMY_MALLOC | {
         "FLWR_HOME": str(home),
         "FLWR_TELEMETRY_ENABLED": "0",
         "FLWR_DISABLE_UPDATE_CHECK": "1",

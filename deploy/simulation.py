@@ -54,7 +54,7 @@ from common.files import write_durably
 from common.noise import Keystream
 from common.spec import Count, Positive, RunSpec, Section, read_run_file
 from deploy import partition
-from deploy.local_engine import ClientAppAt, LocalGrid
+from deploy.local_engine import ClientAppAt, LocalGrid, Timing
 from deploy.ray_engine import run_on_ray
 from server import app as server_wiring
 from server.rounds import Conduct, Observer
@@ -256,8 +256,8 @@ def run_locally(
     *,
     workers: int | None,
     observer: Observer,
-) -> float:
-    """See `simulate`; returns the seconds that the sites were busy, all together."""
+) -> list[Timing]:
+    """See `simulate`; returns how long each message took where it was answered."""
     config = {"spec": spec.canonical_json, "simulation": str(folder.resolve())}
     client = ClientAppAt("deploy.simulation", "client_app", config)
     count = _workers(len(simulation.names)) if workers is None else workers
@@ -266,7 +266,7 @@ def run_locally(
         conduct = Conduct(engine="local", seeded=True, observer=observer)
         server_wiring.register(app, lambda context, _: _station(context, conduct))
         app(grid, grid.context(config))
-    return grid.busy_seconds
+    return grid.timings
 
 
 def _workers(sites: int) -> int:
