@@ -77,7 +77,8 @@ def render(record: RunRecord) -> str:
         headline=_headline(record),
         largest=wording.largest(record.privacy.sites),
         metrics=_metric_rows(record),
-        confusion=_confusion_tables(record),
+        confusion=_confusion(record),
+        titles=wording.METRIC_TITLES,
         by_class=_class_rows(record),
         curve_pictures=_curve_pictures(record),
         round_pictures=_round_pictures(record),
@@ -144,23 +145,18 @@ class Cell:
 
 @dataclass(frozen=True)
 class Confusion:
-    """A confusion matrix; its title is empty where there is only one."""
+    """A confusion matrix, rows by truth and columns by decision."""
 
-    title: str
     names: Sequence[str]
     rows: Sequence[Sequence[Cell]]
 
 
-def _confusion_tables(record: RunRecord) -> list[Confusion]:
+def _confusion(record: RunRecord) -> Confusion | None:
+    """That of the test part; None without one, and where labels do not exclude each other."""
     part = record.final.get("test")
-    if part is None:
-        return []
-    classes = record.spec.task.classes
-    counts = part.scores.confusion
-    if record.spec.task.kind != "multilabel":
-        return [Confusion("", classes, _cells(counts))]
-    pairs = zip(classes, counts, strict=True)
-    return [Confusion(name, ("absent", "present"), _cells(table)) for name, table in pairs]
+    if part is None or record.spec.task.kind == "multilabel":
+        return None
+    return Confusion(record.spec.task.classes, _cells(part.scores.confusion))
 
 
 def _cells(counts: NDArray[np.int64]) -> list[list[Cell]]:
@@ -176,23 +172,27 @@ class ClassRow:
     name: str
     images: int
     scores: Scores
+    shown: Sequence[str]
 
 
 def _class_rows(record: RunRecord) -> list[ClassRow]:
     part = record.final.get("test")
     if part is None or record.spec.task.kind == "binary" or not part.predictions.finite:
         return []
+    decided = ("sensitivity", "specificity") if record.spec.task.kind == "multilabel" else ()
+    shown = ("auroc", "auprc", *decided)
     return [
-        ClassRow(name, int(column.truths.sum()), _score_column(column, record.spec))
+        ClassRow(name, int(column.truths.sum()), _score_column(column, record.spec), shown)
         for name, column in _columns(part, record.spec)
     ]
 
 
 def _score_column(column: curves.Column, spec: RunSpec) -> Scores:
     both = np.stack([1 - column.scores, column.scores], axis=1)
-    alone = Predictions("binary", both, column.truths.astype(np.int64), column.patients)
+    labels, settings = column.truths.astype(np.int64), spec.evaluation
+    alone = Predictions("binary", both, labels, column.patients, settings.threshold)
     generator = np.random.default_rng(spec.seed)
-    return score(alone, resamples=spec.evaluation.bootstrap, generator=generator)
+    return score(alone, resamples=settings.bootstrap, generator=generator)
 
 
 # --- Figures ----------------------------------------------------------------------------------
