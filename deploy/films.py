@@ -68,7 +68,7 @@ class Opacity:
             along=random.uniform(0.22, 0.85),
             radius=random.uniform(0.21, 0.33),
             stretch=random.uniform(0.75, 1.35),
-            density=random.uniform(0.20, 0.44),
+            density=random.uniform(0.28, 0.46),
         )
 
 
