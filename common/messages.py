@@ -14,6 +14,7 @@ else (law 1): there is no place in it for a loss, a count, a duration or a text.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Literal, TypeVar
@@ -33,13 +34,14 @@ Arrays = Mapping[str, NDArray[np.float32]]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$")]
 
-_MOST_ARRAYS, _LONGEST_NAME = 10_000, 200
+_MOST_ARRAYS, _LONGEST_NAME, _MOST_DIMENSIONS = 10_000, 200, 32
+_NPY_1_0, _ALIGNMENT = b"\x93NUMPY\x01\x00", 16  # numpy.lib.format
 
 
 class _Fields(Section):
     """The scalars of a message. `protocol` must be this side's."""
 
-    protocol: Literal[1] = 1
+    protocol: Annotated[int, Field(ge=1, le=1)] = 1
 
 
 class _InvitationFields(_Fields):
@@ -183,7 +185,7 @@ def _write(name: str, fields: _Fields, **arrays: Arrays) -> RecordDict:
     records = RecordDict({name: ConfigRecord(fields.model_dump(mode="json"))})
     for key, named in arrays.items():
         records[key] = ArrayRecord(
-            {parameter: Array(np.ascontiguousarray(array)) for parameter, array in named.items()}
+            {name: Array(np.asarray(array, order="C")) for name, array in named.items()}
         )
     return records
 
@@ -197,19 +199,20 @@ def _read(
     """The checked scalars of the one message that `records` must be."""
     expected = {name, arrays} if arrays else {name}
     if set(records) != expected:
-        raise MessageError(f"records {sorted(records)}: expected exactly {sorted(expected)}")
+        seen = f"{sorted(records)}"
+        raise MessageError(f"records {seen:.200}: expected exactly {sorted(expected)}")
     record = records[name]
     if not isinstance(record, ConfigRecord):
         raise MessageError(f"{name}: a {type(record).__name__}, expected a record of scalars")
     if set(record) != set(kind.model_fields):
-        odd = sorted(set(record) ^ set(kind.model_fields))
-        raise MessageError(f"{name}: fields missing or unknown: {odd}")
+        odd = f"{sorted(set(record) ^ set(kind.model_fields))}"
+        raise MessageError(f"{name}: fields missing or unknown: {odd:.200}")
     try:
         return kind.model_validate(dict(record))
     except ValidationError as error:
-        seen = error.errors()[0]
-        where = ".".join(map(str, seen["loc"]))
-        raise MessageError(f"{name}.{where} = {seen['input']!r}: {seen['msg']}") from None
+        wrong = error.errors()[0]
+        where = ".".join(map(str, wrong["loc"]))
+        raise MessageError(f"{name}.{where} = {wrong['input']!r:.200}: {wrong['msg']}") from None
 
 
 def _arrays(record: object) -> dict[str, NDArray[np.float32]]:
@@ -219,22 +222,32 @@ def _arrays(record: object) -> dict[str, NDArray[np.float32]]:
 
 
 def _parameter(key: str) -> str:
-    if len(key) > _LONGEST_NAME or not key.isprintable():
+    if not 0 < len(key) <= _LONGEST_NAME or not key.isprintable():
         raise MessageError(f"an array's name of {len(key)} characters is not a parameter's")
     return key
 
 
 def _float32(key: str, array: Array) -> NDArray[np.float32]:
-    """The array itself, without a pickle and without trust in what it says of itself."""
+    """The array, if its bytes are what NumPy writes for float32 of its shape, and nothing else.
+
+    Its header is compared, not parsed: no pickle, no archive and no evaluated text can be in it,
+    and no memory is taken for more numbers than came.
+    """
+    shape, content = tuple(array.shape), array.data
     if array.stype != "numpy.ndarray" or array.dtype != "float32":
-        raise MessageError(f"{key}: {array.stype} of {array.dtype}, expected float32")
-    try:
-        read: NDArray[np.float32] = array.numpy()
-    except (ValueError, OSError, EOFError) as error:
-        raise MessageError(f"{key}: not a readable array") from error
-    if read.dtype != np.float32 or list(read.shape) != list(array.shape):
-        raise MessageError(f"{key}: {read.dtype}{list(read.shape)} is not what it says of itself")
-    return read
+        raise MessageError(f"{key}: {array.stype!r:.40} of {array.dtype!r:.40}, expected float32")
+    if len(shape) > _MOST_DIMENSIONS or any(size < 1 for size in shape):
+        raise MessageError(f"{key}: a shape that no parameter has: {shape!s:.200}")
+    start = len(_NPY_1_0) + 2 + int.from_bytes(content[8:10], "little")
+    header = f"{{'descr': '<f4', 'fortran_order': False, 'shape': {shape}, }}"
+    if (
+        not content.startswith(_NPY_1_0)
+        or content[10:start].rstrip(b" \n") != header.encode()
+        or start % _ALIGNMENT
+        or len(content) - start != 4 * math.prod(shape)
+    ):
+        raise MessageError(f"{key}: not the float32{list(shape)!s:.200} that it says it is")
+    return np.frombuffer(content, "<f4", offset=start).reshape(shape).astype(np.float32)
 
 
 def _spec_of(fields: _InvitationFields) -> RunSpec:
@@ -248,9 +261,11 @@ def _spec_of(fields: _InvitationFields) -> RunSpec:
 
 
 def _mechanism(fields: _ReleaseFields) -> SubsampledGaussian | None:
-    if not fields.private:
-        return None
     rate, noise = fields.sampling_rate, fields.noise_multiplier
+    if not fields.private:
+        if rate or noise or fields.steps:
+            raise MessageError("release.private = False: a mechanism is described all the same")
+        return None
     try:
         return SubsampledGaussian(rate, noise, fields.steps, fields.unit)
     except ValueError as error:

@@ -600,7 +600,7 @@ def specs(draw: st.DrawFn) -> RunSpec:
     return RunSpec.from_json(json.dumps(value))
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=80)
 @given(specs())
 def test_canonical_json_comes_back_as_the_same_run(spec: RunSpec):
     again = RunSpec.from_json(spec.canonical_json)
@@ -609,7 +609,7 @@ def test_canonical_json_comes_back_as_the_same_run(spec: RunSpec):
     assert again.digest == spec.digest
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=80)
 @given(specs(), st.data())
 def test_a_rate_is_above_zero_and_never_above_the_written_one(spec: RunSpec, data: st.DataObject):
     number = data.draw(st.integers(1, spec.rounds))
@@ -624,7 +624,7 @@ def test_these_properties_are_asked_of_more_than_one_kind():
     assert isinstance(adaptive, FedOpt)
 
 
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=100)
 @given(
     st.recursive(
         st.none() | st.booleans() | st.integers() | st.floats() | texts,
