@@ -7,13 +7,20 @@ from pathlib import Path
 
 
 def write_durably(path: Path, content: bytes) -> None:
-    """Replace `path` by `content` at once: written aside, flushed, renamed, the folder flushed."""
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    """Replace `path` by `content` at once: written aside, flushed, renamed, the folder flushed.
+
+    Several processes may write one path: the last to finish wins, and none sees half of another.
+    """
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        with partial.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
     flush_folder(path.parent)
 
 

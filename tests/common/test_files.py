@@ -1,0 +1,103 @@
+"""A file is whole, old or new, whatever happens while it is written."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from common.files import flush_folder, write_durably
+
+WRITER = """
+import sys
+from pathlib import Path
+from common.files import write_durably
+path, letter, times, size = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+print("ready", flush=True)
+for _ in range(times):
+    write_durably(path, letter.encode() * size)
+"""
+
+
+def writer(path: Path, letter: str, times: int, size: int) -> subprocess.Popen[bytes]:
+    """Another process that writes one letter `size` times over, again and again."""
+    command = [sys.executable, "-c", WRITER, str(path), letter, str(times), str(size)]
+    return subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+    )
+
+
+def await_start(process: subprocess.Popen[bytes]) -> None:
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"ready\n"
+
+
+@contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    """A disk that takes no file beyond `size` bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("content", [b"", b"new", bytes(3_000_000)])
+def test_the_new_content_replaces_the_old(tmp_path: Path, content: bytes):
+    path = tmp_path / "state.json"
+    path.write_bytes(b"old, and longer than the new one")
+    write_durably(path, content)
+    assert path.read_bytes() == content
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_folder_that_is_not_there_is_an_error(tmp_path: Path):
+    with pytest.raises(FileNotFoundError):
+        write_durably(tmp_path / "missing" / "state.json", b"new")
+    with pytest.raises(FileNotFoundError):
+        flush_folder(tmp_path / "missing")
+
+
+def test_a_full_disk_leaves_the_old_content_and_nothing_else(tmp_path: Path):
+    path = tmp_path / "state.json"
+    write_durably(path, b"old")
+    with largest_file(100_000), pytest.raises(OSError, match="File too large"):
+        write_durably(path, bytes(1_000_000))
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_two_processes_do_not_mix_their_contents(tmp_path: Path):
+    path = tmp_path / "state.json"
+    processes = [writer(path, letter, times=150, size=100_000) for letter in "ab"]
+    while any(process.poll() is None for process in processes):
+        if path.exists():
+            assert len(set(path.read_bytes())) == 1
+            assert path.stat().st_size == 100_000
+        time.sleep(0.001)
+    assert [process.wait() for process in processes] == [0, 0]
+
+
+def test_a_killed_writer_leaves_one_whole_content(tmp_path: Path):
+    path = tmp_path / "state.json"
+    write_durably(path, b"o" * 1_000_000)
+    for attempt in range(5):
+        process = writer(path, str(attempt), times=10_000, size=1_000_000)
+        await_start(process)
+        time.sleep(0.003 * attempt)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+        content = path.read_bytes()
+        assert len(content) == 1_000_000
+        assert len(set(content)) == 1
