@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Annotated
 
 from pydantic import Field, ValidationError
+from pydantic_core import ErrorDetails
 
 from common import accounting
 from common.accounting import SubsampledGaussian
@@ -91,11 +92,17 @@ def read_policy(path: Path) -> Policy:
     try:
         document = tomllib.loads(path.read_text(encoding="utf-8"))
         return Policy.model_validate(document)
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise ConfigError(f"{path}: {error}; expected the node's TOML file") from error
     except ValidationError as error:
-        lines = (
-            f"{path}: {'.'.join(map(str, detail['loc']))} = {detail['input']!r}: {detail['msg']}"
-            for detail in error.errors()
-        )
+        lines = (f"{path}: {_explain(detail)}" for detail in error.errors())
         raise ConfigError("\n".join(lines)) from None
+    except (OSError, ValueError) as error:  # not there, not text, not TOML
+        raise ConfigError(f"{path}: {error}; expected the node's TOML file") from error
+
+
+def _explain(detail: ErrorDetails) -> str:
+    """Key, value, what was expected."""
+    key = ".".join(map(str, detail["loc"]))
+    if detail["type"] == "missing":
+        return f"{key} is missing; it has no default"
+    message = "unknown key" if detail["type"] == "extra_forbidden" else detail["msg"]
+    return f"{key} = {detail['input']!r}: {message}"
