@@ -81,11 +81,15 @@ class Gate:
         stored = self._ledger.released(spec.digest, number, digest)
         if stored is not None:
             return Release(spec.digest, number, mechanism, load(stored))
-        if mechanism is not None:
-            self._policy.check_budget(self._ledger.spent(), mechanism)
+
+        def allow(spent: list[SubsampledGaussian]) -> None:
+            if mechanism is not None:
+                self._policy.check_budget(spent, mechanism)
+
+        allow(self._ledger.spent())  # and again when it is booked: another node may be quicker
         trainer = self._trainer(spec, planned)
         trainer.check(task.weights)
-        attempt = self._ledger.reserve(spec.digest, number, digest, mechanism)
+        attempt = self._ledger.reserve(spec.digest, number, digest, mechanism, allow=allow)
         keystream = self._keystream(run_id=spec.run_id, round_number=number)
         result = trainer.train(task.weights, number, keystream)
         self._log(task, result)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import sqlite3
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -30,11 +31,21 @@ CREATE TABLE IF NOT EXISTS release (
     attempt INTEGER PRIMARY KEY REFERENCES attempt (id),
     digest TEXT NOT NULL, committed TEXT NOT NULL
 );
-CREATE TRIGGER IF NOT EXISTS attempt_stays BEFORE UPDATE ON attempt
+CREATE INDEX IF NOT EXISTS attempt_by_round ON attempt (run, round);
+CREATE INDEX IF NOT EXISTS release_by_digest ON release (digest);
+"""
+_APPEND_ONLY = """
+CREATE TRIGGER IF NOT EXISTS {table}_stays BEFORE UPDATE ON {table}
     BEGIN SELECT RAISE(ABORT, 'the ledger is append only'); END;
-CREATE TRIGGER IF NOT EXISTS attempt_kept BEFORE DELETE ON attempt
+CREATE TRIGGER IF NOT EXISTS {table}_kept BEFORE DELETE ON {table}
+    BEGIN SELECT RAISE(ABORT, 'the ledger is append only'); END;
+CREATE TRIGGER IF NOT EXISTS {table}_new BEFORE INSERT ON {table}
+    WHEN EXISTS (SELECT 1 FROM {table} WHERE {key} = NEW.{key})
     BEGIN SELECT RAISE(ABORT, 'the ledger is append only'); END;
 """
+
+Allow = Callable[[list[SubsampledGaussian]], None]
+"""Raises a Refusal if what was spent leaves no room."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +69,8 @@ class Ledger:
         self._database.execute("PRAGMA journal_mode=WAL")
         self._database.execute("PRAGMA synchronous=FULL")
         self._database.executescript(_SCHEMA)
+        for table, key in (("attempt", "id"), ("release", "attempt")):
+            self._database.executescript(_APPEND_ONLY.format(table=table, key=key))
 
     def spent(self) -> list[SubsampledGaussian]:
         """Every attempt ever reserved, committed or not, that had a mechanism."""
@@ -73,25 +86,33 @@ class Ledger:
         Raises:
             Refusal: ``replay``: the round was asked with other content, or the bytes are gone.
         """
-        rows = self._database.execute(
-            "SELECT a.task, r.digest FROM attempt a LEFT JOIN release r ON r.attempt = a.id "
-            "WHERE a.run = ? AND a.round = ?",
-            (run, round_number),
-        ).fetchall()
-        if any(seen != task for seen, _ in rows):
-            raise Refusal(RefusalCode.REPLAY, f"round {round_number} was asked with other content")
-        digests = [digest for _, digest in rows if digest is not None]
+        digests = self._digests(run, round_number, task)
         return self._stored(digests[0]) if digests else None
 
     def reserve(
-        self, run: str, round_number: int, task: str, mechanism: SubsampledGaussian | None
+        self,
+        run: str,
+        round_number: int,
+        task: str,
+        mechanism: SubsampledGaussian | None,
+        *,
+        allow: Allow = lambda _: None,
     ) -> Attempt:
-        """Book one attempt durably; from here on it counts as spent, whatever happens."""
+        """Book one attempt durably; from here on it counts as spent, whatever happens.
+
+        No other process can book between what `allow` sees and this booking.
+
+        Raises:
+            Refusal: ``replay``: the round was asked with other content; or what `allow` raises.
+        """
         parts = (None, None, None, None)
         if mechanism is not None:
             m = mechanism
             parts = (m.sampling_rate, m.noise_multiplier, m.steps, m.unit)  # type: ignore[assignment]
         with self._database:
+            self._database.execute("BEGIN IMMEDIATE")
+            self._digests(run, round_number, task)
+            allow(self.spent())
             cursor = self._database.execute(
                 "INSERT INTO attempt (run, round, task, sampling_rate, noise_multiplier, steps, "
                 "unit, reserved) VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
@@ -116,11 +137,24 @@ class Ledger:
         """
         rows = self._database.execute(
             "SELECT r.digest FROM attempt a JOIN release r ON r.attempt = a.id "
-            "WHERE a.run = ? AND a.round < ?",
-            (run, before_round),
+            "WHERE a.run = :run AND a.round < :round AND NOT EXISTS ("
+            "SELECT 1 FROM release s JOIN attempt b ON s.attempt = b.id "
+            "WHERE s.digest = r.digest AND (b.run <> :run OR b.round >= :round))",
+            {"run": run, "round": before_round},
         )
         for (digest,) in rows:
             (self._releases / digest).unlink(missing_ok=True)
+
+    def _digests(self, run: str, round_number: int, task: str) -> list[str]:
+        """Of the releases of this task; a round that was asked with other content is refused."""
+        rows = self._database.execute(
+            "SELECT a.task, r.digest FROM attempt a LEFT JOIN release r ON r.attempt = a.id "
+            "WHERE a.run = ? AND a.round = ?",
+            (run, round_number),
+        ).fetchall()
+        if any(seen != task for seen, _ in rows):
+            raise Refusal(RefusalCode.REPLAY, f"round {round_number} was asked with other content")
+        return [digest for _, digest in rows if digest is not None]
 
     def _stored(self, digest: str) -> bytes:
         try:
