@@ -57,6 +57,7 @@ class StreamingMean:
 class AllAtOnce:
     """What the robust rules share: every update of the round is held, as one flat vector.
 
+    Its arrays lie in the order of their names: sites may send them in different ones.
     Weights are ignored: a rule that a hostile site is to survive cannot trust a size it declares.
     """
 
@@ -66,8 +67,8 @@ class AllAtOnce:
 
     def fold(self, site: str, update: Arrays, weight: float) -> None:
         """Add one site's checked update."""
-        self._shapes = {name: array.shape for name, array in update.items()}
-        self._held[site] = np.concatenate([array.ravel() for array in update.values()])
+        self._shapes = {name: update[name].shape for name in sorted(update)}
+        self._held[site] = np.concatenate([update[name].ravel() for name in self._shapes])
 
     def result(self) -> dict[str, NDArray[np.float32]]:
         """The aggregate of all that was folded in."""

@@ -364,7 +364,7 @@ class FederatedRun:
     def _loaded(self, arrays: Arrays) -> nn.Module:
         with torch.no_grad():
             for name, parameter in self._network.named_parameters():
-                parameter.copy_(torch.from_numpy(np.ascontiguousarray(arrays[name])))
+                parameter.copy_(torch.from_numpy(np.asarray(arrays[name], order="C")))
         return self._network
 
     def _checkpoint(self) -> Checkpoint:
