@@ -87,13 +87,14 @@ def load_checkpoint(folder: Path, spec_digest: str) -> Checkpoint | None:
                 "folder is another run's; start a new run"
             )
         content = (folder / state["file"]).read_bytes()
-        intact = hashlib.sha256(content).hexdigest() == state["sha256"]
-        groups = _grouped(load(content)) if intact else None
+        if hashlib.sha256(content).hexdigest() != state["sha256"]:
+            raise ValueError(f"the SHA-256 of {state['file']} is not the one that it names")
+        number, history = int(state["round"]), tuple(state["history"])
+        if len(history) != number:
+            raise ValueError(f"a history of {len(history)} rounds after round {number}")
+        return Checkpoint(seen, number, _grouped(load(content)), history, state["notes"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RunError(f"{path}: damaged checkpoint ({error}); start a new run") from error
-    if groups is None:
-        raise RunError(f"{folder / state['file']}: its SHA-256 is not the one that {path} names")
-    return Checkpoint(seen, int(state["round"]), groups, tuple(state["history"]), state["notes"])
 
 
 def _grouped(arrays: Arrays) -> dict[str, dict[str, Any]]:
