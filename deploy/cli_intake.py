@@ -110,7 +110,7 @@ def dicom(
     """
     run = read_run_file(spec).spec
     key = _key(site_key)
-    _take_in(DicomFolder.of(source, labels, run, key, split=split or ""), cohort, run, not_used)
+    take_in(DicomFolder.of(source, labels, run, key, split=split or ""), cohort, run, not_used)
 
 
 @intake_app.command()
@@ -132,7 +132,7 @@ def medmnist(
     """
     run = read_run_file(spec).spec
     parts = PARTS if part is None else (part.value,)
-    _take_in(MedMnist(file, run, SiteKey.random(), parts), cohort, run)
+    take_in(MedMnist(file, run, SiteKey.random(), parts), cohort, run)
 
 
 @intake_app.command()
@@ -155,7 +155,7 @@ def pictures(
     """
     run = read_run_file(spec).spec
     key = _key(site_key)
-    _take_in(Pictures.of(folder, labels, run, key, split=split or ""), cohort, run, not_used)
+    take_in(Pictures.of(folder, labels, run, key, split=split or ""), cohort, run, not_used)
 
 
 @intake_app.command()
@@ -187,7 +187,8 @@ def _key(path: Path | None) -> SiteKey:
     return SiteKey.random() if path is None else SiteKey.from_file(path)
 
 
-def _take_in(source: Source, cohort: Path, spec: RunSpec, listing: Path | None = None) -> None:
+def take_in(source: Source, cohort: Path, spec: RunSpec, listing: Path | None = None) -> None:
+    """Write the cohort of a source, with a progress bar and a summary."""
     with _progress_bar() as progress:
         task = progress.add_task("Taking in", total=len(source))
         summary = intake(

@@ -66,9 +66,9 @@ class Opacity:
             side=int(random.choice((-1, 1))),
             across=random.uniform(-0.55, 0.55),
             along=random.uniform(0.22, 0.85),
-            radius=random.uniform(0.21, 0.33),
+            radius=random.uniform(0.22, 0.35),
             stretch=random.uniform(0.75, 1.35),
-            density=random.uniform(0.28, 0.46),
+            density=random.uniform(0.30, 0.52),
         )
 
 

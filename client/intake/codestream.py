@@ -13,6 +13,7 @@ from common.errors import IntakeError
 
 _JPEG_START = b"\xff\xd8"
 _J2K_START = b"\xff\x4f\xff\x51"
+_BOX_HEADER = 8
 _JP2_START = b"\x00\x00\x00\x0cjP  "
 # Start of frame: SOF0 to SOF15 without DHT, JPG and DAC (ITU-T T.81 B.1.1.3), SOF55 of JPEG-LS.
 _FRAME_MARKERS = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC} | {0xF7}
@@ -39,7 +40,7 @@ def claimed_size(frame: bytes) -> Claim | None:
         if frame[:4] == _J2K_START:
             return _jpeg2000(frame, 0)
         if frame[:8] == _JP2_START:
-            return _jpeg2000(frame, frame.index(_J2K_START))
+            return _jpeg2000(frame, _codestream_box(frame))
     except (IndexError, ValueError) as error:
         raise IntakeError("its compressed image ends before it names its size") from error
     return None
@@ -61,6 +62,22 @@ def _jpeg(frame: bytes) -> Claim:
             return Claim(rows, columns, frame[position + 9])
         else:
             position += 2 + _number(frame, position + 2, 2)
+
+
+def _codestream_box(frame: bytes) -> int:
+    """Walk the boxes of a JP2 file to its codestream (ITU-T T.800 I.4).
+
+    A box shorter than its own header would keep a careless reader on the spot for ever.
+    """
+    position = 12
+    while frame[position + 4 : position + 8] != b"jp2c":
+        length = _number(frame, position, 4)
+        if length < _BOX_HEADER:
+            raise ValueError("a box shorter than its header")
+        position += length
+    if frame[position + 8 : position + 12] != _J2K_START:
+        raise ValueError("no codestream where one belongs")
+    return position + 8
 
 
 def _jpeg2000(frame: bytes, start: int) -> Claim:

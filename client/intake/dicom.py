@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -81,8 +83,7 @@ class FileReader:
         """
         found: dict[str, Any] = {}
         try:
-            with warnings.catch_warnings(), BoundedFile(path, self.limits.read_bytes) as stream:
-                warnings.simplefilter("ignore")
+            with _quiet(), BoundedFile(path, self.limits.read_bytes) as stream:
                 file = DicomFile.parse(stream, self.limits)
                 return self._read(file, found, without_patient)
         except Directory:
@@ -240,6 +241,20 @@ class DicomFolder:
         return self.key.pseudonym("order", os.fspath(path.relative_to(self.folder)))
 
 
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep pydicom from printing and logging the values that it dislikes: they name patients."""
+    log = logging.getLogger("pydicom")
+    level = log.level
+    log.setLevel(logging.CRITICAL + 1)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        log.setLevel(level)
+
+
 def walk(folder: Path) -> Iterator[Path]:
     """All files below `folder` but DICOMDIRs; symbolic links to folders are not followed."""
     for place, _, files in os.walk(folder):
@@ -251,9 +266,8 @@ def walk(folder: Path) -> Iterator[Path]:
 def _labels_without_image(labels: LabelTable, used: set[int]) -> Iterator[NotUsed]:
     for name, entry in labels.entries.items():
         if entry.line not in used:
-            yield NotUsed(
-                f"{labels.source}:{entry.line}", f"no usable image of {labels.key} {name}"
-            )
+            where = f"{labels.source}:{entry.line} ({labels.key} {name})"
+            yield NotUsed(where, "label without a usable image")
 
 
 def _brief(error: Exception) -> str:

@@ -64,7 +64,7 @@ def brightness(stored: NDArray[Any], header: Dataset, frame: int, rule: Rule) ->
     if photometric in _GREY and stored.ndim == 2:
         return _grey(stored, attributes, rule, inverted=photometric == "MONOCHROME1")
     raise IntakeError(
-        f"its photometric interpretation is {photometric!r} with {stored.ndim - 1} dimensions; "
+        f"its photometric interpretation is {photometric!r}, of pixels of shape {stored.shape}; "
         f"expected one of {', '.join((*_GREY, 'PALETTE COLOR', *_COLOUR))}"
     )
 

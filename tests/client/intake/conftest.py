@@ -67,63 +67,49 @@ def make_film(pixels: NDArray[Any] | None = None, **attributes: Any) -> FileData
     return film
 
 
-def save_film(path: Path, pixels: NDArray[Any] | None = None, **attributes: Any) -> Path:
-    """Write `make_film` to a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    make_film(pixels, **attributes).save_as(path, enforce_file_format=True)
-    return path
-
-
 @pytest.fixture(scope="session")
 def film() -> Callable[..., FileDataset]:
     """`film(pixels, **attributes)`: a CR in memory."""
     return make_film
 
 
-@pytest.fixture(scope="session")
-def save() -> Callable[..., Path]:
-    """`save(path, pixels, **attributes)`: a CR in a file."""
-    return save_film
+class Hospital:
+    """A folder of DICOM files, a label table, a site key, and the way in."""
 
+    def __init__(self, place: Path, make_spec: Callable[..., RunSpec]) -> None:
+        self.place = place
+        self.folder = place / "source"
+        self.folder.mkdir()
+        self.key = SiteKey(bytes(range(32)))
+        self.make_spec = make_spec
+        self._files = 0
 
-@pytest.fixture(scope="session")
-def key() -> SiteKey:
-    return SiteKey(bytes(range(32)))
+    def film(self, name: str, pixels: NDArray[Any] | None = None, **attributes: Any) -> Path:
+        """Write `make_film` to a file, an instance of its own unless told otherwise."""
+        self._files += 1
+        path = self.folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        made = make_film(pixels, **{"SOPInstanceUID": f"{STUDY}.6.{self._files}"} | attributes)
+        made.save_as(path, enforce_file_format=True)
+        return path
 
-
-@pytest.fixture
-def source(tmp_path: Path) -> Path:
-    """An empty folder."""
-    folder = tmp_path / "source"
-    folder.mkdir()
-    return folder
-
-
-@pytest.fixture
-def labels(tmp_path: Path) -> Callable[..., Path]:
-    """`labels({"P1": "normal"}, column="PatientID")`: a label table in a file."""
-
-    def write(entries: Mapping[str, str], column: str = "PatientID") -> Path:
-        path = tmp_path / "labels.csv"
+    def labels(self, entries: Mapping[str, str], column: str = "PatientID") -> Path:
+        """Write a label table; its first entry stands on line 2."""
+        path = self.place / "labels.csv"
         lines = [f"{name},{label}" for name, label in entries.items()]
         path.write_text("\n".join([f"{column},label", *lines]), encoding="utf-8")
         return path
 
-    return write
+    def take_in(
+        self, labels: Path, name: str = "cohort", *, split: str = "", **changes: Any
+    ) -> Taken:
+        """Take the folder in for the small run with `changes`."""
+        run, path = self.make_spec(**changes), self.place / name
+        folder = DicomFolder.of(self.folder, labels, run, self.key, split=split)
+        return Taken(intake(folder, path, run), Cohort.open(path))
 
 
 @pytest.fixture
-def take_in(
-    tmp_path: Path, source: Path, key: SiteKey, make_spec: Callable[..., RunSpec]
-) -> Callable[..., Taken]:
-    """`take_in(labels_csv, spec, folder)`: the folder as a cohort."""
-
-    def _take_in(
-        table: Path, spec: RunSpec | None = None, folder: Path | None = None, name: str = "cohort"
-    ) -> Taken:
-        run = spec or make_spec()
-        path = tmp_path / name
-        summary = intake(DicomFolder.of(folder or source, table, run, key), path, run)
-        return Taken(summary, Cohort.open(path))
-
-    return _take_in
+def hospital(tmp_path: Path, make_spec: Callable[..., RunSpec]) -> Hospital:
+    """An empty hospital."""
+    return Hospital(tmp_path, make_spec)

@@ -167,7 +167,7 @@ def test_colour_is_scaled_by_its_bits(film: Film) -> None:
 
 def test_a_palette_becomes_colour(film: Film) -> None:
     stored = np.array([[0, 1], [2, 3]], dtype=np.uint8)
-    palette = {}
+    palette: dict[str, Any] = {}
     for name, entries in (("Red", [0, 255, 0, 0]), ("Green", [0, 0, 255, 0]), ("Blue", [0] * 4)):
         palette[f"{name}PaletteColorLookupTableDescriptor"] = [4, 0, 8]
         palette[f"{name}PaletteColorLookupTableData"] = bytes(entries)
@@ -185,7 +185,7 @@ def test_a_palette_becomes_colour(film: Film) -> None:
 )
 def test_a_palette_that_asks_for_all_memory_is_refused(film: Film, segments: list[int]) -> None:
     data = np.array(segments, dtype="<u2").tobytes()
-    palette = {}
+    palette: dict[str, Any] = {}
     for name in ("Red", "Green", "Blue"):
         palette[f"{name}PaletteColorLookupTableDescriptor"] = [0, 0, 16]
         palette[f"Segmented{name}PaletteColorLookupTableData"] = data

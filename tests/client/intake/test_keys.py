@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from client.intake.keys import SiteKey
+from client.intake.keys import Domain, SiteKey
 from common.errors import ConfigError
 
-DOMAINS = ("patient", "study", "series", "instance", "order")
+DOMAINS: tuple[Domain, ...] = ("patient", "study", "series", "instance", "order")
 
 
 def test_is_hmac_sha256_over_framed_parts() -> None:

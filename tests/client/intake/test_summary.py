@@ -1,0 +1,90 @@
+"""Figures of a cohort, its warnings, and the contact sheet."""
+
+from __future__ import annotations
+
+import stat
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from client.intake.builder import CohortBuilder, ImageRecord, Label
+from client.intake.sheet import write_sheet
+from client.intake.summary import ClassCount, summarise
+from common.cohort import Cohort, CohortMeta, Unit
+from common.errors import CohortError
+from common.spec import RunSpec
+
+Row = tuple[str, Label, str]
+Write = Callable[..., Cohort]
+
+
+@pytest.fixture
+def write(tmp_path: Path, make_spec: Callable[..., RunSpec]) -> Write:
+    def _write(rows: Sequence[Row], unit: Unit = "patient", channels: int = 1) -> Cohort:
+        spec = make_spec(input={"channels": channels})
+        meta = CohortMeta.of(spec, unit=unit, source="test", created="2026-01-01")
+        with CohortBuilder(tmp_path / "c", spec.input.shape) as builder:
+            for number, (patient, label, split) in enumerate(rows):
+                pixels = np.full(spec.input.shape, number * 1000, dtype=np.uint16)
+                record = ImageRecord(patient, "", "", str(number), label, 9, 9, split)
+                builder.add(record, pixels)
+            builder.finish(meta)
+        return Cohort.open(tmp_path / "c")
+
+    return _write
+
+
+def test_counts(write: Write) -> None:
+    rows = [("a", 0, ""), ("a", 0, ""), ("a", 1, ""), ("b", 0, "test"), ("c", 1, "")]
+
+    summary = summarise(write(rows))
+
+    assert (summary.images, summary.patients, summary.unit) == (5, 3, "patient")
+    assert summary.classes == (ClassCount("normal", 3, 2), ClassCount("finding", 2, 2))
+    assert summary.images_a_patient == (1, 5 / 3, 3)
+    assert summary.splits == {"": 4, "test": 1}
+
+
+def test_a_patient_in_two_splits_is_a_warning(write: Write) -> None:
+    rows = [("a", 0, "train"), ("a", 1, "test"), ("b", 0, "train"), ("c", 1, "test")]
+
+    assert any(text.startswith("1 patients have") for text in summarise(write(rows)).warnings)
+
+
+def test_a_placeholder_patient_is_a_warning(write: Write) -> None:
+    rows = [("anonymous", number % 2, "") for number in range(8)] + [("b", 0, "")]
+
+    assert any("8 of 9 images" in text for text in summarise(write(rows)).warnings)
+
+
+def test_a_sound_cohort_has_no_warning(write: Write) -> None:
+    rows = [("a", 0, ""), ("b", 1, ""), ("c", 0, "")]
+
+    assert summarise(write(rows)).warnings == ()
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_sheet_shows_some_images_to_its_owner_alone(
+    write: Write, tmp_path: Path, channels: int
+) -> None:
+    cohort = write([(str(number), 0, "") for number in range(50)], channels=channels)
+
+    count = write_sheet(cohort, tmp_path / "sheet.png", columns=4, rows=2)
+
+    assert count == 8
+    assert stat.S_IMODE((tmp_path / "sheet.png").stat().st_mode) == 0o600
+    with Image.open(tmp_path / "sheet.png") as sheet:
+        assert sheet.mode == ("L" if channels == 1 else "RGB")
+        assert sheet.size == (4 * 100 - 4, 2 * 100 - 4)
+        assert sheet.convert("L").getpixel((0, 0)) == 0
+        assert sheet.convert("L").getpixel((395, 195)) == round(49000 / 65535 * 255)
+    with pytest.raises(CohortError, match="cannot be written"):
+        write_sheet(cohort, tmp_path / "sheet.png")
+
+
+def test_an_empty_cohort_has_no_sheet(write: Write, tmp_path: Path) -> None:
+    with pytest.raises(CohortError, match="is empty"):
+        write_sheet(write([]), tmp_path / "sheet.png")

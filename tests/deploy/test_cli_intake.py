@@ -1,0 +1,120 @@
+"""`cloister intake`: what a person types, and what they then see."""
+
+from __future__ import annotations
+
+import stat
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import Result
+from typer.testing import CliRunner
+
+from client.intake.keys import SiteKey
+from common.cohort import Cohort
+from common.errors import CohortError, ConfigError
+from deploy.cli_intake import intake_app
+from deploy.hospitals import Hospital, make_hospitals
+
+
+@pytest.fixture
+def run_file(tmp_path: Path, spec_text: str) -> Path:
+    path = tmp_path / "run.toml"
+    path.write_text(spec_text.replace('"finding"', '"opacity"'))
+    return path
+
+
+@pytest.fixture
+def hospital(tmp_path: Path) -> Hospital:
+    return make_hospitals(tmp_path / "hospitals", seed=1, size=0.02)[0]
+
+
+def call(*arguments: object) -> Result:
+    runner = CliRunner(env={"COLUMNS": "200", "TERM": "dumb", "NO_COLOR": "1"})
+    return runner.invoke(intake_app, list(map(str, arguments)))
+
+
+def test_dicom_then_show(hospital: Hospital, run_file: Path, tmp_path: Path) -> None:
+    cohort, key, listing = tmp_path / "c", tmp_path / "site.key", tmp_path / "not-used.csv"
+    files = ("--spec", run_file, "--labels", hospital.labels)
+    options = ("--site-key", key, "--not-used", listing, "--split", "train")
+
+    taken = call("dicom", hospital.folder, cohort, *files, *options)
+
+    assert taken.exit_code == 0, taken.output
+    for text in ("its pixel data is cut short", "not a DICOM file", "unit of privacy", "opacity"):
+        assert text in taken.output
+    assert set(Cohort.open(cohort).splits) == {"train"}
+    assert SiteKey.from_file(key)
+    assert listing.read_text().count("\n") == 1 + hospital.unusable
+    assert stat.S_IMODE(listing.stat().st_mode) == 0o600
+
+    shown = call("show", cohort, "--verify", "--sheet", tmp_path / "sheet.png")
+
+    assert shown.exit_code == 0, shown.output
+    assert f"All {hospital.images} images are as they were stored" in shown.output
+    assert (tmp_path / "sheet.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_one_key_makes_the_same_patients_in_every_cohort(
+    hospital: Hospital, run_file: Path, tmp_path: Path
+) -> None:
+    options = ("--spec", run_file, "--labels", hospital.labels)
+    for name in ("a", "b"):
+        call("dicom", hospital.folder, tmp_path / name, *options, "--site-key", tmp_path / "key")
+    call("dicom", hospital.folder, tmp_path / "c", *options)
+
+    a, b, c = (set(Cohort.open(tmp_path / name).patients) for name in "abc")
+    assert a == b
+    assert not a & c
+
+
+def test_medmnist_warns_of_its_unit(run_file: Path, tmp_path: Path) -> None:
+    images, labels = np.zeros((3, 8, 8), dtype=np.uint8), np.eye(3, 1, dtype=np.uint8)
+    np.savez(tmp_path / "x.npz", test_images=images, test_labels=labels)
+
+    taken = call(
+        "medmnist", tmp_path / "x.npz", tmp_path / "c", "--spec", run_file, "--part", "test"
+    )
+
+    assert taken.exit_code == 0, taken.output
+    assert "Attention: The source names no patients: the unit is the image" in taken.output
+    assert len(Cohort.open(tmp_path / "c")) == 3
+
+
+def test_names_with_brackets_are_shown_as_they_are(run_file: Path, tmp_path: Path) -> None:
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "[bold]x.png").write_text("no picture")
+    (tmp_path / "labels.csv").write_text("file,label\n[bold]x.png,normal\n")
+    options = ("--spec", run_file, "--labels", tmp_path / "labels.csv")
+
+    taken = call("pictures", tmp_path / "pictures", tmp_path / "c", *options)
+
+    assert taken.exit_code == 0, taken.output
+    assert "[bold]x.png" in taken.output
+    assert "The cohort is empty" in taken.output
+
+
+def test_mistakes_are_errors_of_ours(hospital: Hospital, run_file: Path, tmp_path: Path) -> None:
+    options = ("--spec", run_file, "--labels", hospital.labels)
+    (tmp_path / "there").mkdir()
+
+    existing = call("dicom", hospital.folder, tmp_path / "there", *options)
+    unlabelled = call(
+        "dicom",
+        hospital.folder,
+        tmp_path / "c",
+        "--spec",
+        run_file,
+        "--labels",
+        tmp_path / "no.csv",
+    )
+
+    assert isinstance(existing.exception, CohortError)
+    assert isinstance(unlabelled.exception, ConfigError)
+    assert not (tmp_path / "c").exists()
+
+
+@pytest.mark.parametrize("command", ["dicom", "medmnist", "pictures", "show"])
+def test_help_teaches_with_an_example(command: str) -> None:
+    assert f"Example: cloister intake {command}" in call(command, "--help").output
