@@ -45,6 +45,7 @@ log = logging.getLogger("cloister.training")
 Arrays = Mapping[str, NDArray[np.float32]]
 
 _GRADIENT_MEMORY = 512 * 2**20
+_NORM_BLOCK = 2**15
 _LARGEST_WEIGHT = 1e6
 
 
@@ -121,7 +122,7 @@ class PatientOptimizer(DPOptimizer):  # type: ignore[misc]
         factor 1 / copies of the mean over a patient's copies.
         """
         gradients = [self._by_patient(parameter, copies) for parameter in self.params]
-        norms = torch.stack([g.flatten(1).norm(dim=1) for g in gradients]).norm(dim=0)
+        norms = _norms(gradients)
         finite = torch.isfinite(norms)
         if not finite.all():
             self.zeroed += int((~finite).sum())
@@ -384,6 +385,17 @@ def _set_rate(optimizer: Any, rate: float) -> None:
 def _physical_images(parameters: int) -> int:
     """As many images as their float32 gradients fit into half a gigabyte; 8 to 512."""
     return int(min(512, max(8, _GRADIENT_MEMORY // (4 * parameters))))
+
+
+def _norms(gradients: list[Tensor]) -> Tensor:
+    """(patients,) L2 norms over all parameters.
+
+    By blocks: one float32 sum over millions of numbers comes out up to 1e-4 too small, and by as
+    much a patient would move the sum beyond C.
+    """
+    blocks = [b for g in gradients for b in torch.split(g.flatten(1), _NORM_BLOCK, dim=1)]
+    norms: Tensor = torch.stack([block.norm(dim=1) for block in blocks]).norm(dim=0)
+    return norms
 
 
 def _parts(rows: NDArray[np.int64], size: int) -> Iterator[NDArray[np.int64]]:

@@ -129,12 +129,17 @@ class ArrayCohort(Cohort):
         labels: NDArray[Any],
         rows_by_patient: Sequence[Sequence[int]] | None = None,
     ) -> None:
-        count = len(images) if rows_by_patient is None else len(rows_by_patient)
         self._pixels = images
         self.labels = labels
-        self.patients = tuple(f"p{number}" for number in range(count))
-        self._owned = rows_by_patient
+        self.show(
+            [[row] for row in range(len(images))] if rows_by_patient is None else rows_by_patient
+        )
         self.reads: list[list[int]] = []
+
+    def show(self, rows_by_patient: Sequence[Sequence[int]]) -> None:
+        """From now on, hold these patients in this order, by the numbers of their images."""
+        self.patients = tuple(f"p{number}" for number in range(len(rows_by_patient)))
+        self._owned = rows_by_patient
 
     def __len__(self) -> int:
         return len(self._pixels)
@@ -147,8 +152,7 @@ class ArrayCohort(Cohort):
         return self._pixels[np.asarray(rows, dtype=np.int64)]
 
     def rows_of(self, patient: int) -> NDArray[np.int64]:
-        owned = [patient] if self._owned is None else self._owned[patient]
-        return np.array(owned, dtype=np.int64)
+        return np.array(self._owned[patient], dtype=np.int64)
 
 
 @pytest.fixture(scope="session")
