@@ -189,6 +189,18 @@ def _key(path: Path | None) -> SiteKey:
 
 def take_in(source: Source, cohort: Path, spec: RunSpec, listing: Path | None = None) -> None:
     """Write the cohort of a source, with a progress bar and a summary."""
+    """Take a source in under a progress bar and show what became of it.
+
+    Args:
+        source: where the images come from.
+        cohort: a directory that does not exist yet.
+        spec: the run that the cohort is for.
+        listing: a new CSV for everything that was not used, if one is wished.
+
+    Raises:
+        CohortError, DataError: as `client.intake.run.intake` does.
+        ConfigError: if the listing cannot be written; the cohort is there all the same.
+    """
     with _progress_bar() as progress:
         task = progress.add_task("Taking in", total=len(source))
         summary = intake(
