@@ -41,7 +41,8 @@ def test_windows_agree_with_pydicom(
 
     ours = brightness(STORED, header, 0, "dicom")
 
-    theirs = apply_voi_lut(apply_modality_lut(STORED, header), header)
+    with np.errstate(over="ignore"):
+        theirs = apply_voi_lut(apply_modality_lut(STORED, header), header)
     low, high = -1024, 4095 * 1.5 - 1024
     np.testing.assert_allclose(ours, (theirs - low) / (high - low), atol=2e-4)
 
