@@ -15,6 +15,7 @@ os.environ.update(QUIET)  # law 8: before anything of Flower is imported
 
 from common.errors import CloisterError  # noqa: E402
 from deploy.cli_intake import intake_app  # noqa: E402
+from deploy.workers import fork_server  # noqa: E402
 
 app = typer.Typer(
     name="cloister",
@@ -38,14 +39,13 @@ def demo(
     folder: Annotated[
         Path, typer.Argument(help="Where hospitals, cohorts and the run are put.")
     ] = Path("demo"),
-    rounds: Annotated[
-        int | None, typer.Option(min=1, help="Rounds, if not as many as the demo has.")
-    ] = None,
 ) -> None:
     """Three synthetic hospitals train one network together, from DICOM to report."""
-    from deploy.demo import run_demo
+    from deploy import simulation
+    from deploy.demo import prepare_demo
 
-    report = run_demo(folder, console=console, rounds=rounds)
+    run_file = prepare_demo(folder, console)
+    report = conduct(simulation.prepare(run_file, folder / "runs"))
     console.print(f"\nOpen the report: [bold]{report.resolve().as_uri()}")
 
 
@@ -88,6 +88,8 @@ def simulate(
 
 def conduct(folder: Path, *, engine: str = "local", workers: int | None = None) -> Path:
     """Conduct the simulated run in `folder` before the person's eyes; returns its report."""
+    if engine == "local":
+        fork_server()  # it imports while we do
     from deploy import simulation
     from deploy.live import LiveObserver
 

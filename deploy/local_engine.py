@@ -21,7 +21,6 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib import import_module
-from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any
@@ -37,17 +36,11 @@ from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
+from deploy.workers import fork_server
+
 log = logging.getLogger("cloister.simulation")
 
 RUN_ID = 1
-
-ROOMY_MALLOC = {
-    "MALLOC_MMAP_THRESHOLD_": str(2**30),
-    "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1),
-}
-"""For the environment of processes that train. By default glibc maps each large tensor afresh
-and gives it back at once, and half of the training time goes into page faults (mallopt(3);
-``benchmarks/train.py``). Elsewhere the variables mean nothing."""
 
 _PATIENCE = 1.0
 _SERVER_NODE = 0
@@ -218,13 +211,16 @@ class LocalGrid(Grid):
         return [self._done.pop(identity) for identity in wanted if identity in self._done]
 
     def _receive(self) -> None:
-        """Move what has arrived to the finished replies; wait at most a second for anything."""
+        """Take in one reply; wait at most a second for any.
+
+        The others stay in their pipes: memory does not grow with the sites that are ready.
+        """
         if not self._workers:
             message = self._inline.pop(0)
             self._finish(answer(self._client_app, message), message)
             return
         waited_for: list[Any] = [w.pipe for w in self._workers if w.pending]
-        for pipe in wait(waited_for, timeout=_PATIENCE):
+        for pipe in wait(waited_for, timeout=_PATIENCE)[:1]:
             number = next(n for n, w in enumerate(self._workers) if w.pipe is pipe)
             self._receive_from(number)
 
@@ -236,9 +232,7 @@ class LocalGrid(Grid):
             self._replace(number)
             return
         request = worker.pending.pop(0)
-        self.timings.append(
-            Timing(request.metadata.dst_node_id, *_HEADER.unpack_from(received))
-        )
+        self.timings.append(Timing(request.metadata.dst_node_id, *_HEADER.unpack_from(received)))
         self._finish(_unpack(received[_HEADER.size :]), request)
         worker.send_next()
 
@@ -258,9 +252,7 @@ class LocalGrid(Grid):
         self._workers[number].send_next()
 
     def _start(self) -> _Worker:
-        context = get_context("forkserver")
-        os.environ.update({k: v for k, v in ROOMY_MALLOC.items() if k not in os.environ})
-        context.set_forkserver_preload([self._client_app.module])
+        context = fork_server(self._client_app.module)
         ours, theirs = context.Pipe()
         process = context.Process(
             target=serve, args=(theirs, self._client_app, self._threads), daemon=True

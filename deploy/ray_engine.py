@@ -23,7 +23,7 @@ from typing import Any
 
 from common.errors import RunError
 from common.spec import RunSpec
-from deploy.local_engine import ROOMY_MALLOC
+from deploy.workers import ROOMY_MALLOC
 from server.rounds import Observer
 
 log = logging.getLogger("cloister.simulation")

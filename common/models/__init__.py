@@ -34,6 +34,7 @@ class Network(NamedTuple):
 
 
 NETWORKS = {
+    "compact-cnn": Network("common.models.cnn:compact_cnn", smallest_side=16, takes_width=True),
     "densenet121": Network("common.models.monai:densenet121", smallest_side=32),
     "reference-cnn": Network("common.models.cnn:reference_cnn", smallest_side=46),
     "resnet18": Network("common.models.monai:resnet18", smallest_side=16),

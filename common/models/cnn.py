@@ -8,7 +8,8 @@ from torch import nn
 
 from common.spec import RunSpec
 
-DEFAULT_WIDTH = 32
+DEFAULT_WIDTH = 16
+COMPACT_WIDTH = 8
 
 
 def reference_cnn(spec: RunSpec) -> nn.Module:
@@ -34,19 +35,19 @@ def reference_cnn(spec: RunSpec) -> nn.Module:
 
 
 def small_cnn(spec: RunSpec) -> nn.Module:
-    """A light CNN for images of about 28 to 64 pixels a side.
+    """A light CNN for images of about 28 to 64 pixels a side, made for DP-SGD.
 
-    Three blocks of a 3x3 convolution without bias, GroupNorm, ReLU; filters w, 2w, 4w, with 2x2
-    max pooling after the first two; then the mean over the image, dropout, output. w is
-    ``spec.model.width``, 32 if not given.
+    Three convolutions with GroupNorm and ReLU: 5x5 of w filters and 3x3 of 2w, both with stride
+    2, then 3x3 of 4w; the mean over the image, dropout, output. w is ``spec.model.width``, 16 if
+    not given: 23,729 parameters for one channel and one output. Strides shrink the image before
+    the work is done, which doubles the speed that pooling has, and of the designs tried it learned
+    most in a number of noisy steps.
     """
     width = spec.model.width or DEFAULT_WIDTH
     return nn.Sequential(
-        *_block(spec.input.channels, width),
-        nn.MaxPool2d(2),
-        *_block(width, 2 * width),
-        nn.MaxPool2d(2),
-        *_block(2 * width, 4 * width),
+        *_block(spec.input.channels, width, kernel=5, stride=2),
+        *_block(width, 2 * width, kernel=3, stride=2),
+        *_block(2 * width, 4 * width, kernel=3, stride=1),
         nn.AdaptiveAvgPool2d(1),
         nn.Flatten(),
         nn.Dropout(spec.model.dropout),
@@ -54,9 +55,27 @@ def small_cnn(spec: RunSpec) -> nn.Module:
     )
 
 
-def _block(channels: int, filters: int) -> tuple[nn.Module, ...]:
+def compact_cnn(spec: RunSpec) -> nn.Module:
+    """Two strided convolutions and a linear layer on the whole map, for few noisy steps.
+
+    5x5 of w filters and 3x3 of 2w, both with stride 2, GroupNorm and ReLU; dropout; output. w is
+    ``spec.model.width``, 8 if not given.
+    """
+    channels, height, width = spec.input.shape
+    filters = spec.model.width or COMPACT_WIDTH
+    places = -(-height // 4) * -(-width // 4)
+    return nn.Sequential(
+        *_block(channels, filters, kernel=5, stride=2),
+        *_block(filters, 2 * filters, kernel=3, stride=2),
+        nn.Flatten(),
+        nn.Dropout(spec.model.dropout),
+        nn.Linear(2 * filters * places, spec.task.outputs),
+    )
+
+
+def _block(channels: int, filters: int, *, kernel: int, stride: int) -> tuple[nn.Module, ...]:
     return (
-        nn.Conv2d(channels, filters, kernel_size=3, padding=1, bias=False),
+        nn.Conv2d(channels, filters, kernel, stride, padding=kernel // 2, bias=False),
         nn.GroupNorm(4 if filters % 4 == 0 else 1, filters),
         nn.ReLU(),
     )

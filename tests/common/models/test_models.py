@@ -23,6 +23,8 @@ FOUR = {"kind": "multiclass", "classes": ["a", "b", "c", "d"]}
 SIZES = [
     ("reference-cnn", (3, 150, 150)),
     ("reference-cnn", (1, 46, 61)),
+    ("compact-cnn", (1, 28, 28)),
+    ("compact-cnn", (3, 61, 46)),
     ("small-cnn", (1, 28, 28)),
     ("small-cnn", (3, 64, 48)),
     ("small-cnn", (1, 16, 16)),
@@ -31,7 +33,13 @@ SIZES = [
     ("densenet121", (1, 32, 32)),
     ("densenet121", (3, 64, 48)),
 ]
-SMALLEST = {"densenet121": 32, "reference-cnn": 46, "resnet18": 16, "small-cnn": 16}
+SMALLEST = {
+    "compact-cnn": 16,
+    "densenet121": 32,
+    "reference-cnn": 46,
+    "resnet18": 16,
+    "small-cnn": 16,
+}
 
 
 def make_spec(
@@ -148,7 +156,7 @@ def test_width_scales_the_small_cnn():
     assert count(width=4) < count(width=6) < count() < count(width=64)
 
 
-@pytest.mark.parametrize("name", sorted(set(models.names()) - {"small-cnn"}))
+@pytest.mark.parametrize("name", sorted(set(models.names()) - {"compact-cnn", "small-cnn"}))
 def test_width_is_refused_where_it_means_nothing(name):
     with pytest.raises(ModelError, match=r"model\.width = 16"):
         models.build(make_spec(name, model={"width": 16}))
