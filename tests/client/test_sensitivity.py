@@ -36,8 +36,8 @@ TOLERANCE = 1e-5  # of C, for float32
 # it costs depends on how a kernel adds for that size of batch; the guarantee is for real numbers.
 EDGES = 2e-3
 
-SIZES = {"small-cnn": 16, "reference-cnn": 46, "resnet18": 16, "densenet121": 32}
-LIGHT, HEAVY = ("small-cnn", "reference-cnn"), ("resnet18", "densenet121")
+HEAVY = ("resnet18", "densenet121")
+LIGHT = tuple(name for name in models.names() if name not in HEAVY)
 LOSSES = ("cross-entropy", "mse", "focal")
 LOADED = {"class_weights": [0.5, 3.0], "label_smoothing": 0.1}
 # Far below every patient's norm, and near it, where a change of the norm would show.
@@ -103,12 +103,12 @@ def make_bench(  # noqa: PLR0913, PLR0917 - a bench is put together from these
         poison: float | None = None,
         largest_weight: float | None = None,
     ) -> Bench:
-        side = SIZES.get(model, 16)
+        line = models.NETWORKS[model]
         classes = ["a", "b"] if kind == "binary" else ["a", "b", "c"]
         spec = make_spec(
             task={"kind": kind, "classes": classes},
-            model={"name": model} | ({"width": 4} if model == "small-cnn" else {}),
-            input={"height": side, "width": side},
+            model={"name": model} | ({"width": 4} if line.takes_width else {}),
+            input={"height": line.smallest_side, "width": line.smallest_side},
             augmentation={"rotate": 20.0, "shift": 0.1, "multiplicity": copies},
             loss=loss or {},
             local={"batch_size": PATIENTS},
@@ -117,7 +117,7 @@ def make_bench(  # noqa: PLR0913, PLR0917 - a bench is put together from these
         rng = np.random.default_rng(11)
         images = rng.random((PATIENTS, *spec.input.shape), dtype=np.float32)
         if poison is not None:
-            images[POISONED, 0, side // 2, side // 2] = poison
+            images[POISONED, 0, line.smallest_side // 2, line.smallest_side // 2] = poison
         labels = np.arange(PATIENTS) % len(classes)
         if kind == "multilabel":
             labels = rng.integers(0, 2, (PATIENTS, 3)).astype(np.float32)
@@ -178,8 +178,9 @@ def test_nor_with_many_classes_or_labels(make_bench, kind, loss):
 
 @pytest.mark.parametrize("copies", [1, 3])
 @pytest.mark.parametrize("loss", LOSSES)
-def test_nor_that_of_the_reference_cnn(make_bench, loss, copies):
-    bench = make_bench("reference-cnn", loss=of_loss(loss, loaded=True), copies=copies)
+@pytest.mark.parametrize("model", [name for name in LIGHT if name != "small-cnn"])
+def test_nor_that_of_another_light_network(make_bench, model, loss, copies):
+    bench = make_bench(model, loss=of_loss(loss, loaded=True), copies=copies)
     assert is_bounded(moves(bench.sum_of, bench.clip_norm))
 
 
@@ -326,7 +327,7 @@ def one_patient_at_a_time(bench: Bench, inputs: Tensor, labels: NDArray[Any]) ->
         ("small-cnn", "binary", 3),
         ("small-cnn", "multiclass", 3),
         ("small-cnn", "multilabel", 3),
-        ("reference-cnn", "binary", 3),
+        *((name, "binary", 3) for name in LIGHT if name != "small-cnn"),
         ("resnet18", "binary", 1),
         ("densenet121", "binary", 3),
     ],

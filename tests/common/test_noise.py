@@ -286,6 +286,7 @@ def in_a_fork(work: Callable[[], Any]) -> Any:
 
     process = get_context("fork").Process(target=child)
     process.start()
+    sender.close()
     answer = receiver.recv()
     process.join()
     return answer
