@@ -210,8 +210,10 @@ class FederatedRun:
                     raise MessageError(f"a second node calls itself {site.card.site!r}")
                 sites[site.card.site] = site
             except (PeerError, SpecError) as error:
-                log.warning("node %d does not take part: %s", node_id, error)
-                self._journal.declined[str(node_id)] = str(error)
+                self._decline(node_id, error)
+        joined = {site.node_id for site in sites.values()}
+        for node_id in set(nodes) - joined - set(map(int, self._journal.declined)):
+            self._decline(node_id, "no answer to the invitation before the deadline")
         if len(sites) < self._spec.federation.quorum:
             raise RunError(
                 f"{len(sites)} of {len(nodes)} nodes take part, the quorum is "
@@ -221,6 +223,10 @@ class FederatedRun:
         for name, site in sites.items():
             self._journal.sites[name] = site.card.declared_size, site.mechanism
         return sites
+
+    def _decline(self, node_id: int, reason: object) -> None:
+        log.warning("node %d does not take part: %s", node_id, reason)
+        self._journal.declined[str(node_id)] = str(reason)
 
     def _accepted(self, node_id: int, reply: RecordDict | None) -> Site:
         if reply is None:
@@ -246,6 +252,7 @@ class FederatedRun:
         made = Round(number)
         update = self._collect(grid, made, sites)
         self._state.model.apply(update, number)
+        self._check_model(number)
         waited = self._clock.now() - opened
         row: dict[str, Any] = {
             "round": number,
@@ -260,6 +267,16 @@ class FederatedRun:
         save_checkpoint(self._folder / "checkpoint", self._checkpoint())
         self._journal.append(row)
         self._observer.round_closed(row)
+
+    def _check_model(self, number: int) -> None:
+        """Stop before a model is kept that no site would take, and no resumed run could leave."""
+        odd = [n for n, array in self._state.model.weights.items() if not np.isfinite(array).all()]
+        if odd:
+            raise RunError(
+                f"round {number}: the global model is not finite any more ({odd[0]}); the last "
+                "finished round is kept. Start a new run with a smaller server_learning_rate, or "
+                "with aggregation.max_update_norm against a site that sends too much"
+            )
 
     def _collect(self, grid: Grid, made: Round, sites: Mapping[str, Site]) -> Arrays:
         """The aggregate of one round; every site's outcome is in `made`."""
@@ -322,22 +339,25 @@ class FederatedRun:
     ) -> Iterator[tuple[int, RecordDict | None]]:
         """Send `request` to `nodes` and yield each answer as it comes, until the deadline.
 
-        A node whose message could not be sent, or that answers with an error, yields None.
+        A node whose message could not be sent, or that answers with an error, yields None. One
+        reply is held at a time, as far as the Grid's own `pull_messages` goes.
         """
         started = self._clock.now()
         lifetime = max(1.0, deadline - started)
         messages = [
             grid.create_message(request, kind, node, group_id="", ttl=lifetime) for node in nodes
         ]
-        sent = dict(zip(grid.push_messages(messages), nodes, strict=True))
-        unsent = [node for identity, node in sent.items() if not identity]
-        waiting = {identity: node for identity, node in sent.items() if identity}
-        yield from ((node, None) for node in unsent)
+        identities = list(grid.push_messages(messages)) or [""] * len(nodes)
+        sent = list(zip(identities, nodes, strict=True))
+        yield from ((node, None) for identity, node in sent if not identity)
+        waiting = {identity: node for identity, node in sent if identity}
         while waiting and self._clock.now() < deadline:
-            replies = list(grid.pull_messages(list(waiting)))
-            for reply in replies:
-                yield waiting.pop(reply.metadata.reply_to_message_id), _content(reply)
-            if waiting and not replies:
+            before = len(waiting)
+            for reply in grid.pull_messages(list(waiting)):
+                node = waiting.pop(reply.metadata.reply_to_message_id, None)
+                if node is not None:
+                    yield node, _content(reply)
+            if len(waiting) == before:
                 passed = self._clock.now() - started
                 self._clock.sleep(min(_LONGEST_SLEEP, max(0.001, _SLEEP_SHARE * passed)))
 
