@@ -54,7 +54,7 @@ def prepare_demo(folder: Path, console: Console, *, size: float = 1.0) -> Path:
 def _take_in(hospital: Hospital, cohort: Path, run_file: Path) -> None:
     """What `cloister intake dicom` does."""
     spec = read_run_file(run_file).spec
-    source = DicomFolder.of(hospital.folder, hospital.labels, spec, SiteKey.random())
+    source = DicomFolder.of(hospital.folder, hospital.labels, spec, SiteKey(bytes(32)))
     take_in(source, cohort, spec)
 
 
