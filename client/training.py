@@ -170,6 +170,7 @@ class LocalTrainer:
     Raises:
         ModelError: if the network cannot be trained soundly under DP; names the layer.
         SpecError: if the sampling rate is above 1.
+        ValueError: if the mechanism is not one that the spec asks for.
     """
 
     def __init__(
@@ -185,6 +186,7 @@ class LocalTrainer:
         self._cohort = cohort
         self._mechanism = mechanism
         self._rate = sampling_rate(spec, declared_size)
+        _check_mechanism(mechanism, spec, self._rate)
         compute = compute or Compute(best_device())
         self._device = compute.device
         self._task = task_for(spec)
@@ -280,7 +282,7 @@ class LocalTrainer:
         strategy = self._spec.aggregation
         if isinstance(strategy, FedProx):
             for name, parameter in self._named():
-                anchor = torch.from_numpy(weights[name]).to(parameter.device)
+                anchor = torch.from_numpy(np.array(weights[name])).to(parameter.device)
                 parameter.grad = _gradient(parameter) + strategy.mu * (parameter.detach() - anchor)
         getattr(optimizer, "original_optimizer", optimizer).step()
 
@@ -349,6 +351,16 @@ def check_weights(weights: Arrays, shapes: Mapping[str, tuple[int, ...]]) -> Non
             raise Refusal(RefusalCode.WEIGHTS, f"{name}: {seen}, expected float32{list(shape)}")
         if not np.all(np.abs(array) <= _LARGEST_WEIGHT):
             raise Refusal(RefusalCode.WEIGHTS, f"{name}: not finite, or beyond {_LARGEST_WEIGHT:g}")
+
+
+def _check_mechanism(mechanism: SubsampledGaussian | None, spec: RunSpec, rate: float) -> None:
+    """A trainer without the noise that its spec asks for would release in the clear."""
+    private = isinstance(spec.privacy, DpSgd)
+    if private != (mechanism is not None) or (mechanism and mechanism.sampling_rate != rate):
+        raise ValueError(
+            f"mechanism = {mechanism}: expected that of the spec, {spec.privacy.mechanism!r}, at a "
+            f"sampling rate of {rate:.4g}; take it from `accounting.planned`"
+        )
 
 
 def _backward(total: Tensor) -> None:
