@@ -91,7 +91,9 @@ class Gate:
         trainer.check(task.weights)
         attempt = self._ledger.reserve(spec.digest, number, digest, mechanism, allow=allow)
         keystream = self._keystream(run_id=spec.run_id, round_number=number)
+        self._warm = None  # what a failure leaves in a trainer would spoil the next attempt
         result = trainer.train(task.weights, number, keystream)
+        self._warm = spec.digest, trainer
         self._log(task, result)
         self._ledger.commit(attempt, save(result.update))
         self._ledger.prune(spec.digest, number - 1)
