@@ -11,12 +11,19 @@ from pathlib import Path
 from typing import Annotated
 
 from pydantic import Field, ValidationError
-from pydantic_core import ErrorDetails
 
 from common import accounting
 from common.accounting import SubsampledGaussian
 from common.errors import ConfigError, Refusal, RefusalCode, SpecError
-from common.spec import Count, DpSgd, OpenFraction, Positive, RunSpec, Section
+from common.spec import (
+    Count,
+    DpSgd,
+    OpenFraction,
+    Positive,
+    RunSpec,
+    Section,
+    explain_detail,
+)
 
 
 class Budget(Section):
@@ -93,16 +100,7 @@ def read_policy(path: Path) -> Policy:
         document = tomllib.loads(path.read_text(encoding="utf-8"))
         return Policy.model_validate(document)
     except ValidationError as error:
-        lines = (f"{path}: {_explain(detail)}" for detail in error.errors())
+        lines = (f"{path}: {explain_detail(detail)}" for detail in error.errors())
         raise ConfigError("\n".join(lines)) from None
     except (OSError, ValueError) as error:  # not there, not text, not TOML
         raise ConfigError(f"{path}: {error}; expected the node's TOML file") from error
-
-
-def _explain(detail: ErrorDetails) -> str:
-    """Key, value, what was expected."""
-    key = ".".join(map(str, detail["loc"]))
-    if detail["type"] == "missing":
-        return f"{key} is missing; it has no default"
-    message = "unknown key" if detail["type"] == "extra_forbidden" else detail["msg"]
-    return f"{key} = {detail['input']!r}: {message}"

@@ -95,10 +95,9 @@ def planned(spec: RunSpec, declared_size: int) -> SubsampledGaussian | None:
         SpecError: if the run makes no sense at that size: q above 1, delta not below 1 / size,
             or a target that no noise reaches.
     """
-    privacy = spec.privacy
+    privacy, rate = spec.privacy, sampling_rate(spec, declared_size)
     if not isinstance(privacy, DpSgd):
         return None
-    rate = sampling_rate(spec, declared_size)
     if privacy.delta >= 1 / declared_size:
         raise SpecError(
             f"privacy.delta = {privacy.delta}: expected below 1 / declared size = "

@@ -322,7 +322,7 @@ class RunSpec(Section):
 
     schema_version: Literal[1] = 1
     name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9][a-zA-Z0-9-]{0,62}$")]
-    run_id: Annotated[str, Field(pattern=r"^[a-z0-9-]{0,80}$")] = ""
+    run_id: Annotated[str, Field(pattern=r"^[a-z0-9-]{0,100}$")] = ""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 1
     rounds: Annotated[int, Field(ge=1, le=100_000)]
     task: Task
@@ -436,6 +436,23 @@ def parse_run_text(text: str, *, source: str) -> RunFile:
             'noise_multiplier or target_epsilon, or say mechanism = "none" in so many words'
         )
     return RunFile(_validate(json.dumps(document, default=str), source, toml=text), simulation)
+
+
+def explain_detail(detail: Any, *within: str) -> str:
+    """One error of pydantic for a person, without the file: key, value, what was expected.
+
+    Args:
+        detail: one of `ValidationError.errors`.
+        within: the tables that the checked part of the file stands in.
+    """
+    key = _shown_key(".".join([*within, *map(str, detail["loc"])]))
+    if detail["type"] == "missing":
+        return f"{key} is missing; it has no default"
+    message = detail["msg"].removeprefix("Value error, ")
+    if detail["type"] == "value_error":
+        return f"{key}: {message}"
+    expected = "unknown key" if detail["type"] == "extra_forbidden" else message
+    return f"{key} = {_shown(detail['input'])}: {expected[0].lower() + expected[1:]}"
 
 
 def _factor(schedule: Schedule, progress: float) -> float:

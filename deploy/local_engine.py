@@ -263,17 +263,15 @@ class LocalGrid(Grid):
 
 
 def serve(pipe: Connection, client_app: ClientAppAt, threads: int) -> None:
-    """A worker: answer messages until the pipe closes."""
+    """A worker: answer messages until nobody is at the other end any more."""
     torch.set_num_threads(threads)
-    while True:
-        try:
+    with suppress(EOFError, ConnectionError):
+        while True:
             request = _unpack(pipe.recv_bytes())
-        except EOFError:
-            return
-        wall, processor = time.perf_counter(), time.process_time()
-        reply = answer(client_app, request)
-        spent = time.perf_counter() - wall, time.process_time() - processor
-        pipe.send_bytes(_HEADER.pack(*spent) + _pack(reply))
+            wall, processor = time.perf_counter(), time.process_time()
+            reply = answer(client_app, request)
+            spent = time.perf_counter() - wall, time.process_time() - processor
+            pipe.send_bytes(_HEADER.pack(*spent) + _pack(reply))
 
 
 def answer(client_app: ClientAppAt, message: Message) -> Message:

@@ -47,16 +47,18 @@ from client.gate import Gate
 from client.ledger import Ledger
 from client.policy import Policy
 from client.training import Compute, LocalTrainer, best_device
+from common import models
 from common.accounting import SubsampledGaussian, planned
 from common.cohort import Cohort
 from common.errors import CohortError, RunError, SpecError
 from common.files import write_durably
 from common.noise import Keystream
-from common.spec import Count, Positive, RunSpec, Section, read_run_file
+from common.spec import Count, Positive, RunSpec, Section, explain_detail, read_run_file
 from deploy import partition
 from deploy.local_engine import ClientAppAt, LocalGrid, Timing
 from deploy.ray_engine import run_on_ray
 from server import app as server_wiring
+from server.evaluation import CentralEvaluator
 from server.rounds import Conduct, Observer
 
 Engine = Literal["local", "ray"]
@@ -97,6 +99,12 @@ class Simulation(Section):
             raise ValueError("write either [[simulation.site]] tables, or cohort and partition")
         if len({site.name for site in self.site}) != len(self.site):
             raise ValueError("two [[simulation.site]] tables have one name")
+        dealing = self.model_fields_set & {"partition", "alpha", "sites", "declared_size"}
+        if self.site and dealing:
+            raise ValueError(
+                f"{', '.join(sorted(dealing))} mean nothing beside [[simulation.site]] tables; "
+                "leave them out"
+            )
         if self.cohort is not None and self.declared_size is None:
             raise ValueError("declared_size is missing: the public size that each site declares")
         if isinstance(self.declared_size, tuple) and len(self.declared_size) != self.sites:
@@ -156,11 +164,7 @@ def read_simulation(table: Mapping[str, Any], source: str) -> Simulation:
     try:
         return Simulation.model_validate_json(json.dumps(table, default=str))
     except ValidationError as error:
-        lines = (
-            f"{source}: {'.'.join(['simulation', *map(str, detail['loc'])])} = "
-            f"{detail['input']!r}: {detail['msg'].removeprefix('Value error, ')}"
-            for detail in error.errors()
-        )
+        lines = (f"{source}: {explain_detail(d, 'simulation')}" for d in error.errors())
         raise SpecError("\n".join(lines)) from None
 
 
@@ -172,6 +176,7 @@ def prepare(run_file: Path, runs: Path) -> Path:
 
     Raises:
         SpecError: if the run's file is wrong, or makes no sense at a site's declared size.
+        ModelError: if the network cannot be made, or not be trained under privacy.
         CohortError: if a cohort does not fit, or a site is empty or of one class and the table
             does not say ``allow_odd_sites``. A person settles this before the run: a node that
             has said yes answers whatever its cohort holds (PRIVACY.md 5).
@@ -184,7 +189,8 @@ def prepare(run_file: Path, runs: Path) -> Path:
     folder = runs / spec.run_id
     folder.mkdir(parents=True)
     write_durably(folder / "spec.json", spec.canonical_json.encode())
-    write_durably(folder / "simulation.json", simulation.model_dump_json(indent=2).encode())
+    table = simulation.model_dump_json(indent=2, exclude_unset=True)
+    write_durably(folder / "simulation.json", table.encode())
     return folder
 
 
@@ -195,6 +201,8 @@ def check(spec: RunSpec, simulation: Simulation) -> None:
             f"federation.quorum = {spec.federation.quorum}: the simulation has "
             f"{len(simulation.names)} sites"
         )
+    models.check_private(models.build(spec))
+    CentralEvaluator(spec, Cohort.open(Path(simulation.evaluation)))
     for number, name in enumerate(simulation.names):
         planned(spec, simulation.declared(number))
         cohort = simulation.cohort_of(number, spec.seed)
