@@ -5,13 +5,14 @@
 Per engine: seconds from command to report, in a process of its own as a user would start it, and
 seconds a round beyond training. For the local engine training is the slowest site's own time in
 its worker; the rest of the round (messages, folding, evaluation, checkpoint) is overhead. Ray
-reports no such figure, so for it the whole round stands there. A third line runs the demo's
-network and shows which part of the cores' time goes into training.
+gives no such figure. The last line is the demo's own run, on its own films: which part of all
+cores' time goes into training.
 """
 
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import sys
@@ -22,11 +23,11 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 from rich.table import Table
+from synthetic import write_cohort
 
-from client.intake.builder import CohortBuilder, ImageRecord
-from common.cohort import CohortMeta
-from common.spec import RunSpec, parse_run_text
+from common.spec import parse_run_text
 from deploy import simulation
+from deploy.demo import prepare_demo
 from deploy.local_engine import Timing
 from server.rounds import LogObserver
 
@@ -62,7 +63,6 @@ evaluation = "evaluation"
 SITE = '[[simulation.site]]\nname = "site-{n}"\ncohort = "site-{n}"\ndeclared_size = 200\n'
 
 TINY = {"rounds": 10, "width": 4, "side": 16, "batch": 16, "steps": 1}
-DEMO = {"rounds": 5, "width": 16, "side": 64, "batch": 64, "steps": 4}
 
 
 def main() -> None:
@@ -74,8 +74,9 @@ def main() -> None:
         conduct(Path(asked.conduct[0]), asked.conduct[1])
         return
     with tempfile.TemporaryDirectory() as scratch:
-        tiny = measure(Path(scratch) / "tiny", TINY, ("local", "ray"))
-        demo = measure(Path(scratch) / "demo", DEMO, ("local",))
+        tiny = measure(Path(scratch) / "tiny", TINY)
+        run_file = prepare_demo(Path(scratch) / "demo", Console(file=io.StringIO()))
+        demo = measure_engine(run_file, "local")
     Console().print(report(tiny, demo))
 
 
@@ -89,7 +90,7 @@ def conduct(folder: Path, engine: str) -> None:
     (folder / "timings.json").write_text(json.dumps([vars(timing) for timing in timings]))
 
 
-def measure(folder: Path, sizes: dict[str, int], engines: tuple[str, ...]) -> dict[str, dict]:
+def measure(folder: Path, sizes: dict[str, int]) -> dict[str, dict]:
     """The figures of each engine on one and the same run and data."""
     folder.mkdir()
     sites = "".join(SITE.format(n=n) for n in range(SITES))
@@ -97,12 +98,12 @@ def measure(folder: Path, sizes: dict[str, int], engines: tuple[str, ...]) -> di
     spec = parse_run_text((folder / "run.toml").read_text(), source="overhead").spec
     for number, name in enumerate(["evaluation", *(f"site-{n}" for n in range(SITES))]):
         write_cohort(folder / name, spec, images=200, seed=number)
-    return {engine: measure_engine(folder, engine) for engine in engines}
+    return {engine: measure_engine(folder / "run.toml", engine) for engine in ("local", "ray")}
 
 
-def measure_engine(folder: Path, engine: str) -> dict:
+def measure_engine(run_file: Path, engine: str) -> dict:
     """Start the run in a new process and take its times."""
-    run = simulation.prepare(folder / "run.toml", folder / "runs")
+    run = simulation.prepare(run_file, run_file.parent / "runs")
     started = time.perf_counter()
     command = [sys.executable, __file__, "--conduct", str(run), engine]
     status = os.spawnv(os.P_WAIT, sys.executable, command)
@@ -119,14 +120,15 @@ def measure_engine(folder: Path, engine: str) -> dict:
 
 def beyond_training(found: dict) -> float:
     """The median round's seconds beyond its slowest site; the first round warms up."""
-    trained = [t.wall for t in found["timings"][SITES:]]
+    trained = [t.wall for t in found["timings"][SITES:]]  # the invitations came first
     slowest = [max(trained[n : n + SITES]) for n in range(0, len(trained), SITES)]
     return float(np.median(np.subtract(found["rounds"], slowest)[1:]))
 
 
 def share_of_cores(found: dict) -> float:
     """The sites' processor time over all cores' time in the rounds, without the first."""
-    spent = sum(t.processor for t in found["timings"][2 * SITES :])
+    sites = len({t.node_id for t in found["timings"]})
+    spent = sum(t.processor for t in found["timings"][2 * sites :])
     return spent / ((os.cpu_count() or 1) * sum(found["rounds"][1:]))
 
 
@@ -142,21 +144,9 @@ def report(tiny: dict[str, dict], demo: dict[str, dict]) -> Table:
     ratio = tiny["ray"]["command_to_report"] / tiny["local"]["command_to_report"]
     table.add_row("ray / local", f"{ratio:.1f}", "", "")
     table.add_section()
-    share = f"{share_of_cores(demo['local']):.0%} of the cores' time in training"
-    table.add_row(f"demo's network, local: {share}", "", "", "")
+    share = f"{share_of_cores(demo):.0%} of the cores' time"
+    table.add_row(f"the demo trains in {share}", "", f"{np.median(demo['rounds'][1:]):.4f}", "")
     return table
-
-
-def write_cohort(path: Path, spec: RunSpec, *, images: int, seed: int) -> None:
-    """Random images, one a patient."""
-    generator = np.random.default_rng(seed)
-    with CohortBuilder(path, spec.input.shape) as builder:
-        for number in range(images):
-            pixels = generator.integers(0, 65536, spec.input.shape, dtype=np.uint16)
-            name = f"{number:064x}"
-            record = ImageRecord(name, name, name, name, number % 2, *spec.input.shape[1:])
-            builder.add(record, pixels)
-        builder.finish(CohortMeta.of(spec, unit="patient", source="random", created="2000-01-01"))
 
 
 if __name__ == "__main__":
