@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.text import Text
 
 QUIET = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"}
 os.environ.update(QUIET)  # law 8: before anything of Flower is imported
@@ -46,7 +47,7 @@ def demo(
 
     run_file = prepare_demo(folder, console)
     report = conduct(simulation.prepare(run_file, folder / "runs"))
-    console.print(f"\nOpen the report: [bold]{report.resolve().as_uri()}")
+    _show_report(report)
 
 
 @app.command()
@@ -83,7 +84,7 @@ def simulate(
         raise typer.BadParameter(f"--engine {engine!r}: expected local or ray")
     folder = resume if resume is not None else simulation.prepare(run or Path(), runs)
     report = conduct(folder, engine=engine, workers=workers)
-    console.print(f"\nOpen the report: [bold]{report.resolve().as_uri()}")
+    _show_report(report)
 
 
 def conduct(folder: Path, *, engine: str = "local", workers: int | None = None) -> Path:
@@ -93,12 +94,17 @@ def conduct(folder: Path, *, engine: str = "local", workers: int | None = None) 
     from deploy import simulation
     from deploy.live import LiveObserver
 
-    console.print(f"run folder: {folder}", highlight=False)
+    console.print(f"run folder: {folder}", highlight=False, markup=False, soft_wrap=True)
     chosen: simulation.Engine = "ray" if engine == "ray" else "local"
     with LiveObserver(console).showing() as observer:
         simulation.simulate(folder, engine=chosen, workers=workers, observer=observer)
     summary(folder)
     return folder / "report.html"
+
+
+def _show_report(report: Path) -> None:
+    """Its address on a line of its own, unbroken: a terminal makes a link of it."""
+    console.print(f"\nOpen the report: [bold]{report.resolve().as_uri()}", soft_wrap=True)
 
 
 def summary(folder: Path) -> None:
@@ -118,12 +124,12 @@ def report(
     from server.report import write_report
 
     write_card(folder)
-    console.print(f"Open the report: [bold]{write_report(folder).resolve().as_uri()}")
+    _show_report(write_report(folder))
 
 
 @app.command()
 def models() -> None:
-    """List the networks that a spec may name, with their sizes."""
+    """List the networks that a run's file may name."""
     from common.models import names
 
     for name in names():
@@ -152,7 +158,8 @@ def main() -> None:
     """Run the command line; an error of ours is one message, not a stack."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     try:
-        app()
+        app(prog_name="cloister")
     except CloisterError as error:
-        Console(stderr=True).print(f"[red]error:[/red] {error}", highlight=False)
+        shown = Text.assemble(("error:", "red"), f" {error}")  # its brackets are no markup
+        Console(stderr=True).print(shown, soft_wrap=True)
         raise SystemExit(2) from None

@@ -180,6 +180,7 @@ def prepare(run_file: Path, runs: Path) -> Path:
         CohortError: if a cohort does not fit, or a site is empty or of one class and the table
             does not say ``allow_odd_sites``. A person settles this before the run: a node that
             has said yes answers whatever its cohort holds (PRIVACY.md 5).
+        RunError: if the folder cannot be written.
     """
     read = read_run_file(run_file)
     simulation = read_simulation(read.simulation, str(run_file)).absolute(run_file.parent)
@@ -187,10 +188,13 @@ def prepare(run_file: Path, runs: Path) -> Path:
     spec = read.spec.identified(f"{read.spec.name.lower()}-{stamp}-{secrets.token_hex(2)}")
     check(spec, simulation)
     folder = runs / spec.run_id
-    folder.mkdir(parents=True)
-    write_durably(folder / "spec.json", spec.canonical_json.encode())
     table = simulation.model_dump_json(indent=2, exclude_unset=True)
-    write_durably(folder / "simulation.json", table.encode())
+    try:
+        folder.mkdir(parents=True)
+        write_durably(folder / "spec.json", spec.canonical_json.encode())
+        write_durably(folder / "simulation.json", table.encode())
+    except OSError as error:
+        raise RunError(f"{folder}: cannot be written ({error}); name another --runs") from error
     return folder
 
 
