@@ -36,6 +36,7 @@ class Network(NamedTuple):
 NETWORKS = {
     "compact-cnn": Network("common.models.cnn:compact_cnn", smallest_side=16, takes_width=True),
     "densenet121": Network("common.models.monai:densenet121", smallest_side=32),
+    "pooled-cnn": Network("common.models.cnn:pooled_cnn", smallest_side=16, takes_width=True),
     "reference-cnn": Network("common.models.cnn:reference_cnn", smallest_side=46),
     "resnet18": Network("common.models.monai:resnet18", smallest_side=16),
     "small-cnn": Network("common.models.cnn:small_cnn", smallest_side=16, takes_width=True),

@@ -55,6 +55,26 @@ def small_cnn(spec: RunSpec) -> nn.Module:
     )
 
 
+def pooled_cnn(spec: RunSpec) -> nn.Module:
+    """The light CNN with max pooling in the place of strides.
+
+    Three 3x3 convolutions of w, 2w and 4w filters with GroupNorm and ReLU, the first two followed
+    by 2x2 max pooling; the mean over the image, dropout, output. w is ``spec.model.width``, 16 if
+    not given: 23,473 parameters for one channel and one output. A step takes 1.5 to 2 times
+    that of `small_cnn`; without noise it learned much more in as many steps, with noise it did not.
+    """
+    width = spec.model.width or DEFAULT_WIDTH
+    return nn.Sequential(
+        *_block(spec.input.channels, width, kernel=3, stride=1, pool=True),
+        *_block(width, 2 * width, kernel=3, stride=1, pool=True),
+        *_block(2 * width, 4 * width, kernel=3, stride=1),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Dropout(spec.model.dropout),
+        nn.Linear(4 * width, spec.task.outputs),
+    )
+
+
 def compact_cnn(spec: RunSpec) -> nn.Module:
     """Two strided convolutions and a linear layer on the whole map, for few noisy steps.
 
@@ -73,9 +93,13 @@ def compact_cnn(spec: RunSpec) -> nn.Module:
     )
 
 
-def _block(channels: int, filters: int, *, kernel: int, stride: int) -> tuple[nn.Module, ...]:
+def _block(
+    channels: int, filters: int, *, kernel: int, stride: int, pool: bool = False
+) -> tuple[nn.Module, ...]:
+    # Pooled before it is normalised: a quarter of the work.
     return (
         nn.Conv2d(channels, filters, kernel, stride, padding=kernel // 2, bias=False),
+        *((nn.MaxPool2d(2),) if pool else ()),
         nn.GroupNorm(4 if filters % 4 == 0 else 1, filters),
         nn.ReLU(),
     )

@@ -25,6 +25,8 @@ SIZES = [
     ("reference-cnn", (1, 46, 61)),
     ("compact-cnn", (1, 28, 28)),
     ("compact-cnn", (3, 61, 46)),
+    ("pooled-cnn", (1, 28, 28)),
+    ("pooled-cnn", (3, 64, 48)),
     ("small-cnn", (1, 28, 28)),
     ("small-cnn", (3, 64, 48)),
     ("small-cnn", (1, 16, 16)),
@@ -36,6 +38,7 @@ SIZES = [
 SMALLEST = {
     "compact-cnn": 16,
     "densenet121": 32,
+    "pooled-cnn": 16,
     "reference-cnn": 46,
     "resnet18": 16,
     "small-cnn": 16,
@@ -156,7 +159,9 @@ def test_width_scales_the_small_cnn():
     assert count(width=4) < count(width=6) < count() < count(width=64)
 
 
-@pytest.mark.parametrize("name", sorted(set(models.names()) - {"compact-cnn", "small-cnn"}))
+@pytest.mark.parametrize(
+    "name", sorted(set(models.names()) - {"compact-cnn", "pooled-cnn", "small-cnn"})
+)
 def test_width_is_refused_where_it_means_nothing(name):
     with pytest.raises(ModelError, match=r"model\.width = 16"):
         models.build(make_spec(name, model={"width": 16}))
