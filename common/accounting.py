@@ -24,7 +24,7 @@ from common.spec import DpSgd, RunSpec
 Unit = Literal["patient", "image"]
 
 _SMALLEST_NOISE, _LARGEST_NOISE = 0.2, 1e5
-_FINE, _COARSE = 1e-4, 1e-3
+_GRID = 5e-4  # of privacy losses; pessimistic on any grid
 
 
 @dataclass(frozen=True, order=True)
@@ -63,7 +63,7 @@ class SubsampledGaussian:
 
 def epsilon(mechanisms: Iterable[SubsampledGaussian], delta: float) -> float:
     """The epsilon of all `mechanisms` together at `delta`, by pessimistic PLD (0 for none)."""
-    return _epsilon(_merged(mechanisms), delta, _FINE)
+    return _epsilon(_merged(mechanisms), delta)
 
 
 def epsilon_by_renyi(mechanisms: Iterable[SubsampledGaussian], delta: float) -> float:
@@ -133,7 +133,7 @@ def noise_for(rate: float, steps: int, target_epsilon: float, delta: float) -> f
 
     def cost(thousandths: int) -> float:
         mechanism = SubsampledGaussian(rate, thousandths / 1000, steps, "patient")
-        return _epsilon((mechanism,), delta, _COARSE)
+        return _epsilon((mechanism,), delta)
 
     low, high = int(_SMALLEST_NOISE * 1000), 1000
     while cost(high) > target_epsilon:
@@ -162,11 +162,10 @@ def _merged(mechanisms: Iterable[SubsampledGaussian]) -> tuple[SubsampledGaussia
 
 
 @lru_cache(maxsize=4096)
-def _epsilon(mechanisms: tuple[SubsampledGaussian, ...], delta: float, grid: float) -> float:
-    """Pessimistic on any grid; a coarser one is quicker and a little larger."""
+def _epsilon(mechanisms: tuple[SubsampledGaussian, ...], delta: float) -> float:
     if not mechanisms:
         return 0.0
-    accountant = pld.PLDAccountant(value_discretization_interval=grid)
+    accountant = pld.PLDAccountant(value_discretization_interval=_GRID)
     for mechanism in mechanisms:
         accountant.compose(mechanism.event, mechanism.steps)
     return float(accountant.get_epsilon(delta))
