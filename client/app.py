@@ -7,6 +7,7 @@ to sites of its own making (`register`), with randomness that can be drawn again
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable
 from functools import lru_cache
@@ -32,6 +33,8 @@ from common.messages import (
 )
 from common.spec import RunSpec
 
+log = logging.getLogger("cloister.gate")
+
 GateOf = Callable[[Context], Gate]
 
 app = ClientApp()
@@ -54,7 +57,8 @@ def answer(records: RecordDict, gate_of: Callable[[], Gate]) -> RecordDict:
     try:
         request = read_request(records)
         return _ask(gate_of(), request).to_records()
-    except MessageError:
+    except MessageError as error:
+        log.warning("refused: %s", error)
         return RefusalReply(code=RefusalCode.MALFORMED).to_records()
     except Exception:  # noqa: BLE001 - the edge of the node: no text may leave it
         return incident_reply().to_records()

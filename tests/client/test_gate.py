@@ -104,6 +104,9 @@ def content_of(records: RecordDict) -> bytes:
     return content
 
 
+MALFORMED = RefusalReply(code=RefusalCode.MALFORMED)
+
+
 def found_in(records: RecordDict) -> list[str]:
     """The canaries that a reply carries, in any encoding that a text has in it."""
     content = content_of(records)
@@ -240,7 +243,7 @@ def test_what_is_not_on_the_list_is_malformed(make_node):
         RecordDict({"what": ConfigRecord({"is": "this"})}),
     ):
         reply = read_reply(answer(records, lambda: node.gate))
-        assert reply == RefusalReply(code=RefusalCode.MALFORMED)
+        assert reply == MALFORMED
 
 
 # --- Two at once ------------------------------------------------------------------------------
@@ -438,3 +441,12 @@ def test_two_nodes_with_one_cohort_release_different_noise(make_node, task: Trai
     ledgers = [make_node(owners=[]), make_node(owners=[])]
     updates = [node.reply(task).update for node in ledgers]
     assert not any(np.array_equal(updates[0][name], updates[1][name]) for name in updates[0])
+
+
+def test_why_a_request_was_malformed_stands_in_the_nodes_log(
+    make_node, caplog: pytest.LogCaptureFixture
+):
+    node = make_node()
+    records = RecordDict({"invitation": ConfigRecord({"protocol": 1, "oddity": 3})})
+    assert read_reply(answer(records, lambda: node.gate)) == MALFORMED
+    assert "oddity" in caplog.text
