@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import tempfile
 import time
 from pathlib import Path
@@ -65,7 +66,7 @@ def main() -> None:
 def run(scratch: Path, text: str, seed: int) -> dict[str, float | None]:
     """One run; its test AUC, the largest epsilon of a site, and its seconds."""
     run_file = scratch / "run.toml"
-    run_file.write_text(f"seed = {seed}\n{text}{PLAN}")
+    run_file.write_text(re.sub(r"^seed = \d+$", f"seed = {seed}", text, flags=re.M) + PLAN)
     part: Part
     for name, part in (("train", "train"), ("test", "test")):
         if not (scratch / name).exists():
