@@ -23,7 +23,7 @@ from common.errors import CohortError, ModelError, RunError, SpecError
 from deploy.local_engine import ClientAppAt, LocalGrid
 from deploy.simulation import Simulation, load, prepare, read_simulation, simulate
 from server.evaluation import CentralEvaluator
-from server.rounds import Conduct, FederatedRun
+from server.rounds import Clock, Conduct, FederatedRun
 
 Write = Callable[..., Path]
 Arrays = dict[str, NDArray[np.float32]]
@@ -392,7 +392,8 @@ def grid_run(
 ) -> Callable[..., tuple[Path, Callable[..., Any]]]:
     """A prepared run, and what conducts it on two real workers.
 
-    The observer's `then` is called with the grid, the round and the site that has answered.
+    The observer's `then` is called with the grid, the round and the site that has answered; if
+    it says so, the deadline has passed.
     """
 
     def prepared(changes: list[tuple[str, str]]) -> tuple[Path, Callable[..., Any]]:
@@ -401,16 +402,18 @@ def grid_run(
         config = {"spec": spec.canonical_json, "simulation": str(folder)}
         client = ClientAppAt("deploy.simulation", "client_app", config)
 
-        def conduct(then: Callable[[LocalGrid, int, str], None]) -> None:
+        def conduct(then: Callable[[LocalGrid, int, str], bool | None]) -> None:
+            ahead = [0.0]
+
+            def watch(number: int, site: str) -> None:
+                ahead[0] += spec.federation.deadline_seconds if then(grid, number, site) else 0
+
+            clock = Clock(now=lambda: time.monotonic() + ahead[0])
             with LocalGrid(simulation.names, client, workers=2) as grid:
-                observer = watching(lambda number, site: then(grid, number, site))
                 cohort = Cohort.open(Path(simulation.evaluation))
-                FederatedRun(
-                    spec,
-                    folder,
-                    evaluator=CentralEvaluator(spec, cohort),
-                    conduct=Conduct(engine="local", seeded=True, observer=observer),
-                ).run(grid)
+                conducted = Conduct("local", seeded=True, observer=watching(watch), clock=clock)
+                evaluator = CentralEvaluator(spec, cohort)
+                FederatedRun(spec, folder, evaluator=evaluator, conduct=conducted).run(grid)
 
         return folder, conduct
 
@@ -448,14 +451,14 @@ def test_without_the_quorum_a_killed_worker_stops_the_run_which_goes_on_later(gr
 
 @pytest.mark.slow
 def test_a_worker_that_hangs_is_late_by_name_and_is_asked_again(grid_run: Any):
-    seconds = "[federation]\ndeadline_seconds = 2\n[evaluation]"
-    folder, conduct = grid_run([("[evaluation]", seconds)])
+    folder, conduct = grid_run([])
 
-    def hang(grid: LocalGrid, number: int, site: str) -> None:
+    def hang(grid: LocalGrid, number: int, site: str) -> bool:
         if (number, site) == (2, ""):
             os.kill(grid.processes[1], signal.SIGSTOP)
         if (number, site) == (3, ""):
             os.kill(grid.processes[1], signal.SIGCONT)
+        return (number, site) == (2, "north")
 
     conduct(hang)
     both = {"north": "ok", "south": "ok"}
