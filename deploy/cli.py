@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
+import shlex
+import signal
 from pathlib import Path
+from types import FrameType
 from typing import Annotated
 
 import typer
@@ -96,8 +99,15 @@ def conduct(folder: Path, *, engine: str = "local", workers: int | None = None) 
 
     console.print(f"run folder: {folder}", highlight=False, markup=False, soft_wrap=True)
     chosen: simulation.Engine = "ray" if engine == "ray" else "local"
-    with LiveObserver(console).showing() as observer:
-        simulation.simulate(folder, engine=chosen, workers=workers, observer=observer)
+    try:
+        with LiveObserver(console).showing() as observer:
+            simulation.simulate(folder, engine=chosen, workers=workers, observer=observer)
+    except (KeyboardInterrupt, Terminated):
+        way_on = f"cloister simulate --resume {shlex.quote(str(folder))}"
+        console.print(
+            f"interrupted; go on with: {way_on}", highlight=False, markup=False, soft_wrap=True
+        )
+        raise
     summary(folder)
     return folder / "report.html"
 
@@ -154,8 +164,17 @@ def explain(
         console.print(part)
 
 
+class Terminated(SystemExit):
+    """SIGTERM: it unwinds the stack as Ctrl-C does, so that nothing started here stays behind."""
+
+
+def _terminate(number: int, _: FrameType | None) -> None:
+    raise Terminated(128 + number)
+
+
 def main() -> None:
     """Run the command line; an error of ours is one message, not a stack."""
+    signal.signal(signal.SIGTERM, _terminate)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     try:
         app(prog_name="cloister")

@@ -15,6 +15,7 @@ from __future__ import annotations
 import itertools
 import logging
 import os
+import signal
 import struct
 import time
 from collections.abc import Iterable, Sequence
@@ -124,7 +125,7 @@ class LocalGrid(Grid):
         """End the workers; what they were doing is lost, as in a power cut."""
         for worker in self._workers:
             worker.pipe.close()
-            worker.process.terminate()
+            worker.process.kill()  # one that hangs or is stopped hears nothing gentler
             worker.process.join()
         self._workers = []
 
@@ -263,7 +264,11 @@ class LocalGrid(Grid):
 
 
 def serve(pipe: Connection, client_app: ClientAppAt, threads: int) -> None:
-    """A worker: answer messages until nobody is at the other end any more."""
+    """A worker: answer messages until nobody is at the other end any more.
+
+    Ctrl-C reaches a whole group of processes; here the first of them ends the others.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(threads)
     with suppress(EOFError, ConnectionError):
         while True:

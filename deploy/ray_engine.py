@@ -11,13 +11,15 @@ from __future__ import annotations
 import json
 import logging
 import os
+import select
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +70,10 @@ def run_on_ray(folder: Path, spec: RunSpec, *, sites: int, observer: Observer) -
                 submitted = subprocess.Popen(
                     command, env=environment, stdout=output, stderr=subprocess.STDOUT
                 )
-                _follow(folder, spec, submitted, observer)
+                try:
+                    _follow(folder, spec, submitted, observer)
+                finally:
+                    _stop(submitted)
     if not result.exists():
         raise RunError(
             f"the run ended without a result; {folder / 'flower.log'} ends with: "
@@ -80,14 +85,18 @@ def run_on_ray(folder: Path, spec: RunSpec, *, sites: int, observer: Observer) -
 def _superlink(home: Path, log_file: Path) -> Iterator[dict[str, str]]:
     """A SuperLink on a free loopback port; yields the environment that finds it."""
     port = _free_port()
-    environment = os.environ | ROOMY_MALLOC | {
-        "FLWR_HOME": str(home),
-        "FLWR_TELEMETRY_ENABLED": "0",
-        "FLWR_DISABLE_UPDATE_CHECK": "1",
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
-        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]),
-    }
+    environment = (
+        os.environ
+        | ROOMY_MALLOC
+        | {
+            "FLWR_HOME": str(home),
+            "FLWR_TELEMETRY_ENABLED": "0",
+            "FLWR_DISABLE_UPDATE_CHECK": "1",
+            "RAY_USAGE_STATS_ENABLED": "0",
+            "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+            "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]),
+        }
+    )
     (home / "config.toml").write_text(
         f'[superlink]\ndefault = "{_CONNECTION}"\n\n[superlink.{_CONNECTION}]\n'
         f'address = "127.0.0.1:{port}"\ninsecure = true\n'
@@ -151,8 +160,6 @@ def _await_report(folder: Path, submitted: subprocess.Popen[bytes]) -> None:
     deadline = time.monotonic() + _STOP_SECONDS
     while submitted.poll() is None and time.monotonic() < deadline:
         time.sleep(_POLL_SECONDS)
-    if submitted.poll() is None:
-        submitted.terminate()
     log.debug("run in %s is over", folder)
 
 
@@ -176,12 +183,42 @@ def _await_port(port: int, process: subprocess.Popen[bytes], log_file: Path) -> 
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
-    process.terminate()
-    try:
-        process.wait(_STOP_SECONDS)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
+    """End a process and all that came of it: Flower's simulation and Ray outlive its SuperLink."""
+    with ExitStack() as held:
+        family = [process.pid, *_descendants(process.pid)] if process.poll() is None else []
+        handles = []
+        for pid in family:
+            with suppress(ProcessLookupError):
+                handles.append(os.pidfd_open(pid))  # which no later process can take
+                held.callback(os.close, handles[-1])
+        _send(handles, signal.SIGTERM)
+        deadline = time.monotonic() + _STOP_SECONDS
+        while (handles := _alive(handles)) and time.monotonic() < deadline:
+            process.poll()
+            time.sleep(_POLL_SECONDS)
+        _send(handles, signal.SIGKILL)
+    process.wait()
+
+
+def _descendants(pid: int) -> list[int]:
+    """The processes that `pid` started, and those that they did (proc(5))."""
+    children: list[int] = []
+    for thread in Path(f"/proc/{pid}/task").glob("*/children"):
+        with suppress(OSError):
+            children += map(int, thread.read_text().split())
+    return children + [later for child in children for later in _descendants(child)]
+
+
+def _alive(handles: list[int]) -> list[int]:
+    """Those whose process has not ended: a pidfd is readable when it has."""
+    ended = select.select(handles, [], [], 0)[0] if handles else []
+    return [handle for handle in handles if handle not in ended]
+
+
+def _send(handles: list[int], number: signal.Signals) -> None:
+    for handle in handles:
+        with suppress(ProcessLookupError):
+            signal.pidfd_send_signal(handle, number)
 
 
 def _program(name: str) -> list[str]:

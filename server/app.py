@@ -8,7 +8,8 @@ to a folder and an observer of its own (`register`).
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +17,8 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from common.cohort import Cohort
-from common.errors import ConfigError
+from common.errors import ConfigError, RunError
+from common.files import locked
 from common.spec import RunSpec
 from server.evaluation import CentralEvaluator
 from server.rounds import Conduct, FederatedRun
@@ -41,7 +43,23 @@ def register(server_app: ServerApp, station_of: Callable[[Context, RunSpec], Sta
         spec = RunSpec.from_json(str(context.run_config["spec"]), source="run configuration")
         station = station_of(context, spec)
         evaluator = CentralEvaluator(spec, Cohort.open(station.evaluation))
-        FederatedRun(spec, station.folder, evaluator=evaluator, conduct=station.conduct).run(grid)
+        with _alone(station.folder):
+            run = FederatedRun(spec, station.folder, evaluator=evaluator, conduct=station.conduct)
+            run.run(grid)
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Two conductors of one run would mix their rounds and charge the sites twice."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as held:
+        try:
+            held.enter_context(locked(folder))
+        except BlockingIOError:
+            raise RunError(
+                f"{folder}: another process conducts this run; wait for its end, or end it first"
+            ) from None
+        yield
 
 
 def _installed_station(_: Context, spec: RunSpec) -> Station:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from common.files import flush_folder, write_durably
+from common.files import flush_folder, locked, write_durably
 
 WRITER = """
 import sys
@@ -27,13 +27,29 @@ for _ in range(times):
 """
 
 
+HOLDER = """
+import sys
+from pathlib import Path
+from common.files import locked
+try:
+    with locked(Path(sys.argv[1])):
+        pass
+except BlockingIOError:
+    sys.exit(7)
+"""
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+
+
 def writer(path: Path, letter: str, times: int, size: int) -> subprocess.Popen[bytes]:
     """Another process that writes one letter `size` times over, again and again."""
     command = [sys.executable, "-c", WRITER, str(path), letter, str(times), str(size)]
     return subprocess.Popen(
         command,
         stdout=subprocess.PIPE,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        env=environment(),
     )
 
 
@@ -101,3 +117,19 @@ def test_a_killed_writer_leaves_one_whole_content(tmp_path: Path):
         content = path.read_bytes()
         assert len(content) == 1_000_000
         assert len(set(content)) == 1
+
+
+def test_a_folder_is_held_by_one_and_free_again_when_it_ends(tmp_path: Path):
+    with locked(tmp_path):
+        with pytest.raises(BlockingIOError), locked(tmp_path):
+            raise AssertionError
+        held = subprocess.run(
+            [sys.executable, "-c", HOLDER, str(tmp_path)], env=environment(), check=False
+        )
+        assert held.returncode == 7
+    with locked(tmp_path):
+        pass
+    free = subprocess.run(
+        [sys.executable, "-c", HOLDER, str(tmp_path)], env=environment(), check=False
+    )
+    assert free.returncode == 0

@@ -20,6 +20,7 @@ from safetensors.numpy import load_file
 
 from common.cohort import Cohort
 from common.errors import CohortError, ModelError, RunError, SpecError
+from common.files import locked
 from deploy.local_engine import ClientAppAt, LocalGrid
 from deploy.simulation import Simulation, load, prepare, read_simulation, simulate
 from server.evaluation import CentralEvaluator
@@ -304,6 +305,21 @@ def test_a_table_comes_back_from_the_runs_folder_as_it_was(write_run: Write, tmp
         assert Path(simulation.evaluation).is_absolute()
 
 
+def test_a_run_is_conducted_by_one_process_at_a_time(
+    write_run: Write, tmp_path: Path, watching: Any
+):
+    folder = prepare(write_run(), tmp_path / "runs")
+    with (
+        locked(folder),
+        pytest.raises(RunError, match="another process conducts this run"),
+    ):
+        simulate(folder, workers=0, observer=watching())
+    assert not (folder / "metrics.jsonl").exists()  # the other's record is not touched
+    assert not (folder / "sites").exists()  # and no site was charged
+    simulate(folder, workers=0, observer=watching())
+    assert len(rows_of(folder)) == 3
+
+
 # --- Killed -------------------------------------------------------------------------------------
 
 CONDUCT = """
@@ -463,3 +479,45 @@ def test_a_worker_that_hangs_is_late_by_name_and_is_asked_again(grid_run: Any):
     conduct(hang)
     both = {"north": "ok", "south": "ok"}
     assert statuses(folder) == [both, both | {"south": "late"}, both]
+
+
+@pytest.mark.slow
+def test_a_grid_ends_workers_that_hear_no_signal(grid_run: Any):
+    folder, conduct = grid_run([])
+    seen: list[int] = []
+
+    def stop(grid: LocalGrid, number: int, site: str) -> None:
+        if (number, site) == (3, "south"):  # its worker has answered for the last time
+            seen.append(grid.processes[1])
+            os.kill(grid.processes[1], signal.SIGSTOP)
+
+    conduct(stop)  # and ends
+    assert len(rows_of(folder)) == 3
+    assert not alive(seen[0])
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_a_run_without_the_stacks_of_its_workers(
+    write_run: Write, tmp_path: Path, watching: Any
+):
+    run_file = write_run(changes=[("rounds = 3", "rounds = 40"), ("width = 4", "width = 8")])
+    folder = prepare(run_file, tmp_path / "runs")
+    command = "from deploy.cli import main; main()"
+    with (tmp_path / "said").open("wb") as said:
+        process = subprocess.Popen(
+            [sys.executable, "-c", command, "simulate", "--resume", str(folder), "--workers", "2"],
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+            stdout=said,
+            stderr=said,
+            start_new_session=True,
+        )
+    await_progress(folder, 0, process)
+    started = children_of(process.pid)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    assert process.wait(30) != 0
+    await_end(started)
+    text = (tmp_path / "said").read_text()
+    assert "Traceback" not in text
+    assert "cloister simulate --resume" in text
+    simulate(folder, workers=0, observer=watching())
+    assert len(rows_of(folder)) == 40
