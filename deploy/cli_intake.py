@@ -188,7 +188,6 @@ def _key(path: Path | None) -> SiteKey:
 
 
 def take_in(source: Source, cohort: Path, spec: RunSpec, listing: Path | None = None) -> None:
-    """Write the cohort of a source, with a progress bar and a summary."""
     """Take a source in under a progress bar and show what became of it.
 
     Args:

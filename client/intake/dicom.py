@@ -256,11 +256,18 @@ def _quiet() -> Iterator[None]:
 
 
 def walk(folder: Path) -> Iterator[Path]:
-    """All files below `folder` but DICOMDIRs; symbolic links to folders are not followed."""
-    for place, _, files in os.walk(folder):
+    """All files below `folder` but DICOMDIRs, and each folder that is not looked into.
+
+    Those are links to folders, which could lead anywhere and back again, and folders that the
+    system does not list.
+    """
+    closed: list[Path] = []
+    for place, folders, files in os.walk(folder, onerror=lambda e: closed.append(Path(e.filename))):
         for name in files:
             if name.upper() != "DICOMDIR":
                 yield Path(place, name)
+        yield from (link for name in folders if (link := Path(place, name)).is_symlink())
+    yield from closed
 
 
 def _labels_without_image(labels: LabelTable, used: set[int]) -> Iterator[NotUsed]:

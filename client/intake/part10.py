@@ -41,6 +41,7 @@ _FLOAT, _DOUBLE, _INTEGER = 0x7FE00008, 0x7FE00009, 0x7FE00010
 _PIXELS = {_FLOAT: "FloatPixelData", _DOUBLE: "DoubleFloatPixelData", _INTEGER: "PixelData"}
 _FLOAT_BYTES = {"FloatPixelData": 4, "DoubleFloatPixelData": 8}
 _UNDEFINED = 0xFFFFFFFF
+CLOSED_FOLDER = "a link to a folder, or a folder that cannot be listed: nobody looked into it"
 _DIRECTORY = "1.2.840.10008.1.3.10"
 
 
@@ -89,8 +90,9 @@ class BoundedFile(io.BufferedReader):
     """
 
     def __init__(self, path: Path, limit: int) -> None:
-        if not stat.S_ISREG(path.stat().st_mode):
-            raise IntakeError("not a regular file")
+        mode = path.stat().st_mode
+        if not stat.S_ISREG(mode):
+            raise IntakeError(CLOSED_FOLDER if stat.S_ISDIR(mode) else "not a regular file")
         super().__init__(io.FileIO(path))
         self._limit = limit
         self._size = os.fstat(self.fileno()).st_size

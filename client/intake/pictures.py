@@ -20,7 +20,7 @@ from client.intake.builder import ImageRecord
 from client.intake.dicom import walk
 from client.intake.keys import SiteKey
 from client.intake.labels import LabelEntry, LabelTable, read_labels
-from client.intake.part10 import Limits
+from client.intake.part10 import CLOSED_FOLDER, Limits
 from client.intake.pixels import shown, to_shape
 from client.intake.source import Kept, NotUsed, Step
 from common.cohort import Unit
@@ -62,9 +62,14 @@ class Pictures:
         if not self.folder.is_dir():
             raise IntakeError(f"{self.folder}: no such folder; expected a folder of pictures")
         self.unit = "patient" if self.labels.names_patients else "image"
-        found = (path.relative_to(self.folder).as_posix() for path in walk(self.folder))
-        self._others = {name for name in found if name.lower().endswith(_SUFFIXES)}
-        self._others -= {str(PurePosixPath(name)) for name in self.labels.entries}
+        labelled = {str(PurePosixPath(name)) for name in self.labels.entries}
+        self._others: dict[str, str] = {}
+        for path in sorted(walk(self.folder)):
+            name = path.relative_to(self.folder).as_posix()
+            if path.is_dir():
+                self._others[name] = CLOSED_FOLDER
+            elif name.lower().endswith(_SUFFIXES) and name not in labelled:
+                self._others[name] = f"no label: {self.labels.source} does not name it"
 
     @classmethod
     def of(
@@ -89,8 +94,7 @@ class Pictures:
             except IntakeError as error:
                 where = f"{name} ({self.labels.source}:{entry.line})"
                 yield Step(name, not_used=(NotUsed(where, str(error)),))
-        for name in sorted(self._others):
-            reason = f"no label: {self.labels.source} does not name it"
+        for name, reason in self._others.items():
             yield Step(name, not_used=(NotUsed(name, reason),))
 
     def _keep(self, name: str, entry: LabelEntry) -> Kept:
@@ -121,7 +125,11 @@ def _within(folder: Path, name: str) -> Path:
     if Path(name).is_absolute() or ".." in Path(name).parts:
         raise IntakeError("it lies outside the folder; write its path within the folder")
     path = folder / name
-    if not path.is_file():
+    try:
+        found = path.is_file()
+    except OSError as error:  # a name that is too long, a folder that may not be entered
+        raise IntakeError(f"label without a picture: {error.strerror}") from error
+    if not found:
         raise IntakeError("label without a picture: there is no such file in the folder")
     return path
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import pytest
 from numpy.typing import NDArray
 
 from client.intake.deidentify import Deidentified, PixelsOnly
-from client.intake.dicom import DicomFolder, FileReader
+from client.intake.dicom import DicomFolder, FileReader, walk
 from client.intake.keys import SiteKey
 from client.intake.labels import read_labels
 from client.intake.pixels import Floats
@@ -229,7 +229,33 @@ def test_what_is_no_regular_file_is_listed(hospital: Any) -> None:
 
     assert taken.reasons["pipe"] == "not a regular file"
     assert "No such file" in taken.reasons["dangling"]
+    assert taken.reasons["loop"].startswith("a link to a folder")
     assert len(taken.cohort) == 1
+
+
+@pytest.fixture
+def nobody() -> Iterator[None]:
+    """What the superuser may do is taken away for the length of a test."""
+    if os.geteuid() != 0:
+        yield
+        return
+    os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
+
+def test_a_folder_that_cannot_be_listed_is_not_passed_over(tmp_path: Path, request: Any) -> None:
+    folder = tmp_path / "source"
+    (folder / "ward" / "closed").mkdir(parents=True)
+    (folder / "ward" / "film").touch()
+    (folder / "ward" / "closed").chmod(0)
+    for parent in (folder, *folder.parents[:3]):
+        parent.chmod(0o755)
+    request.getfixturevalue("nobody")
+
+    assert sorted(walk(folder)) == [folder / "ward" / "closed", folder / "ward" / "film"]
 
 
 def test_the_source_is_left_as_it_was(hospital: Any) -> None:

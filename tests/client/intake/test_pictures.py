@@ -112,6 +112,22 @@ def test_everything_else_has_a_reason(folder: Path, tmp_path: Path, take: Take) 
     assert reasons == {}
 
 
+def test_a_name_that_no_file_can_have_and_a_linked_folder_have_a_reason(
+    folder: Path, tmp_path: Path, take: Take
+) -> None:
+    Image.fromarray(GREY).save(folder / "good.png")
+    (tmp_path / "archive").mkdir()
+    (folder / "archive").symlink_to(tmp_path / "archive")
+    long = "a" * 300 + ".png"
+
+    cohort, reasons, _ = take(f"file,label\ngood.png,normal\n{long},normal\n")
+
+    assert len(cohort) == 1
+    assert reasons.pop(long) == "label without a picture: File name too long"
+    assert reasons.pop("archive").startswith("a link to a folder")
+    assert reasons == {}
+
+
 def test_a_picture_is_turned_upright(folder: Path, take: Take) -> None:
     upright = np.zeros((16, 16), dtype=np.uint8)
     upright[:8] = 255
