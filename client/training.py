@@ -34,6 +34,7 @@ from common import models
 from common.accounting import SubsampledGaussian, sampling_rate
 from common.cohort import Cohort
 from common.errors import ModelError, Refusal, RefusalCode
+from common.messages import LARGEST_WEIGHT
 from common.noise import Keystream
 from common.spec import DpSgd, FedProx, RunSpec, Sgd
 from common.tasks import task_for
@@ -46,7 +47,6 @@ Arrays = Mapping[str, NDArray[np.float32]]
 
 _GRADIENT_MEMORY = 512 * 2**20
 _NORM_BLOCK = 2**15
-_LARGEST_WEIGHT = 1e6
 
 
 @dataclass(frozen=True)
@@ -349,8 +349,8 @@ def check_weights(weights: Arrays, shapes: Mapping[str, tuple[int, ...]]) -> Non
         if array.shape != shape or array.dtype != np.float32:
             seen = f"{array.dtype}{list(array.shape)}"
             raise Refusal(RefusalCode.WEIGHTS, f"{name}: {seen}, expected float32{list(shape)}")
-        if not np.all(np.abs(array) <= _LARGEST_WEIGHT):
-            raise Refusal(RefusalCode.WEIGHTS, f"{name}: not finite, or beyond {_LARGEST_WEIGHT:g}")
+        if not np.all(np.abs(array) <= LARGEST_WEIGHT):
+            raise Refusal(RefusalCode.WEIGHTS, f"{name}: not finite, or beyond {LARGEST_WEIGHT:g}")
 
 
 def _check_mechanism(mechanism: SubsampledGaussian | None, spec: RunSpec, rate: float) -> None:

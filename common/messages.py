@@ -34,6 +34,9 @@ Arrays = Mapping[str, NDArray[np.float32]]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$")]
 
+LARGEST_WEIGHT = 1e6
+"""Of a global model in size; a node refuses to train from a larger one."""
+
 _MOST_ARRAYS, _LONGEST_NAME, _MOST_DIMENSIONS = 10_000, 200, 32
 _NPY_1_0, _ALIGNMENT = b"\x93NUMPY\x01\x00", 16  # numpy.lib.format
 

@@ -348,6 +348,8 @@ class RunSpec(Section):
             )
         if isinstance(self.aggregation, Krum):
             _check_krum(self.aggregation, self.federation.quorum)
+        elif isinstance(self.aggregation, TrimmedMean) and self.federation.quorum >= 3:
+            _check_trim(self.aggregation.trim, self.federation.quorum)
         elif isinstance(self.aggregation, TrimmedMean | Median) and self.federation.quorum < 3:
             raise ValueError(
                 f"aggregation.strategy = {self.aggregation.strategy!r} holds all updates at once "
@@ -476,6 +478,15 @@ def _check_krum(krum: Krum, quorum: int) -> None:
             f"aggregation.strategy = 'krum' holds all updates at once and needs at least "
             f"2 x byzantine + 3 = {need} of them and keep <= quorum - byzantine - 2; "
             f"federation.quorum is {quorum}, keep is {krum.keep}"
+        )
+
+
+def _check_trim(trim: float, quorum: int) -> None:
+    """A rule that drops nobody would survive nobody, and would say nothing of it."""
+    if int(trim * quorum) < 1:
+        raise ValueError(
+            f"aggregation.trim = {trim:g} drops nobody from a round of {quorum}; write at least "
+            f"1 / federation.quorum = {1 / quorum:.3g}, or a larger quorum"
         )
 
 

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from common import accounting
 from common.errors import SpecError
-from common.spec import DpSgd, RunSpec, read_run_file
+from common.spec import ALL_AT_ONCE, DpSgd, RunSpec, read_run_file
 from deploy.simulation import read_simulation
 
 _ARROW = "  • "
@@ -61,7 +61,7 @@ def _sentences(spec: RunSpec) -> Iterator[str]:
     yield (
         f"a round closes when all sites have answered, or after "
         f"{federation.deadline_seconds:g} s with at least {federation.quorum} update(s); "
-        f"aggregation by {strategy}, weighted by {spec.aggregation.weighting} size"
+        f"aggregation by {strategy}, {_weighting(spec)}"
     )
     evaluation = spec.evaluation
     early = (
@@ -71,6 +71,12 @@ def _sentences(spec: RunSpec) -> Iterator[str]:
     )
     yield f"is evaluated centrally every {evaluation.every} round(s){early}"
     yield _privacy_sentence(spec)
+
+
+def _weighting(spec: RunSpec) -> str:
+    """A robust rule takes no site's word for its weight."""
+    alike = spec.aggregation.weighting == "uniform" or spec.aggregation.strategy in ALL_AT_ONCE
+    return "all sites alike" if alike else "weighted by declared size"
 
 
 def _privacy_sentence(spec: RunSpec) -> str:

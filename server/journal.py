@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import platform
@@ -19,7 +18,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors.numpy import save
 
@@ -88,9 +86,7 @@ class RunJournal:
         """Write the model, what it reaches, what it cost, and the pages for people."""
         model = save(dict(weights), metadata={"spec": self._spec.canonical_json})
         write_durably(self._folder / "model.safetensors", model)
-        content = io.BytesIO()
-        np.savez(content, **result.arrays())  # type: ignore[arg-type]
-        write_durably(self._folder / "evaluation.npz", content.getvalue())
+        result.save(self._folder / "evaluation.npz")
         self._write("privacy.json", self._privacy())
         self._write("environment.json", self._environment(stopping))
         write_card(self._folder)

@@ -33,6 +33,7 @@ from common.accounting import SubsampledGaussian
 from common.errors import MessageError, PeerError, RunError, SpecError, UpdateError
 from common.messages import (
     INVITE,
+    LARGEST_WEIGHT,
     TRAIN,
     Arrays,
     Invitation,
@@ -270,12 +271,14 @@ class FederatedRun:
 
     def _check_model(self, number: int) -> None:
         """Stop before a model is kept that no site would take, and no resumed run could leave."""
-        odd = [n for n, array in self._state.model.weights.items() if not np.isfinite(array).all()]
+        weights = self._state.model.weights.items()
+        odd = [name for name, array in weights if not np.all(np.abs(array) <= LARGEST_WEIGHT)]
         if odd:
             raise RunError(
-                f"round {number}: the global model is not finite any more ({odd[0]}); the last "
-                "finished round is kept. Start a new run with a smaller server_learning_rate, or "
-                "with aggregation.max_update_norm against a site that sends too much"
+                f"round {number}: the global model is not finite any more, or beyond "
+                f"{LARGEST_WEIGHT:g} ({odd[0]}); the last finished round is kept. Start a new run "
+                "with a smaller learning_rate or server_learning_rate, or with "
+                "aggregation.max_update_norm against a site that sends too much"
             )
 
     def _collect(self, grid: Grid, made: Round, sites: Mapping[str, Site]) -> Arrays:

@@ -306,6 +306,10 @@ WRONG = {
         RUN + '\n[aggregation]\nstrategy = "trimmed-mean"\n[federation]\nquorum = 2\n',
         ["run.toml:27: aggregation.strategy = 'trimmed-mean' holds all updates at once"],
     ),
+    "a trimmed mean that drops nobody": (
+        RUN + '\n[aggregation]\nstrategy = "trimmed-mean"\n[federation]\nquorum = 4\n',
+        ["run.toml:26: aggregation.trim = 0.2 drops nobody from a round of 4", "1 / federation"],
+    ),
     "weights for other classes": (
         RUN + "\n[loss]\nclass_weights = [1.0]\n",
         ["run.toml:27: loss.class_weights has 1 numbers for 2 classes", "one literal for each"],

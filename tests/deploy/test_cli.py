@@ -113,6 +113,12 @@ def test_a_run_is_explained_with_its_price_at_each_site(
         assert f"{4 / size:.4f}" in line
 
 
+def test_a_robust_rule_is_not_said_to_weigh(cloister: Callable[..., Said], write_run: Write):
+    median = '[aggregation]\nstrategy = "median"\n[federation]\nquorum = 3\n[evaluation]'
+    said = cloister("spec", "explain", write_run(changes=[("[evaluation]", median)]))
+    assert "aggregation by median, all sites alike" in " ".join(said.out.split())
+
+
 def test_a_run_without_privacy_is_explained_as_one(cloister: Callable[..., Said], write_run: Write):
     table = 'mechanism = "dp-sgd"\nnoise_multiplier = 1.0\ndelta = 1e-4'
     said = cloister("spec", "explain", write_run(changes=[(table, 'mechanism = "none"')]))

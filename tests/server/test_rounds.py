@@ -706,6 +706,14 @@ def test_a_model_that_is_no_longer_finite_stops_the_run_before_it_is_kept(conduc
     assert watching.told[0] == ("opened", ["a", "b"], 1)  # round 1 was kept as it was
 
 
+def test_a_model_that_no_site_would_take_stops_the_run_before_it_is_kept(conducted: Any):
+    fast = {"strategy": "fedavgm", "server_learning_rate": 1e7}
+    run = conducted(rounds=3, aggregation=fast)
+    with pytest.raises(RunError, match=r"round 1: .*beyond 1e\+06.*smaller learning_rate"):
+        run.run(*sites("a", "b", update=towards(1.0)))
+    assert run.rows == []
+
+
 # --- Which model ------------------------------------------------------------------------------
 
 
