@@ -154,7 +154,7 @@ class FederatedRun:
         conduct: engine, observer, clock.
 
     Raises:
-        RunError: if `folder` holds another run.
+        RunError: if `folder` holds another run, or one whose checkpoint is damaged or gone.
     """
 
     def __init__(
@@ -171,12 +171,19 @@ class FederatedRun:
         self._network = models.build(spec)
         start = {name: p.detach().numpy().copy() for name, p in self._network.named_parameters()}
         found = load_checkpoint(folder / "checkpoint", spec.digest)
-        self._state = _restored(spec, start, found)
-        self._journal = RunJournal(
-            folder, spec, self._state.history, engine=conduct.engine, seeded=conduct.seeded
-        )
-        if found is not None:
-            self._journal.restore_sites(found.notes["sites"])
+        if found is None:
+            _check_new(folder)
+        try:
+            self._state = _restored(spec, start, found)
+            self._journal = RunJournal(
+                folder, spec, self._state.history, engine=conduct.engine, seeded=conduct.seeded
+            )
+            if found is not None:
+                self._journal.restore_sites(found.notes["sites"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise RunError(
+                f"{folder / 'checkpoint'}: damaged checkpoint ({error!r}); start a new run"
+            ) from error
 
     def run(self, grid: Grid) -> None:
         """Conduct the run to its end, from the round after the last finished one.
@@ -405,6 +412,16 @@ class FederatedRun:
                 "stopping": self._state.stopping.to_json(),
                 "sites": self._journal.sites_to_json(),
             },
+        )
+
+
+def _check_new(folder: Path) -> None:
+    """Rounds without a checkpoint cannot be gone on from, and are not to be written over."""
+    record = folder / "metrics.jsonl"
+    if record.exists() and record.stat().st_size:
+        raise RunError(
+            f"{record}: holds rounds, but {folder / 'checkpoint'} holds no checkpoint; put it "
+            "back, or start a new run"
         )
 
 

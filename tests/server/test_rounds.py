@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import tracemalloc
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -712,6 +713,28 @@ def test_a_model_that_no_site_would_take_stops_the_run_before_it_is_kept(conduct
     with pytest.raises(RunError, match=r"round 1: .*beyond 1e\+06.*smaller learning_rate"):
         run.run(*sites("a", "b", update=towards(1.0)))
     assert run.rows == []
+
+
+def test_rounds_whose_checkpoint_is_gone_are_not_written_over(conducted: Any, tmp_path: Path):
+    run = conducted("folder", rounds=2)
+    run.run(*sites("a", "b"))
+    record = (run.folder / "metrics.jsonl").read_bytes()
+    shutil.rmtree(run.folder / "checkpoint")
+    with pytest.raises(RunError, match=r"holds rounds, but .* holds no checkpoint"):
+        conducted("folder", rounds=2).run(*sites("a", "b"))
+    assert (run.folder / "metrics.jsonl").read_bytes() == record
+
+
+@pytest.mark.parametrize("notes", [{}, {"sites": {"a": 3}}, {"stopping": 1}, {"stopping": {}}])
+def test_a_checkpoint_with_odd_notes_is_damaged(conducted: Any, notes: dict[str, Any]):
+    run = conducted("folder", rounds=2)
+    run.run(*sites("a", "b"))
+    path = run.folder / "checkpoint" / "state.json"
+    state = json.loads(path.read_text())
+    kept = {"stopping": state["notes"]["stopping"]} if "sites" in notes else {}
+    path.write_text(json.dumps(state | {"notes": kept | notes}))
+    with pytest.raises(RunError, match="checkpoint"):
+        conducted("folder", rounds=2).run(*sites("a", "b"))
 
 
 # --- Which model ------------------------------------------------------------------------------
