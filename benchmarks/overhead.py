@@ -2,8 +2,8 @@
 
     python benchmarks/overhead.py
 
-Per engine: seconds from command to report, in a process of its own as a user would start it, and
-seconds a round beyond training. For the local engine training is the slowest site's own time in
+Per engine: seconds from command to report, as a person types it, and seconds a round beyond
+training. For the local engine training is the slowest site's own time in
 its worker; the rest of the round (messages, folding, evaluation, checkpoint) is overhead. Ray
 gives no such figure. The last line is the demo's own run, on its own films: which part of all
 cores' time goes into training.
@@ -11,10 +11,10 @@ cores' time goes into training.
 
 from __future__ import annotations
 
-import argparse
 import io
 import json
 import os
+import subprocess
 import sys
 import tempfile
 import time
@@ -28,28 +28,27 @@ from synthetic import write_cohort
 from common.spec import parse_run_text
 from deploy import simulation
 from deploy.demo import prepare_demo
-from deploy.local_engine import Timing
 from server.rounds import LogObserver
 
 SITES = 4
 
 RUN = """
 name = "overhead"
-rounds = {rounds}
+rounds = 10
 [task]
 classes = ["no", "yes"]
 [model]
 name = "small-cnn"
-width = {width}
+width = 4
 [input]
-height = {side}
-width = {side}
+height = 16
+width = 16
 [optimizer]
 name = "sgd"
 learning_rate = 0.1
 [local]
-batch_size = {batch}
-steps = {steps}
+batch_size = 16
+steps = 1
 [privacy]
 mechanism = "dp-sgd"
 noise_multiplier = 1.0
@@ -62,60 +61,53 @@ evaluation = "evaluation"
 """
 SITE = '[[simulation.site]]\nname = "site-{n}"\ncohort = "site-{n}"\ndeclared_size = 200\n'
 
-TINY = {"rounds": 10, "width": 4, "side": 16, "batch": 16, "steps": 1}
-
 
 def main() -> None:
     """Run both engines side by side and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--conduct", nargs=2, help=argparse.SUPPRESS)
-    asked = parser.parse_args()
-    if asked.conduct:
-        conduct(Path(asked.conduct[0]), asked.conduct[1])
-        return
     with tempfile.TemporaryDirectory() as scratch:
-        tiny = measure(Path(scratch) / "tiny", TINY)
-        run_file = prepare_demo(Path(scratch) / "demo", Console(file=io.StringIO()))
-        demo = measure_engine(run_file, "local")
+        run_file = write_run(Path(scratch) / "tiny")
+        tiny = {engine: command(run_file, engine) for engine in ("local", "ray")}
+        tiny["local"] |= rounds(run_file)
+        films = prepare_demo(Path(scratch) / "demo", Console(file=io.StringIO()))
+        demo = rounds(films)
     Console().print(report(tiny, demo))
 
 
-def conduct(folder: Path, engine: str) -> None:
-    """One run, in this process; what the local engine measured goes beside its record."""
-    spec, plan = simulation.load(folder)
-    if engine == "ray":
-        simulation.simulate(folder, engine="ray", observer=LogObserver())
-        return
-    timings = simulation.run_locally(folder, spec, plan, workers=None, observer=LogObserver())
-    (folder / "timings.json").write_text(json.dumps([vars(timing) for timing in timings]))
-
-
-def measure(folder: Path, sizes: dict[str, int]) -> dict[str, dict]:
-    """The figures of each engine on one and the same run and data."""
+def write_run(folder: Path) -> Path:
+    """The tiny run and its random cohorts; returns the run's file."""
     folder.mkdir()
-    sites = "".join(SITE.format(n=n) for n in range(SITES))
-    (folder / "run.toml").write_text(RUN.format(sites=sites, **sizes))
-    spec = parse_run_text((folder / "run.toml").read_text(), source="overhead").spec
+    run_file = folder / "run.toml"
+    run_file.write_text(RUN.format(sites="".join(SITE.format(n=n) for n in range(SITES))))
+    spec = parse_run_text(run_file.read_text(), source="overhead").spec
     for number, name in enumerate(["evaluation", *(f"site-{n}" for n in range(SITES))]):
         write_cohort(folder / name, spec, images=200, seed=number)
-    return {engine: measure_engine(folder / "run.toml", engine) for engine in ("local", "ray")}
+    return run_file
 
 
-def measure_engine(run_file: Path, engine: str) -> dict:
-    """Start the run in a new process and take its times."""
-    run = simulation.prepare(run_file, run_file.parent / "runs")
+def command(run_file: Path, engine: str) -> dict:
+    """What a person types, in a process of its own: seconds from command to report."""
+    runs = run_file.parent / engine
+    cloister = Path(sys.executable).parent / "cloister"
+    words = ["simulate", str(run_file), "--runs", str(runs), "--engine", engine]
     started = time.perf_counter()
-    command = [sys.executable, __file__, "--conduct", str(run), engine]
-    status = os.spawnv(os.P_WAIT, sys.executable, command)
+    subprocess.run([str(cloister), *words], check=True, stdout=subprocess.DEVNULL)
     elapsed = time.perf_counter() - started
-    if status or not (run / "report.html").exists():
-        raise SystemExit(f"{engine}: the run failed with status {status}")
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    found = {"command_to_report": elapsed, "rounds": [row["seconds"] for row in rows]}
-    if (run / "timings.json").exists():
-        text = (run / "timings.json").read_text()
-        found["timings"] = [Timing(**timing) for timing in json.loads(text)]
-    return found
+    (found,) = runs.glob("*/report.html")
+    return {"command_to_report": elapsed, "rounds": seconds_of(found.parent)}
+
+
+def rounds(run_file: Path) -> dict:
+    """The local engine in this process, with what its workers took for each message."""
+    run = simulation.prepare(run_file, run_file.parent / "timed")
+    spec, plan = simulation.load(run)
+    timings = simulation.run_locally(run, spec, plan, workers=None, observer=LogObserver())
+    return {"rounds": seconds_of(run), "timings": timings}
+
+
+def seconds_of(run: Path) -> list[float]:
+    """Seconds of each round, from the run's record."""
+    rows = (run / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(row)["seconds"] for row in rows]
 
 
 def beyond_training(found: dict) -> float:

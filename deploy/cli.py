@@ -45,6 +45,7 @@ def demo(
     ] = Path("demo"),
 ) -> None:
     """Three synthetic hospitals train one network together, from DICOM to report."""
+    fork_server()  # it imports while we do
     from deploy import simulation
     from deploy.demo import prepare_demo
 
@@ -79,6 +80,8 @@ def simulate(
     Example: `cloister simulate run.toml`, and after a crash
     `cloister simulate --resume runs/my-run-20260101-120000-ab12`.
     """
+    if engine == "local":
+        fork_server()  # it imports while we do
     from deploy import simulation
 
     if (run is None) == (resume is None):
@@ -92,8 +95,6 @@ def simulate(
 
 def conduct(folder: Path, *, engine: str = "local", workers: int | None = None) -> Path:
     """Conduct the simulated run in `folder` before the person's eyes; returns its report."""
-    if engine == "local":
-        fork_server()  # it imports while we do
     from deploy import simulation
     from deploy.live import LiveObserver
 

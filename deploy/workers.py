@@ -19,6 +19,7 @@ and gives it back at once, and half of the training time goes into page faults (
 ``benchmarks/train.py``). Elsewhere the variables mean nothing."""
 
 SIMULATION = "deploy.simulation"
+_LATE = "torch._dynamo"  # torch imports it at an optimiser's first step: in every worker anew
 
 
 def fork_server(module: str = SIMULATION) -> ForkServerContext:
@@ -29,6 +30,6 @@ def fork_server(module: str = SIMULATION) -> ForkServerContext:
     """
     os.environ.update({k: v for k, v in ROOMY_MALLOC.items() if k not in os.environ})
     context = get_context("forkserver")
-    context.set_forkserver_preload([module])
+    context.set_forkserver_preload([module, _LATE])
     forkserver.ensure_running()
     return context
