@@ -65,6 +65,7 @@ class Ledger:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._releases = folder / "releases"
         self._releases.mkdir(exist_ok=True, mode=0o700)
+        (folder / "ledger.sqlite").touch(mode=0o600)
         self._database = sqlite3.connect(folder / "ledger.sqlite", timeout=60)
         self._database.execute("PRAGMA journal_mode=WAL")
         self._database.execute("PRAGMA synchronous=FULL")

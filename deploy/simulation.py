@@ -253,8 +253,10 @@ def simulate(
 
     Raises:
         RunError: if the run cannot start or go on.
+        CohortError: as `prepare`: the data may have changed since.
     """
     spec, simulation = load(folder)
+    check(spec, simulation)
     if engine == "ray":
         run_on_ray(folder, spec, sites=len(simulation.names), observer=observer)
         return

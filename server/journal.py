@@ -11,7 +11,7 @@ import json
 import os
 import platform
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -62,6 +62,21 @@ class RunJournal:
         write_durably(folder / "spec.json", spec.canonical_json.encode())
         lines = "".join(json.dumps(row) + "\n" for row in history)
         write_durably(folder / "metrics.jsonl", lines.encode())
+        self._asked = _whole_lines(folder / _ASKED)
+        write_durably(folder / _ASKED, "".join(f"{line}\n" for line in self._asked).encode())
+
+    def ask(self, round_number: int, sites: Collection[str]) -> None:
+        """Note durably, before any task is sent, who is about to be asked.
+
+        A round that no record speaks of, because the process was killed or the quorum did not
+        come, was trained all the same.
+        """
+        line = json.dumps({"round": round_number, "sites": sorted(sites)})
+        with (self._folder / _ASKED).open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        self._asked.append(line)
 
     def sites_to_json(self) -> dict[str, Any]:
         """The sites that ever took part, for the checkpoint."""
@@ -95,7 +110,8 @@ class RunJournal:
     def _privacy(self) -> dict[str, Any]:
         """What each site spent, as far as the coordinator knows; its own ledger has the last word.
 
-        Every task that a site did not refuse counts, whether its release came or not.
+        Every task that a site was asked and did not refuse counts: also one whose release never
+        came, and one of a round that was asked again after a crash.
         """
         spent = {name: self._spent(name) for name in sorted(self.sites)}
         together = [mechanism for _, mechanism, _ in spent.values() if mechanism is not None]
@@ -112,8 +128,9 @@ class RunJournal:
     def _spent(self, name: str) -> tuple[int, SubsampledGaussian | None, int]:
         """Declared size, the mechanism with the steps that were taken, and in how many rounds."""
         declared, planned = self.sites[name]
+        asked = sum(name in json.loads(line)["sites"] for line in self._asked)
         seen = [row["sites"].get(name, {}).get("status") for row in self._history]
-        rounds = sum(status not in (None, "refused") for status in seen)
+        rounds = max(0, asked - seen.count("refused"))
         steps = rounds * self._spec.local.steps
         return declared, planned.of_steps(steps) if planned and steps else None, rounds
 
@@ -154,7 +171,16 @@ class RunJournal:
         write_durably(self._folder / name, json.dumps(content, indent=2).encode())
 
 
+_ASKED = "asked.jsonl"
 _FIGURES = ("sampling_rate", "noise_multiplier", "clip_norm", "epsilon", "delta")
+
+
+def _whole_lines(path: Path) -> list[str]:
+    """The lines that were written to their end; before any other, nothing was sent."""
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    return [line.rstrip("\n") for line in lines if line.endswith("\n")]
 
 
 def _device() -> str:

@@ -294,6 +294,7 @@ class FederatedRun:
         by_node = {site.node_id: site for site in sites.values()}
         request = TrainTask(self._spec, made.number, self._state.model.weights).to_records()
         deadline = self._clock.now() + self._spec.federation.deadline_seconds
+        self._journal.ask(made.number, sites)
         for node_id, reply in self._ask(grid, TRAIN, list(by_node), request, deadline):
             site = by_node[node_id]
             status, reason = self._fold(aggregator, site, made, reply)
@@ -310,7 +311,7 @@ class FederatedRun:
             raise RunError(
                 f"round {made.number}: {made.updates} updates, the quorum is "
                 f"{self._spec.federation.quorum} ({told}); the last finished round is kept, "
-                "resume the run when the sites are back"
+                "resume the run when the cause is mended"
             )
         return aggregator.result()
 

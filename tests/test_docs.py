@@ -65,7 +65,7 @@ def commands(text: str) -> Iterator[list[str]]:
 def test_every_command_on_the_page_exists(page: Path) -> None:
     """The words and options are the command line's; what they do is tested elsewhere."""
     for words in commands(page.read_text()):
-        path = []
+        path: list[str] = []
         command = get_command(app)
         while hasattr(command, "commands") and words[len(path)] in command.commands:
             path.append(words[len(path)])

@@ -646,6 +646,21 @@ def test_a_round_without_its_quorum_stops_the_run_which_goes_on_later(conducted:
     close(run.weights, whole.weights, tolerance=0)
 
 
+def test_an_attempt_without_its_quorum_is_counted_as_spent(conducted: Any):
+    """The sites trained, whatever became of the round: asked again, they are counted again."""
+    run = conducted(rounds=2)
+    with pytest.raises(RunError):
+        run.run(Site("a"), Site("b", script={2: with_update(put(np.nan))}))
+    run.run(*sites("a", "b"))
+    spent = json.loads((run.folder / "privacy.json").read_text())["sites"]
+    whole = conducted("whole", rounds=2)
+    whole.run(*sites("a", "b"))
+    once = json.loads((whole.folder / "privacy.json").read_text())["sites"]
+    assert {site["rounds"] for site in spent.values()} == {3}
+    assert {site["rounds"] for site in once.values()} == {2}
+    assert spent["a"]["epsilon"] > once["a"]["epsilon"]
+
+
 GOING_ON: list[dict[str, Any]] = [
     {"aggregation": {"strategy": "fedavgm"}},
     {"aggregation": {"strategy": "fedyogi", "average_decay": 0.5}},
