@@ -196,7 +196,7 @@ class DpSgd(Section):
     mechanism: Literal["dp-sgd"]
     unit: Literal["patient", "image"] = "patient"
     clip_norm: Positive = 1.0
-    noise_multiplier: Annotated[float, Field(ge=0.1, le=1e6)] | None = None
+    noise_multiplier: Positive | None = None
     target_epsilon: Positive | None = None
     delta: OpenFraction
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
+import tracemalloc
 from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
@@ -319,3 +320,12 @@ def test_no_product_file_names_the_accountant_of_the_gaussian_limit() -> None:
     assert accounting.__file__ in map(str, sources)
     assert [path for path in sources if forbidden.search(path.read_text())] == []
     assert forbidden.search(Path(__file__).read_text())  # it is found where it is
+
+
+def test_next_to_no_noise_costs_a_bound_and_not_the_machine() -> None:
+    """PLD of these would take gigabytes; Renyi's bound says as much: no privacy to speak of."""
+    tracemalloc.start()
+    spent = [SubsampledGaussian(0.5, 0.01, 1000, "patient")]
+    assert epsilon(spent, 1e-5) == epsilon_by_renyi(spent, 1e-5) > 1e4
+    assert tracemalloc.get_traced_memory()[1] < 2**28
+    tracemalloc.stop()

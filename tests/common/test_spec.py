@@ -573,7 +573,7 @@ def specs(draw: st.DrawFn) -> RunSpec:
         st.sampled_from(
             [
                 {"mechanism": "none"},
-                {"mechanism": "dp-sgd", "noise_multiplier": 0.1 + draw(rates), "delta": 1e-5},
+                {"mechanism": "dp-sgd", "noise_multiplier": draw(rates), "delta": 1e-5},
                 {"mechanism": "dp-sgd", "target_epsilon": draw(rates), "delta": 0.5},
             ]
         )

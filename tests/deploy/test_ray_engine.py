@@ -57,6 +57,7 @@ def test_a_run_that_fails_on_ray_names_its_log(
     write_run: Callable[..., Path], tmp_path: Path, watching: Any
 ):
     folder = prepare(write_run(), tmp_path / "runs")
-    (tmp_path / "evaluation" / "images.u16").unlink()
+    (folder / "checkpoint").mkdir()
+    (folder / "checkpoint" / "state.json").write_text("{}")
     with pytest.raises(RunError, match=r"the run ended without a result; .*flower\.log"):
         simulate(folder, engine="ray", observer=watching())
