@@ -22,7 +22,7 @@ from client.policy import read_policy
 from client.training import LocalTrainer
 from common.accounting import SubsampledGaussian
 from common.cohort import Cohort
-from common.errors import ConfigError, MessageError, RefusalCode
+from common.errors import ConfigError, MessageError, RefusalCode, VersionError
 from common.messages import (
     Invitation,
     NodeCard,
@@ -59,7 +59,9 @@ def answer(records: RecordDict, gate_of: Callable[[], Gate]) -> RecordDict:
         return _ask(gate_of(), request).to_records()
     except MessageError as error:
         log.warning("refused: %s", error)
-        return RefusalReply(code=RefusalCode.MALFORMED).to_records()
+        other = isinstance(error, VersionError)
+        code = RefusalCode.VERSION if other else RefusalCode.MALFORMED
+        return RefusalReply(code=code).to_records()
     except Exception:  # noqa: BLE001 - the edge of the node: no text may leave it
         return incident_reply().to_records()
 

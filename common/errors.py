@@ -8,6 +8,7 @@
     │   └── CohortError      a cohort directory that is missing, damaged or of another shape
     ├── PeerError            the other side of the wire broke the protocol
     │   ├── MessageError     a message that is not on the closed list
+    │   │   └── VersionError it is of another version of the protocol
     │   └── UpdateError      a site's update: shape, type, size, not finite
     ├── Refusal              this node will not do it; carries the code that may leave
     ├── ModelError           a network that cannot be trained under differential privacy
@@ -52,6 +53,10 @@ class PeerError(CloisterError):
 
 class MessageError(PeerError):
     """A message holds something that is not on the closed list, or lacks what is."""
+
+
+class VersionError(MessageError):
+    """The other side speaks another version of the protocol."""
 
 
 class UpdateError(PeerError):

@@ -25,9 +25,10 @@ from numpy.typing import NDArray
 from pydantic import Field, ValidationError
 
 from common.accounting import SubsampledGaussian
-from common.errors import MessageError, RefusalCode, SpecError
+from common.errors import MessageError, RefusalCode, SpecError, VersionError
 from common.spec import Count, RunSpec, Section
 
+PROTOCOL = 1
 INVITE, TRAIN = "query.invite", "train.step"
 
 Arrays = Mapping[str, NDArray[np.float32]]
@@ -44,7 +45,7 @@ _NPY_1_0, _ALIGNMENT = b"\x93NUMPY\x01\x00", 16  # numpy.lib.format
 class _Fields(Section):
     """The scalars of a message. `protocol` must be this side's."""
 
-    protocol: Annotated[int, Field(ge=1, le=1)] = 1
+    protocol: Annotated[int, Field(ge=PROTOCOL, le=PROTOCOL)] = PROTOCOL
 
 
 class _InvitationFields(_Fields):
@@ -207,6 +208,12 @@ def _read(
     record = records[name]
     if not isinstance(record, ConfigRecord):
         raise MessageError(f"{name}: a {type(record).__name__}, expected a record of scalars")
+    spoken = record.get("protocol")
+    if type(spoken) is int and spoken != PROTOCOL:
+        raise VersionError(
+            f"{name}.protocol = {spoken}: this side speaks {PROTOCOL}; both sides need the same "
+            "version of Cloister"
+        )
     if set(record) != set(kind.model_fields):
         odd = f"{sorted(set(record) ^ set(kind.model_fields))}"
         raise MessageError(f"{name}: fields missing or unknown: {odd:.200}")

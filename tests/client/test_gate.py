@@ -450,3 +450,13 @@ def test_why_a_request_was_malformed_stands_in_the_nodes_log(
     records = RecordDict({"invitation": ConfigRecord({"protocol": 1, "oddity": 3})})
     assert read_reply(answer(records, lambda: node.gate)) == MALFORMED
     assert "oddity" in caplog.text
+
+
+def test_another_protocol_is_refused_as_such_whatever_else_it_says(make_node):
+    node = make_node()
+    for record in (
+        ConfigRecord({"protocol": 2}),
+        ConfigRecord({"protocol": 2, "of": "a version to come"}),
+    ):
+        refusal = read_reply(answer(RecordDict({"invitation": record}), lambda: node.gate))
+        assert refusal == RefusalReply(code=RefusalCode.VERSION)
