@@ -12,7 +12,8 @@ from functools import lru_cache
 from pathlib import Path
 
 import pytest
-from dp_accounting.pld import privacy_loss_distribution
+from dp_accounting import NeighboringRelation
+from dp_accounting.pld import PLDAccountant, privacy_loss_distribution
 from opacus.accountants import GaussianAccountant, IAccountant, PRVAccountant, RDPAccountant
 from scipy.optimize import brentq
 from scipy.stats import norm
@@ -329,3 +330,12 @@ def test_next_to_no_noise_costs_a_bound_and_not_the_machine() -> None:
     assert epsilon(spent, 1e-5) == epsilon_by_renyi(spent, 1e-5) > 1e4
     assert tracemalloc.get_traced_memory()[1] < 2**28
     tracemalloc.stop()
+
+
+def test_replacing_a_patient_costs_more_than_the_printed_figure() -> None:
+    """The figure of docs/privacy.md, by the same accountant under the other adjacency."""
+    mechanism = SubsampledGaussian(0.01, 1.0, 1000, "patient")
+    replacing = PLDAccountant(NeighboringRelation.REPLACE_ONE)
+    replacing.compose(mechanism.event, mechanism.steps)
+    assert replacing.get_epsilon(1e-5) == pytest.approx(2.84, abs=0.01)
+    assert epsilon([mechanism], 1e-5) == pytest.approx(1.83, abs=0.01)
