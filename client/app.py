@@ -17,21 +17,9 @@ from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from client.gate import Gate, incident_reply
-from client.ledger import Ledger
-from client.policy import read_policy
-from client.training import LocalTrainer
-from common.accounting import SubsampledGaussian
-from common.cohort import Cohort
-from common.errors import ConfigError, MessageError, RefusalCode, VersionError
-from common.messages import (
-    Invitation,
-    NodeCard,
-    RefusalReply,
-    Release,
-    TrainTask,
-    read_request,
-)
-from common.spec import RunSpec
+from client.home import NodeHome
+from common.errors import ConfigError, LedgerError, MessageError, RefusalCode, VersionError
+from common.messages import Closing, Invitation, RefusalReply, Reply, Request, read_request
 
 log = logging.getLogger("cloister.gate")
 
@@ -41,10 +29,14 @@ app = ClientApp()
 
 
 def register(client_app: ClientApp, gate_of: GateOf) -> None:
-    """Answer the two requests of the protocol on `client_app` by the gate of the context."""
+    """Answer the requests of the protocol on `client_app` by the gate of the context."""
 
     @client_app.query("invite")
     def invite(message: Message, context: Context) -> Message:
+        return Message(answer(message.content, lambda: gate_of(context)), reply_to=message)
+
+    @client_app.query("close")
+    def close(message: Message, context: Context) -> Message:
         return Message(answer(message.content, lambda: gate_of(context)), reply_to=message)
 
     @client_app.train("step")
@@ -62,25 +54,23 @@ def answer(records: RecordDict, gate_of: Callable[[], Gate]) -> RecordDict:
         other = isinstance(error, VersionError)
         code = RefusalCode.VERSION if other else RefusalCode.MALFORMED
         return RefusalReply(code=code).to_records()
+    except LedgerError as error:
+        log.error("this node does not open: %s", error)
+        return RefusalReply(code=RefusalCode.LEDGER).to_records()
     except Exception:  # noqa: BLE001 - the edge of the node: no text may leave it
         return incident_reply().to_records()
 
 
 @lru_cache(maxsize=1)
 def open_node(home: Path) -> Gate:
-    """The gate of the node installed in `home`: ``node.toml``, and the ledger beside it."""
-    policy = read_policy(home / "node.toml")
-    cohort = Cohort.open(home / policy.cohort).with_split("", "train")
-
-    def trainer_for(spec: RunSpec, mechanism: SubsampledGaussian | None) -> LocalTrainer:
-        cohort.check_fits(spec)
-        return LocalTrainer(spec, cohort, declared_size=policy.declared_size, mechanism=mechanism)
-
-    return Gate(policy=policy, ledger=Ledger(home / "ledger"), trainer_for=trainer_for)
+    """The gate of the node installed in `home`."""
+    return NodeHome.open(home).gate()
 
 
-def _ask(gate: Gate, request: Invitation | TrainTask) -> NodeCard | Release | RefusalReply:
-    return gate.invite(request) if isinstance(request, Invitation) else gate.train(request)
+def _ask(gate: Gate, request: Request) -> Reply:
+    if isinstance(request, Invitation):
+        return gate.invite(request)
+    return gate.close(request) if isinstance(request, Closing) else gate.train(request)
 
 
 def _installed_gate(_: Context) -> Gate:

@@ -1,27 +1,49 @@
 """The only way out of a hospital: policy, ledger, training, release, in that order.
 
 A request is read (closed list), judged by the policy, booked in the ledger, trained, committed,
-and only then answered. What comes back is built from the fields of `messages.Release`; what
-training returned beside the update goes to the node's own log. Every failure becomes a code, or
-an incident number whose text stays here.
+and only then answered. What comes back is built from the fields of `messages`; what training
+returned beside the update goes to the node's own log. Every failure becomes a code, or an
+incident number whose text stays here. What is answered before an attempt is booked depends on
+policy, spec, ledger and task alone; what is answered after it is held to its slot (`Releases`).
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib.metadata import version
 from typing import TypeVar
 
 from safetensors.numpy import load, save
 
-from client.ledger import Ledger
+from client.approval import Asked, Requests
+from client.book import Book
+from client.ledger import Ledger, Signed, TaskKey, check_open, check_sound
 from client.policy import Policy
-from client.training import LocalResult, LocalTrainer
-from common.accounting import SubsampledGaussian
-from common.errors import MessageError, Refusal, RefusalCode
-from common.messages import Invitation, NodeCard, RefusalReply, Release, TrainTask
+from client.training import LocalResult, LocalTrainer, check_weights
+from common import models
+from common.accounting import Share, SubsampledGaussian
+from common.clock import Clock
+from common.errors import (
+    LedgerError,
+    MessageError,
+    ModelError,
+    Refusal,
+    RefusalCode,
+)
+from common.messages import (
+    Closed,
+    Closing,
+    Invitation,
+    NodeCard,
+    RefusalReply,
+    Release,
+    TrainTask,
+)
 from common.noise import KeystreamSource, fresh_keystream
 from common.spec import RunSpec
 
@@ -31,78 +53,171 @@ Answer = TypeVar("Answer")
 TrainerFactory = Callable[[RunSpec, SubsampledGaussian | None], LocalTrainer]
 
 
+@dataclass(frozen=True)
+class Site:
+    """What stands behind a gate, none of which a message can change.
+
+    Attributes:
+        policy: the hospital's limits.
+        ledger: what was spent, and the releases that can be asked for again.
+        cohort: digest of the cohort's index; the ledger says whether a person admitted it.
+        requests: where runs wait for a person; needed where the policy says ``ask``.
+    """
+
+    policy: Policy
+    ledger: Ledger
+    cohort: str
+    requests: Requests | None = None
+
+
 class Gate:
     """Answers requests for one site.
 
     Args:
-        policy: the hospital's limits.
-        ledger: what was spent, and the releases that can be asked for again.
-        trainer_for: makes the trainer of a run; kept until another run is asked for.
+        site: what stands behind it.
+        trainer_for: makes the trainer of a run; kept until another run is asked for. It is given
+            the mechanism of the whole run.
         keystream: randomness of each attempt; a node leaves it at its default.
+        clock: date and time.
     """
 
     def __init__(
         self,
+        site: Site,
         *,
-        policy: Policy,
-        ledger: Ledger,
         trainer_for: TrainerFactory,
         keystream: KeystreamSource = fresh_keystream,
+        clock: Clock | None = None,
     ) -> None:
-        self._policy = policy
-        self._ledger = ledger
+        self._site, self._policy, self._ledger = site, site.policy, site.ledger
         self._trainer_for = trainer_for
         self._keystream = keystream
+        self._clock = clock or Clock()
         self._warm: tuple[str, LocalTrainer] | None = None
 
     def invite(self, invitation: Invitation) -> NodeCard | RefusalReply:
-        """Whether this node takes part in the whole run; nothing is spent by asking."""
+        """Whether this node takes part in the whole run, which is then set aside for it."""
         return _answered(lambda: self._card(invitation.spec))
 
     def train(self, task: TrainTask) -> Release | RefusalReply:
         """The release of one round, or a refusal; the same task gets the same release again."""
         return _answered(lambda: self._release(task))
 
+    def close(self, closing: Closing) -> Closed | RefusalReply:
+        """The run is over: nothing is set aside for it any more, and no release of it is kept."""
+        return _answered(lambda: self._closed(closing.digest))
+
     def _card(self, spec: RunSpec) -> NodeCard:
-        mechanism = self._policy.plan(spec)
-        if mechanism is not None:
-            self._policy.check_budget(self._ledger.spent(), mechanism)
+        policy = self._policy
+        shares = self._judged(spec)
+        self._check_approved(spec, shares)
+        lapse(self._ledger, policy, self._clock)
+        self._ledger.earmark(
+            spec.digest,
+            shares,
+            name=spec.name,
+            run_id=spec.run_id,
+            allow=lambda book: policy.check_earmark(book, spec.digest, shares),
+        )
         return NodeCard(
             digest=spec.digest,
-            site=self._policy.site,
+            site=policy.site,
             version=version("cloister"),
-            declared_size=self._policy.declared_size,
+            declared_size=policy.declared_size,
+            paced=policy.release.pace > 0,
+            witness=self._ledger.witness,
         )
 
     def _release(self, task: TrainTask) -> Release:
-        spec, number, digest = task.spec, task.round_number, task.digest
-        planned = self._policy.plan(spec)
-        mechanism = planned and planned.of_steps(spec.local.steps)
-        stored = self._ledger.released(spec.digest, number, digest)
+        spec, number = task.spec, task.round_number
+        key = TaskKey(spec.digest, "training", number, task.digest)
+        self._ledger.check_witness(task.witness)
+        shares = self._judged(spec)
+        share = next((share for share in shares if share.part == "training"), None)
+        mechanism = share and share.mechanism
+        stored = self._ledger.released(key)
         if stored is not None:
             return Release(spec.digest, number, mechanism, load(stored))
+        self._check_approved(spec, shares)
+        check_weights(task.weights, models.shapes(spec))
 
-        def allow(spent: list[SubsampledGaussian]) -> None:
-            if mechanism is not None:
-                self._policy.check_budget(spent, mechanism)
+        def allow(book: Book) -> None:
+            check_open(book, spec.digest)
+            if book.run(spec.digest).shares.get("training") != share:
+                raise Refusal(RefusalCode.APPROVAL, "not what was set aside; invite again")
+            now = self._clock.date()
+            self._policy.check_attempt(book, now, spec.digest, "training", number)
 
-        allow(self._ledger.spent())  # and again when it is booked: another node may be quicker
-        trainer = self._trainer(spec, planned)
-        trainer.check(task.weights)
-        attempt = self._ledger.reserve(spec.digest, number, digest, mechanism, allow=allow)
-        keystream = self._keystream(run_id=spec.run_id, round_number=number)
-        self._warm = None  # what a failure leaves in a trainer would spoil the next attempt
-        result = trainer.train(task.weights, number, keystream)
-        self._warm = spec.digest, trainer
-        self._log(task, result)
-        self._ledger.commit(attempt, save(result.update))
-        self._ledger.prune(spec.digest, number - 1)
+        allow(self._ledger.book)  # and again when it is booked: another node may be quicker
+        with self._paced(spec):
+            trainer = self._trainer(spec, share and share.whole)
+            attempt = self._ledger.reserve(key, mechanism, cohort=self._site.cohort, allow=allow)
+            keystream = self._keystream(run_id=spec.run_id, round_number=number)
+            self._warm = None  # what a failure leaves in a trainer would spoil the next attempt
+            result = trainer.train(task.weights, number, keystream)
+            self._warm = spec.digest, trainer
+            self._log(task, result)
+            self._ledger.commit(attempt, save(result.update))
+            self._ledger.prune(spec.digest, before_round=number - 1)
         return Release(spec.digest, number, mechanism, result.update)
+
+    def _closed(self, run: str) -> Closed:
+        check_sound(self._ledger.book)
+        self._ledger.close(run, Signed("the coordinator", "the run is over"))
+        if self._warm is not None and self._warm[0] == run:
+            self._warm = None
+        return Closed(digest=run)
+
+    def _judged(self, spec: RunSpec) -> tuple[Share, ...]:
+        """What the run does here, if the policy allows it and this node may answer at all."""
+        book = self._ledger.book
+        check_sound(book)
+        try:
+            shapes = models.shapes(spec)
+        except ModelError as error:
+            raise Refusal(RefusalCode.SPEC, str(error)) from error
+        shares = self._policy.judge(spec, sum(map(math.prod, shapes.values())))
+        if book.admitted != self._site.cohort:
+            raise Refusal(
+                RefusalCode.POLICY,
+                "the cohort is not the one that a person admitted; look at it with `cloister "
+                "node check`, then `cloister node admit`",
+            )
+        return shares
+
+    def _check_approved(self, spec: RunSpec, shares: tuple[Share, ...]) -> None:
+        """In ``ask`` mode: has a person said yes to just this?
+
+        Raises:
+            Refusal: ``approval`` if it waits, ``denied`` if the answer was no.
+        """
+        if self._policy.approval == "automatic":
+            return
+        decision = self._ledger.book.run(spec.digest).decision
+        if decision is not None and not decision.approved:
+            raise Refusal(RefusalCode.DENIED, f"{decision.by} said no: {decision.reason}")
+        asked = Asked(spec, self._site.cohort, shares)
+        if decision is None or decision.approval != asked.digest:
+            if self._site.requests is not None:
+                self._site.requests.put(spec)
+            raise Refusal(RefusalCode.APPROVAL, f"run {spec.name!r} waits for a person")
 
     def _trainer(self, spec: RunSpec, mechanism: SubsampledGaussian | None) -> LocalTrainer:
         if self._warm is None or self._warm[0] != spec.digest:
             self._warm = spec.digest, self._trainer_for(spec, mechanism)
         return self._warm[1]
+
+    @contextmanager
+    def _paced(self, spec: RunSpec) -> Iterator[None]:
+        """Leave at a whole slot after coming in, whatever happens in between."""
+        slot = self._policy.release.pace * spec.federation.deadline_seconds
+        started = self._clock.now()
+        try:
+            yield
+        finally:
+            if slot > 0:
+                passed = self._clock.now() - started
+                self._clock.sleep(max(1, math.ceil(passed / slot)) * slot - passed)
 
     def _log(self, task: TrainTask, result: LocalResult) -> None:
         """For the hospital's own eyes: this record never leaves the node."""
@@ -115,6 +230,12 @@ class Gate:
             result.sampled,
             result.zeroed,
         )
+
+
+def lapse(ledger: Ledger, policy: Policy, clock: Clock) -> None:
+    """Take back what is set aside for runs that nobody has asked for in a long time."""
+    for run in policy.lapsed(ledger.book, clock.date()):
+        ledger.lapse(run)
 
 
 def incident_reply() -> RefusalReply:
@@ -130,6 +251,9 @@ def _answered(answer: Callable[[], Answer]) -> Answer | RefusalReply:
     except Refusal as refusal:
         log.warning("refused: %s", refusal)
         return RefusalReply(code=refusal.code)
+    except LedgerError as error:
+        log.error("this node answers nothing more: %s", error)
+        return RefusalReply(code=RefusalCode.LEDGER)
     except MessageError as error:
         log.warning("refused: %s", error)
         return RefusalReply(code=RefusalCode.MALFORMED)

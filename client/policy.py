@@ -1,23 +1,31 @@
 """The hospital's own limits, which no message can widen.
 
-A policy is read once from ``node.toml`` and frozen. Deciding is a pure function of policy, spec
-and what the ledger says was spent; the cohort has no part in it (PRIVACY.md 5).
+A policy is read once from ``node.toml`` and frozen. Deciding is a pure function of policy, spec,
+ledger and clock; the cohort has no part in it (PRIVACY.md 5). What a limit leaves out is on the
+safe side: a node whose file names no operator and no network takes part in nothing.
 """
 
 from __future__ import annotations
 
+import json
+import re
 import tomllib
+from collections.abc import Iterator
+from datetime import datetime, time, timedelta
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, field_validator, model_validator
 
+from client.book import Book, Limit
+from client.ledger import stamp
 from common import accounting
-from common.accounting import SubsampledGaussian
+from common.accounting import Part, Share, SubsampledGaussian, Unit
 from common.errors import ConfigError, Refusal, RefusalCode, SpecError
 from common.spec import (
     Count,
     DpSgd,
+    Fraction,
     OpenFraction,
     Positive,
     RunSpec,
@@ -25,68 +33,310 @@ from common.spec import (
     explain_detail,
 )
 
+_ROUNDING = 1 + 1e-9  # one sum taken in two orders
+Names = tuple[str, ...] | Literal["any"]
+
+
+class Period(Section):
+    """At most `epsilon` in any `days` days: it paces the budget, and gives nothing back."""
+
+    days: Annotated[int, Field(ge=1, le=3660)]
+    epsilon: Positive
+
 
 class Budget(Section):
     """What the site may spend over its life: (epsilon, delta), counted by a Renyi filter.
 
-    The filter adds up Renyi divergences at one fixed `order`, which stays valid when a
-    coordinator chooses each run by the results of the last (PRIVACY.md 9).
+    The filter adds up Renyi divergences at one fixed order, which stays valid when a coordinator
+    chooses each run by the results of the last (PRIVACY.md 9). `order` is best left out: it is
+    then the one at which this budget goes farthest.
     """
 
     epsilon: Positive
     delta: OpenFraction
-    order: Annotated[float, Field(ge=1.5, le=256)] = 8.0
+    order: Annotated[float, Field(ge=1.25, le=256)] | None = None
+    period: Period | None = None
+
+    @model_validator(mode="after")
+    def _leaves_room(self) -> Self:
+        for name, epsilon in (("epsilon", self.epsilon), *self._paced()):
+            if accounting.divergence_within(epsilon, self.delta, self.at_order) <= 0:
+                raise ValueError(
+                    f"{name} = {epsilon} at delta = {self.delta} and order {self.at_order:g} "
+                    "leaves room for no run at all; take a greater epsilon, or a higher order"
+                )
+        return self
+
+    def _paced(self) -> tuple[tuple[str, float], ...]:
+        return () if self.period is None else (("period.epsilon", self.period.epsilon),)
+
+    @property
+    def at_order(self) -> float:
+        """The order of the filter."""
+        return self.order or accounting.filter_order(self.epsilon, self.delta)
+
+    @property
+    def limit(self) -> Limit:
+        """As the ledger books it."""
+        return Limit(self.epsilon, self.delta, self.at_order)
+
+    def epsilon_of(self, divergence: float) -> float:
+        """The epsilon of a total divergence, as this budget counts."""
+        return accounting.epsilon_of(divergence, self.delta, self.at_order)
+
+
+class Limits(Section):
+    """What a run may be.
+
+    Attributes:
+        operators: who may launch runs here, as ``operator`` in a run's file; nobody if left out.
+        tasks, models: what may be trained; ``"any"`` for all; no network if left out.
+        greatest_parameters: of a network.
+        least_noise_multiplier: sigma of a run under privacy.
+        greatest_sampling_rate: q = expected batch / declared size.
+        greatest_steps_a_round: local steps.
+        greatest_rounds: of one run.
+        greatest_rounds_a_day: attempts in any 24 hours, of all runs.
+        greatest_open_runs: set aside at the same time.
+        least_patients: in the cohort; a person settles it when the cohort is admitted.
+        lapse_days: a run that nobody asks for any more is no longer set aside after so long.
+        hours: when rounds are trained, such as ``["20:00-06:00"]`` in the machine's own time;
+            always if left out.
+    """
+
+    operators: Names = ()
+    tasks: Names = ("classification",)
+    models: Names = ()
+    greatest_parameters: Count = 30_000_000
+    least_noise_multiplier: Positive = 0.5
+    greatest_sampling_rate: Fraction = 0.25
+    greatest_steps_a_round: Count = 200
+    greatest_rounds: Count = 1000
+    greatest_rounds_a_day: Count = 200
+    greatest_open_runs: Count = 3
+    least_patients: Count = 50
+    lapse_days: Annotated[int, Field(ge=1, le=3660)] = 30
+    hours: tuple[str, ...] = ()
+
+    @field_validator("hours")
+    @classmethod
+    def _hours_are_windows(cls, windows: tuple[str, ...]) -> tuple[str, ...]:
+        for window in windows:
+            _window(window)
+        return windows
+
+    def open_at(self, now: time) -> bool:
+        """Whether `now`, in the machine's own time, lies within the hours."""
+        return not self.hours or any(_within(now, *_window(window)) for window in self.hours)
+
+
+class Data(Section):
+    """What the cohort is made for, in public terms; a run that asks for other data is refused.
+
+    `preprocessing` is the digest that ``cloister intake show`` prints.
+    """
+
+    unit: Unit
+    kind: Literal["binary", "multiclass", "multilabel"]
+    classes: Annotated[tuple[str, ...], Field(min_length=2)]
+    shape: tuple[Count, Count, Count]
+    preprocessing: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class Releases(Section):
+    """How replies leave. `pace` is the part of a round's deadline after which each one does.
+
+    A reply is held to that slot, or to the next whole one if training took longer, so that how
+    long it took says nothing. 0: replies leave at once, and the run's report says so.
+    """
+
+    pace: Fraction = 0.5
+
+
+class Machine(Section):
+    """What training may take: the device, and memory for per-patient gradients in MiB."""
+
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d{1,3})?)$")] = "auto"
+    gradient_memory: Annotated[int, Field(ge=16, le=1_000_000)] = 512
+
+
+class LedgerFiles(Section):
+    """`witness`: file to which how far the ledger went is added; best on another machine."""
+
+    witness: str = "ledger.witness"
 
 
 class Policy(Section):
-    """What this node does and does not do.
+    """What this node does and does not do; the content of ``node.toml``.
 
     Attributes:
         site: the public name of the site.
         declared_size: the public, rounded number of units that the hospital declares; a person
             types it and nothing derives it from the data.
-        budget: for life; None only where no real patient stands behind the cohort.
+        cohort: directory of the training cohort, relative to the file.
+        least_unit: ``patient``, or ``image`` where runs that protect images alone are taken.
+        approval: ``ask``: each new run waits for a person; ``automatic``: within the limits.
         allow_no_privacy: whether runs without differential privacy are taken at all.
-        cohort: directory of the training cohort.
+        budget: for life; None only where no real patient stands behind the cohort.
+        data: None only there as well.
     """
 
     site: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$")]
     declared_size: Count
-    budget: Budget | None
-    allow_no_privacy: bool = False
     cohort: str
+    least_unit: Unit = "patient"
+    approval: Literal["ask", "automatic"] = "ask"
+    allow_no_privacy: bool = False
+    budget: Budget | None
+    limits: Limits = Limits()
+    data: Data | None
+    release: Releases = Releases()
+    machine: Machine = Machine()
+    ledger: LedgerFiles = LedgerFiles()
 
-    def plan(self, spec: RunSpec) -> SubsampledGaussian | None:
-        """The mechanism of the whole run at this site, or None for an allowed run without privacy.
+    def judge(self, spec: RunSpec, parameters: int) -> tuple[Share, ...]:
+        """What the run would do at this site, if the limits allow it.
+
+        Args:
+            spec: the run.
+            parameters: how many its network has.
 
         Raises:
-            Refusal: ``policy`` if the run asks for no privacy and the policy does not allow it;
-                ``spec`` if the run makes no sense at the declared size.
+            Refusal: ``policy``, naming every limit that the run is beyond; ``spec`` if the run
+                makes no sense at the declared size.
         """
-        if not isinstance(spec.privacy, DpSgd) and not self.allow_no_privacy:
-            raise Refusal(
-                RefusalCode.POLICY,
-                f"run {spec.name!r} asks for no privacy; allow_no_privacy is false",
-            )
         try:
-            return accounting.planned(spec, self.declared_size)
+            shares = accounting.shares(spec, self.declared_size)
         except SpecError as error:
             raise Refusal(RefusalCode.SPEC, str(error)) from error
+        objections = list(self.objections(spec, parameters, shares))
+        if objections:
+            raise Refusal(RefusalCode.POLICY, "; ".join(objections))
+        return shares
 
-    def check_budget(self, spent: list[SubsampledGaussian], wanted: SubsampledGaussian) -> None:
-        """Allow `wanted` on top of what is `spent`, or refuse.
+    def objections(
+        self, spec: RunSpec, parameters: int, shares: tuple[Share, ...]
+    ) -> Iterator[str]:
+        """Every limit that a run is beyond, in words."""
+        limits, rate = self.limits, accounting.sampling_rate(spec, self.declared_size)
+        yield from self._objections_to_privacy(spec, shares)
+        yield from self._objections_to_data(spec)
+        for what, name, allowed in (
+            ("operator", spec.operator, limits.operators),
+            ("task", spec.task.name, limits.tasks),
+            ("network", spec.model.name, limits.models),
+        ):
+            if allowed != "any" and name not in allowed:
+                known = ", ".join(allowed) or "none"
+                yield f"{what} {name!r} is not on this site's list ({known})"
+        for what, seen, most in (
+            ("parameters", parameters, limits.greatest_parameters),
+            ("sampling rate", rate, limits.greatest_sampling_rate),
+            ("steps a round", spec.local.steps, limits.greatest_steps_a_round),
+            ("rounds", spec.rounds, limits.greatest_rounds),
+        ):
+            if seen > most:
+                yield f"{what}: {seen:g}, at most {most:g}"
+
+    def _objections_to_privacy(self, spec: RunSpec, shares: tuple[Share, ...]) -> Iterator[str]:
+        if not isinstance(spec.privacy, DpSgd) and not self.allow_no_privacy:
+            yield f"run {spec.name!r} asks for no privacy; allow_no_privacy is false"
+        if spec.privacy.unit == "image" and self.least_unit == "patient":
+            yield "it protects images alone, the unit is to be at least the patient"
+        for share in shares:
+            noise, least = share.mechanism.noise_multiplier, self.limits.least_noise_multiplier
+            if noise < least:
+                yield f"noise multiplier of {share.part}: {noise:g}, at least {least:g}"
+
+    def _objections_to_data(self, spec: RunSpec) -> Iterator[str]:
+        if self.data is None:
+            return
+        for what, asked, ours in (
+            ("kind of task", spec.task.kind, self.data.kind),
+            ("classes", spec.task.classes, self.data.classes),
+            ("image's shape", spec.input.shape, self.data.shape),
+            ("preprocessing", spec.input.preprocessing_digest, self.data.preprocessing),
+            ("unit", spec.privacy.unit, self.data.unit),
+        ):
+            if asked != ours:
+                yield f"{what}: {asked}, this site's data are {ours}"
+
+    def check_earmark(self, book: Book, run: str, shares: tuple[Share, ...]) -> None:
+        """Whether a whole run fits on top of what is spent and set aside.
 
         Raises:
-            Refusal: ``budget``.
+            Refusal: ``budget``; ``later`` if as many runs are open as may be.
         """
+        others = [digest for digest in book.open_runs() if digest != run]
+        if len(others) >= self.limits.greatest_open_runs:
+            raise Refusal(
+                RefusalCode.LATER,
+                f"{len(others)} runs are open, at most {self.limits.greatest_open_runs}; close "
+                "one that is over with `cloister node close`",
+            )
+        known, order = book.run(run), self._order
+        more = 0.0
+        for share in shares:
+            attempted = known.attempted.get(share.part, 0)
+            more += _cost(share.mechanism, max(0, share.rounds - attempted), order)
+        for part, old in known.shares.items():  # what was set aside for it before
+            more -= _cost(old.mechanism, known.remaining(part), order)
+        self._check_total(book, more)
+
+    def check_attempt(
+        self, book: Book, now: datetime, run: str, part: Part, round_number: int
+    ) -> None:
+        """Whether one more attempt is allowed now.
+
+        Raises:
+            Refusal: ``later`` (hours, rounds a day, the budget's pace), ``budget``, or
+                ``approval`` if the run's mechanism is not the one that was set aside.
+        """
+        if not self.limits.open_at(now.astimezone().time()):
+            raise Refusal(RefusalCode.LATER, f"outside of the hours {self.limits.hours}")
+        today = book.since(stamp(now - timedelta(days=1)))
+        if len(today) >= self.limits.greatest_rounds_a_day:
+            raise Refusal(RefusalCode.LATER, f"{len(today)} rounds in the last 24 hours")
+        known = book.run(run)
+        share = known.shares.get(part)
+        if share is None:
+            return
+        again = (part, round_number) in known.attempts
+        extra = _cost(share.mechanism, 1, self._order) if again else 0.0
+        self._check_total(book, extra)
+        self._check_pace(book, now, share.mechanism)
+
+    def lapsed(self, book: Book, now: datetime) -> list[str]:
+        """Digests of the open runs of which nothing was heard for `lapse_days`."""
+        since = stamp(now - timedelta(days=self.limits.lapse_days))
+        return [digest for digest in book.open_runs() if book.run(digest).last < since]
+
+    @property
+    def _order(self) -> float:
+        return self.budget.at_order if self.budget else 2.0
+
+    def _check_total(self, book: Book, more: float) -> None:
         if self.budget is None:
             return
-        total = accounting.epsilon_at_order([*spent, wanted], self.budget.delta, self.budget.order)
-        if total > self.budget.epsilon:
+        total = self.budget.epsilon_of(book.divergence(self._order) + more)
+        if total > self.budget.epsilon * _ROUNDING:
             raise Refusal(
                 RefusalCode.BUDGET,
-                f"epsilon would reach {total:.3f} of {self.budget.epsilon} for life "
-                f"(delta {self.budget.delta})",
+                f"epsilon would reach {total:.3f} of {self.budget.epsilon:g} for life "
+                f"(delta {self.budget.delta:g})",
+            )
+
+    def _check_pace(self, book: Book, now: datetime, mechanism: SubsampledGaussian) -> None:
+        if self.budget is None or self.budget.period is None:
+            return
+        period = self.budget.period
+        recent = [c.mechanism for c in book.since(stamp(now - timedelta(days=period.days)))]
+        spent = sum(accounting.divergence(m, self._order) for m in recent if m)
+        total = self.budget.epsilon_of(spent + _cost(mechanism, 1, self._order))
+        if total > period.epsilon * _ROUNDING:
+            raise Refusal(
+                RefusalCode.LATER,
+                f"epsilon would reach {total:.3f} of {period.epsilon:g} in {period.days} days",
             )
 
 
@@ -98,9 +348,27 @@ def read_policy(path: Path) -> Policy:
     """
     try:
         document = tomllib.loads(path.read_text(encoding="utf-8"))
-        return Policy.model_validate(document)
+        return Policy.model_validate_json(json.dumps(document, default=str))
     except ValidationError as error:
         lines = (f"{path}: {explain_detail(detail)}" for detail in error.errors())
         raise ConfigError("\n".join(lines)) from None
     except (OSError, ValueError) as error:  # not there, not text, not TOML
         raise ConfigError(f"{path}: {error}; expected the node's TOML file") from error
+
+
+def _cost(mechanism: SubsampledGaussian, rounds: int, order: float) -> float:
+    return rounds * accounting.divergence(mechanism, order)
+
+
+def _window(text: str) -> tuple[time, time]:
+    found = re.fullmatch(r"(\d\d:\d\d)-(\d\d:\d\d)", text)
+    try:
+        if found and found[1] != found[2]:
+            return time.fromisoformat(found[1]), time.fromisoformat(found[2])
+    except ValueError:
+        pass
+    raise ValueError(f"{text!r}: expected a window of hours such as 20:00-06:00")
+
+
+def _within(now: time, start: time, end: time) -> bool:
+    return start <= now < end if start <= end else now >= start or now < end

@@ -45,7 +45,6 @@ log = logging.getLogger("cloister.training")
 
 Arrays = Mapping[str, NDArray[np.float32]]
 
-_GRADIENT_MEMORY = 512 * 2**20
 _NORM_BLOCK = 2**15
 
 
@@ -53,11 +52,13 @@ _NORM_BLOCK = 2**15
 class Compute:
     """Where to train, and how many images at once (None: by the network's size).
 
-    The size of a physical batch bounds memory; it does not change what is computed.
+    The size of a physical batch bounds memory; it does not change what is computed. Where it is
+    not given, the per-image gradients of one fit into `gradient_memory` bytes.
     """
 
     device: torch.device
     physical_images: int | None = None
+    gradient_memory: int = 512 * 2**20
 
 
 @dataclass(frozen=True)
@@ -193,7 +194,9 @@ class LocalTrainer:
         network = models.build(spec).to(self._device)
         models.check_private(network)
         size = sum(parameter.numel() for parameter in network.parameters())
-        self._physical_images = compute.physical_images or _physical_images(size)
+        self._physical_images = compute.physical_images or _physical_images(
+            size, compute.gradient_memory
+        )
         self._network = _with_sample_gradients(network) if mechanism else network
 
     def check(self, weights: Arrays) -> None:
@@ -394,9 +397,9 @@ def _set_rate(optimizer: Any, rate: float) -> None:
         group["lr"] = rate
 
 
-def _physical_images(parameters: int) -> int:
-    """As many images as their float32 gradients fit into half a gigabyte; 8 to 512."""
-    return int(min(512, max(8, _GRADIENT_MEMORY // (4 * parameters))))
+def _physical_images(parameters: int, memory: int) -> int:
+    """As many images as their float32 gradients fit into `memory` bytes; 1 to 512."""
+    return int(min(512, max(1, memory // (4 * parameters))))
 
 
 def _norms(gradients: list[Tensor]) -> Tensor:

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import groupby
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import dp_accounting
 from dp_accounting import pld, rdp
@@ -26,6 +26,10 @@ Unit = Literal["patient", "image"]
 _SMALLEST_NOISE, _LARGEST_NOISE = 0.2, 1e5
 _MEANINGLESS = 100.0
 _GRID = 5e-4  # of privacy losses; pessimistic on any grid
+
+
+Part = Literal["training"]
+"""What of a run a mechanism serves."""
 
 
 @dataclass(frozen=True, order=True)
@@ -86,10 +90,33 @@ def epsilon_at_order(mechanisms: Iterable[SubsampledGaussian], delta: float, ord
 
     Feldman and Zrnic 2021 (arXiv:2008.11193): a filter on the sum of divergences at that order.
     """
-    accountant = rdp.RdpAccountant(orders=[order])
-    for mechanism in _merged(mechanisms):
-        accountant.compose(mechanism.event, mechanism.steps)
-    return float(accountant.get_epsilon(delta))
+    return epsilon_of(sum(divergence(mechanism, order) for mechanism in mechanisms), delta, order)
+
+
+def divergence(mechanism: SubsampledGaussian, order: float) -> float:
+    """The Renyi divergence of `order` of all the mechanism's steps: what a filter adds up."""
+    one = mechanism.sampling_rate, mechanism.noise_multiplier
+    return mechanism.steps * _divergence_of_a_step(*one, order)
+
+
+def epsilon_of(total: float, delta: float, order: float) -> float:
+    """The epsilon at `delta` of a total Renyi divergence (0 for none; Canonne et al. 2020)."""
+    return float(rdp.compute_epsilon([order], [total], delta)[0])
+
+
+def divergence_within(epsilon: float, delta: float, order: float) -> float:
+    """The total Renyi divergence that (epsilon, delta) allows at `order`; below 0: none at all."""
+    return epsilon - _conversion(delta, order)
+
+
+def filter_order(epsilon: float, delta: float) -> float:
+    """The order at which (epsilon, delta) allows the most steps of a Gaussian mechanism.
+
+    Its divergence grows as the order, so this is where the allowed divergence over the order is
+    greatest. Orders from 1.25 to 256 are looked at, in steps of a quarter up to 16.
+    """
+    orders = [n / 4 for n in range(5, 65)] + [float(n) for n in range(17, 257)]
+    return max(orders, key=lambda order: divergence_within(epsilon, delta, order) / order)
 
 
 def planned(spec: RunSpec, declared_size: int) -> SubsampledGaussian | None:
@@ -114,6 +141,31 @@ def planned(spec: RunSpec, declared_size: int) -> SubsampledGaussian | None:
     if noise is None:
         noise = noise_for(rate, spec.total_steps, privacy.target_epsilon or 0.0, privacy.delta)
     return SubsampledGaussian(rate, noise, spec.total_steps, privacy.unit)
+
+
+class Share(NamedTuple):
+    """What one part of a run does at a site: `mechanism`, once in each of `rounds` rounds."""
+
+    part: Part
+    mechanism: SubsampledGaussian
+    rounds: int
+
+    @property
+    def whole(self) -> SubsampledGaussian:
+        """Over all rounds."""
+        return self.mechanism.of_steps(self.mechanism.steps * self.rounds)
+
+
+def shares(spec: RunSpec, declared_size: int) -> tuple[Share, ...]:
+    """Everything private that a site of `declared_size` units does in `spec`; none without privacy.
+
+    Raises:
+        SpecError: as `planned`.
+    """
+    whole = planned(spec, declared_size)
+    if whole is None:
+        return ()
+    return (Share("training", whole.of_steps(spec.local.steps), spec.rounds),)
 
 
 def sampling_rate(spec: RunSpec, declared_size: int) -> float:
@@ -166,6 +218,26 @@ def _merged(mechanisms: Iterable[SubsampledGaussian]) -> tuple[SubsampledGaussia
         SubsampledGaussian(rate, noise, sum(mechanism.steps for mechanism in same), unit)
         for (rate, noise, unit), same in groupby(sorted(mechanisms, key=kind), key=kind)
     )
+
+
+_PROBE_STEPS, _PROBE_DELTA = 10**9, 1e-100
+
+
+@lru_cache(maxsize=65536)
+def _divergence_of_a_step(rate: float, noise: float, order: float) -> float:
+    """Read off the accountant's epsilon of very many steps, which is the divergence and a constant.
+
+    Many steps and a tiny delta keep it clear of the roundings and short cuts for small ones.
+    """
+    accountant = rdp.RdpAccountant(orders=[order])
+    accountant.compose(SubsampledGaussian(rate, noise, 1, "patient").event, _PROBE_STEPS)
+    bound = float(accountant.get_epsilon(_PROBE_DELTA)) - _conversion(_PROBE_DELTA, order)
+    return max(0.0, bound / _PROBE_STEPS)
+
+
+def _conversion(delta: float, order: float) -> float:
+    """What turns a divergence into an epsilon (Canonne et al. 2020, arXiv:2004.00010, Prop. 12)."""
+    return math.log1p(-1 / order) - math.log(delta * order) / (order - 1)
 
 
 @lru_cache(maxsize=4096)

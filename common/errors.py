@@ -11,6 +11,7 @@
     │   │   └── VersionError it is of another version of the protocol
     │   └── UpdateError      a site's update: shape, type, size, not finite
     ├── Refusal              this node will not do it; carries the code that may leave
+    ├── LedgerError          the site's ledger is missing, damaged, altered or rolled back
     ├── ModelError           a network that cannot be trained under differential privacy
     └── RunError             a run that cannot go on: no quorum, a foreign checkpoint
 
@@ -63,6 +64,10 @@ class UpdateError(PeerError):
     """A site's update cannot be aggregated."""
 
 
+class LedgerError(CloisterError):
+    """The site's ledger cannot be relied on: this node stops until a person has looked."""
+
+
 class ModelError(CloisterError):
     """A network cannot be trained soundly under differential privacy."""
 
@@ -75,6 +80,18 @@ class RefusalCode(StrEnum):
     """Why a node said no: the whole vocabulary that may leave it.
 
     Every code depends on policy, spec, ledger and task alone, never on the cohort.
+
+    - ``malformed``, ``version``: not a message of the closed list, or of another protocol.
+    - ``spec``: the run makes no sense at this site's declared size.
+    - ``policy``: beyond the hospital's limits; asking again does not help.
+    - ``budget``: more than is left for life.
+    - ``approval``: it waits for a person at the site, or was never invited; ask again later.
+    - ``denied``: a person at the site said no.
+    - ``later``: within the limits, but not now (hours, rounds a day, pace of the budget).
+    - ``weights``: not finite, absurd, or not the network's.
+    - ``replay``: the round was asked with other content, its release is gone, the run is over.
+    - ``ledger``: this node's ledger needs a person.
+    - ``incident``: a failure; its text stays at the node under a random number.
     """
 
     MALFORMED = "malformed"
@@ -82,8 +99,12 @@ class RefusalCode(StrEnum):
     SPEC = "spec"
     POLICY = "policy"
     BUDGET = "budget"
+    APPROVAL = "approval"
+    DENIED = "denied"
+    LATER = "later"
     WEIGHTS = "weights"
     REPLAY = "replay"
+    LEDGER = "ledger"
     INCIDENT = "incident"
 
 

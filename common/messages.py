@@ -3,7 +3,8 @@
     coordinator -> node                      node -> coordinator
     query.invite  Invitation (spec)          NodeCard or RefusalReply
     train.step    TrainTask (spec, round,    Release (update, mechanism) or RefusalReply
-                  global weights)
+                  witness, global weights)
+    query.close   Closing (run's digest)     Closed or RefusalReply
 
 Each becomes a Flower `RecordDict` of one record of scalars and at most one of arrays. Reading is
 strict both ways: a missing or unknown field, a wrong type, another version or a digest that does
@@ -28,12 +29,21 @@ from common.accounting import SubsampledGaussian
 from common.errors import MessageError, RefusalCode, SpecError, VersionError
 from common.spec import Count, RunSpec, Section
 
-PROTOCOL = 1
-INVITE, TRAIN = "query.invite", "train.step"
+PROTOCOL = 2
+INVITE, TRAIN, CLOSE = "query.invite", "train.step", "query.close"
 
 Arrays = Mapping[str, NDArray[np.float32]]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$")]
+
+_WITNESS = r"[0-9]{1,12}:[0-9a-f]{64}:[0-9a-f]{64}"
+Witness = Annotated[str, Field(pattern=f"^{_WITNESS}$")]
+"""How far a node's ledger went: entry, head of its chain, and the node's seal on both.
+
+The head is keyed by the node: it says nothing to anybody else, and nobody else can make one. A
+coordinator keeps the last one of each site and gives it back with each task; a node whose ledger
+does not lead there was rolled back, and stops (PRIVACY.md 11).
+"""
 
 LARGEST_WEIGHT = 1e6
 """Of a global model in size; a node refuses to train from a larger one."""
@@ -55,6 +65,11 @@ class _InvitationFields(_Fields):
 
 class _TaskFields(_InvitationFields):
     round: Count
+    witness: Annotated[str, Field(pattern=f"^({_WITNESS})?$")]
+
+
+class _ClosingFields(_Fields):
+    digest: Digest
 
 
 class _ReleaseFields(_Fields):
@@ -68,12 +83,17 @@ class _ReleaseFields(_Fields):
 
 
 class NodeCard(_Fields):
-    """Yes: the node's public name, its software and the size that its hospital declares."""
+    """Yes: the node's public name, its software and the size that its hospital declares.
+
+    ``paced``: whether its replies are held to a slot, so that how long training took says nothing.
+    """
 
     digest: Digest
     site: Name
     version: Annotated[str, Field(max_length=40)]
     declared_size: Count
+    paced: bool
+    witness: Witness
 
     def to_records(self) -> RecordDict:
         """As Flower carries it."""
@@ -91,6 +111,16 @@ class RefusalReply(_Fields):
         return _write("refusal", self)
 
 
+class Closed(_Fields):
+    """The run is over at this node too: what was set aside for it is free, its releases gone."""
+
+    digest: Digest
+
+    def to_records(self) -> RecordDict:
+        """As Flower carries it."""
+        return _write("closed", self)
+
+
 @dataclass(frozen=True)
 class Invitation:
     """Can you take part in this run?"""
@@ -104,12 +134,28 @@ class Invitation:
 
 
 @dataclass(frozen=True)
+class Closing:
+    """The run with this digest is over; nothing more will be asked for it."""
+
+    digest: str
+
+    def to_records(self) -> RecordDict:
+        """As Flower carries it."""
+        return _write("closing", _ClosingFields(digest=self.digest))
+
+
+@dataclass(frozen=True)
 class TrainTask:
-    """Train round `round_number` of the run `spec` from these global weights."""
+    """Train round `round_number` of the run `spec` from these global weights.
+
+    `witness` is the last that the coordinator holds of the site's ledger, empty for none; it is
+    no part of the task's identity.
+    """
 
     spec: RunSpec
     round_number: int
     weights: Arrays
+    witness: str = ""
 
     @property
     def digest(self) -> str:
@@ -124,7 +170,9 @@ class TrainTask:
     def to_records(self) -> RecordDict:
         """As Flower carries it."""
         text, digest = self.spec.canonical_json, self.spec.digest
-        fields = _TaskFields(spec=text, digest=digest, round=self.round_number)
+        fields = _TaskFields(
+            spec=text, digest=digest, round=self.round_number, witness=self.witness
+        )
         return _write("task", fields, weights=self.weights)
 
 
@@ -155,22 +203,28 @@ class Release:
         return _write("release", fields, update=self.update)
 
 
-def read_request(records: RecordDict) -> Invitation | TrainTask:
+Request = Invitation | TrainTask | Closing
+Reply = NodeCard | Release | Closed | RefusalReply
+
+
+def read_request(records: RecordDict) -> Request:
     """What a coordinator asks of a node.
 
     Raises:
         MessageError: if it is not exactly one message of the list.
     """
+    if "closing" in records:
+        return Closing(_read(records, "closing", _ClosingFields).digest)
     if "task" not in records:
         return Invitation(_spec_of(_read(records, "invitation", _InvitationFields)))
     fields = _read(records, "task", _TaskFields, arrays="weights")
     spec = _spec_of(fields)
     if fields.round > spec.rounds:
         raise MessageError(f"task.round = {fields.round}: expected 1 to {spec.rounds}")
-    return TrainTask(spec, fields.round, _arrays(records["weights"]))
+    return TrainTask(spec, fields.round, _arrays(records["weights"]), fields.witness)
 
 
-def read_reply(records: RecordDict) -> NodeCard | Release | RefusalReply:
+def read_reply(records: RecordDict) -> Reply:
     """What a node answers.
 
     Raises:
@@ -178,6 +232,8 @@ def read_reply(records: RecordDict) -> NodeCard | Release | RefusalReply:
     """
     if "card" in records:
         return _read(records, "card", NodeCard)
+    if "closed" in records:
+        return _read(records, "closed", Closed)
     if "refusal" in records:
         return _read(records, "refusal", RefusalReply)
     fields = _read(records, "release", _ReleaseFields, arrays="update")

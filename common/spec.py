@@ -323,6 +323,7 @@ class RunSpec(Section):
     schema_version: Literal[1] = 1
     name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9][a-zA-Z0-9-]{0,62}$")]
     run_id: Annotated[str, Field(pattern=r"^[a-z0-9-]{0,100}$")] = ""
+    operator: Annotated[str, Field(pattern=r"^([A-Za-z0-9][A-Za-z0-9@_.-]{0,62})?$")] = ""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 1
     rounds: Annotated[int, Field(ge=1, le=100_000)]
     task: Task

@@ -43,9 +43,10 @@ from flwr.serverapp import ServerApp
 from pydantic import Field, ValidationError, model_validator
 
 from client import app as client_wiring
-from client.gate import Gate
-from client.ledger import Ledger
-from client.policy import Policy
+from client.gate import Gate, Site
+from client.keyfile import NodeKey, create_key
+from client.ledger import Ledger, Place, Signed
+from client.policy import Limits, Policy, Releases
 from client.training import Compute, LocalTrainer, best_device
 from common import models
 from common.accounting import SubsampledGaussian, planned
@@ -318,17 +319,52 @@ def _gate(folder: Path, number: int) -> Gate:
         return Keystream.seeded(spec.seed, name, round_number)
 
     return Gate(
-        policy=Policy(
-            site=name,
-            declared_size=declared,
-            budget=None,
-            allow_no_privacy=True,
-            cohort=str(cohort.path),
-        ),
-        ledger=Ledger(folder / "sites" / name),
+        Site(_policy(name, declared), _ledger(folder / "sites" / name, name), _COHORT),
         trainer_for=trainer_for,
         keystream=keystream,
     )
+
+
+_COHORT = "simulated"
+_MOST = 2**31
+
+
+def _policy(name: str, declared: int) -> Policy:
+    """No limits: nobody's patients stand behind a simulated site, and its budget is no one's."""
+    return Policy(
+        site=name,
+        declared_size=declared,
+        cohort=_COHORT,
+        least_unit="image",
+        approval="automatic",
+        allow_no_privacy=True,
+        budget=None,
+        limits=Limits(
+            operators="any",
+            tasks="any",
+            models="any",
+            greatest_parameters=_MOST,
+            least_noise_multiplier=1e-9,
+            greatest_sampling_rate=1.0,
+            greatest_steps_a_round=_MOST,
+            greatest_rounds=_MOST,
+            greatest_rounds_a_day=_MOST,
+            least_patients=1,
+        ),
+        data=None,
+        release=Releases(pace=0.0),
+    )
+
+
+def _ledger(folder: Path, name: str) -> Ledger:
+    """The site's ledger within the run's folder, made on first use."""
+    key = folder / "node.key"
+    create_key(key)
+    place = Place(folder, NodeKey.read(key))
+    ledger = Ledger(place) if place.database.exists() else Ledger.create(place, site=name)
+    if ledger.book.admitted != _COHORT:
+        ledger.admit(_COHORT, Signed("the simulation", "no real site stands behind it"))
+    return ledger
 
 
 client_app = ClientApp()

@@ -16,8 +16,7 @@ What it promises:
 from __future__ import annotations
 
 import logging
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -30,6 +29,7 @@ from torch import nn
 
 from common import accounting, models
 from common.accounting import SubsampledGaussian
+from common.clock import Clock
 from common.errors import MessageError, PeerError, RunError, SpecError, UpdateError
 from common.messages import (
     INVITE,
@@ -40,6 +40,7 @@ from common.messages import (
     NodeCard,
     RefusalReply,
     Release,
+    Reply,
     TrainTask,
     read_reply,
 )
@@ -88,14 +89,6 @@ class LogObserver:
     def round_closed(self, row: Mapping[str, Any]) -> None:
         """See `Observer`."""
         log.info("round %d closed after %.2f s", row["round"], row["seconds"])
-
-
-@dataclass(frozen=True)
-class Clock:
-    """Time as the loop sees it: seconds that only grow, and a way to wait."""
-
-    now: Callable[[], float] = time.monotonic
-    sleep: Callable[[float], None] = time.sleep
 
 
 @dataclass(frozen=True)
@@ -333,7 +326,7 @@ class FederatedRun:
         made.updates += 1
         return "ok", ""
 
-    def _checked(self, answer: NodeCard | Release, site: Site, number: int) -> Arrays:
+    def _checked(self, answer: Reply, site: Site, number: int) -> Arrays:
         if not isinstance(answer, Release) or answer.digest != self._spec.digest:
             raise UpdateError("not a release of this run")
         if answer.round_number != number:

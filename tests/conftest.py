@@ -14,7 +14,11 @@ from numpy.typing import NDArray
 from torch import nn
 
 from client.intake.builder import CohortBuilder, ImageRecord
+from client.keyfile import NodeKey
+from client.ledger import Ledger, Place, Signed
+from client.policy import Policy
 from common import models
+from common.clock import Clock
 from common.cohort import Cohort, CohortMeta
 from common.spec import RunSpec, parse_run_text
 
@@ -114,6 +118,53 @@ def write_cohort(tmp_path: Path) -> Callable[..., Cohort]:
         return Cohort.open(path)
 
     return write
+
+
+@pytest.fixture(scope="session")
+def make_policy(make_spec: Callable[..., RunSpec]) -> Callable[..., Policy]:
+    """A hospital's policy that lets the small run through, unless changed by key or table."""
+    small = make_spec()
+    plain = {
+        "site": "north",
+        "declared_size": 40,
+        "cohort": "cohort",
+        "approval": "automatic",
+        "budget": {"epsilon": 20.0, "delta": 1e-4},
+        "limits": {"operators": "any", "models": "any", "least_patients": 1},
+        "data": {
+            "unit": "patient",
+            "kind": small.task.kind,
+            "classes": list(small.task.classes),
+            "shape": list(small.input.shape),
+            "preprocessing": small.input.preprocessing_digest,
+        },
+        "release": {"pace": 0.0},
+    }
+
+    def make(**changes: Any) -> Policy:
+        budgetless = {"budget": None} if changes.get("budget", {}) is None else {}
+        return Policy.model_validate_json(json.dumps(_changed(plain, changes) | budgetless))
+
+    return make
+
+
+NODE_KEY = NodeKey(bytes(range(32)))
+COHORT = "c" * 64
+
+
+@pytest.fixture
+def make_ledger(tmp_path: Path) -> Callable[..., Ledger]:
+    """A new ledger with a policy's budget, in which the cohort `COHORT` is admitted."""
+
+    def make(policy: Policy, *, name: str = "ledger", clock: Clock | None = None) -> Ledger:
+        place = Place(tmp_path / name, NODE_KEY, tmp_path / f"{name}.witness", clock or Clock())
+        ledger = Ledger.create(place, site=policy.site)
+        if policy.budget is not None:
+            ledger.set_budget(policy.budget.limit, Signed("a test", "to begin with"))
+        ledger.admit(COHORT, Signed("a test", "it is one"))
+        return ledger
+
+    return make
 
 
 class ArrayCohort(Cohort):

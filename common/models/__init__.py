@@ -9,6 +9,8 @@ of importing them: MONAI takes seconds to import, and a run uses one network.
 from __future__ import annotations
 
 import pkgutil
+from collections.abc import Mapping
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -65,6 +67,19 @@ def build(spec: RunSpec) -> nn.Module:
         torch.default_generator.manual_seed(spec.seed)
         model: nn.Module = factory(spec)
     return model.float()
+
+
+@lru_cache(maxsize=32)
+def shapes(spec: RunSpec) -> Mapping[str, tuple[int, ...]]:
+    """The shape of each parameter of a run's network, by name; nothing of its size is allocated.
+
+    Raises:
+        ModelError: as `build`.
+    """
+    factory = pkgutil.resolve_name(_network_for(spec).factory)
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        model: nn.Module = factory(spec)
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
 
 def check_private(model: nn.Module) -> None:

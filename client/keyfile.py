@@ -1,0 +1,106 @@
+"""A secret of 32 random bytes in a file that only its owner may read.
+
+A site has two: the node's key, which seals its ledger and its kept releases, and the key of its
+pseudonyms (`client.intake.keys`). Neither ever leaves the site.
+"""
+
+from __future__ import annotations
+
+import hmac
+import os
+import secrets
+import stat
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Self
+
+from common.errors import ConfigError
+
+KEY_BYTES = 32
+
+
+@dataclass(frozen=True)
+class NodeKey:
+    """The node's own secret; each use has a key of its own, derived from it by HMAC-SHA-256.
+
+    Args:
+        secret: 32 random bytes; they never appear in `repr`.
+    """
+
+    secret: bytes = field(repr=False)
+
+    @classmethod
+    def create(cls, path: Path) -> Self:
+        """A new key, put into `path`.
+
+        Raises:
+            ConfigError: if there is one already, or it cannot be written.
+        """
+        if not create_key(path):
+            raise ConfigError(f"{path}: there is a key already; it is never written over")
+        return cls.read(path)
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """The key in `path`.
+
+        Raises:
+            ConfigError: if it is missing, others may read it, or it holds no key.
+        """
+        return cls(read_key(path, "node key"))
+
+    def derive(self, purpose: str) -> bytes:
+        """32 bytes for one purpose."""
+        return hmac.digest(self.secret, f"cloister node key 1 {purpose}".encode(), "sha256")
+
+
+def create_key(path: Path) -> bool:
+    """Put a new random key into `path` (hex, mode 0600) unless it exists; whether it was made.
+
+    Raises:
+        ConfigError: if it cannot be written.
+    """
+    if path.exists():
+        return False
+    new = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        try:
+            with os.fdopen(descriptor, "w", encoding="ascii") as file:
+                file.write(secrets.token_hex(KEY_BYTES) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+            os.link(new, path)
+        except FileExistsError:
+            return False  # another process made it in this moment: theirs is used
+        finally:
+            os.unlink(new)
+    except OSError as error:
+        raise ConfigError(f"{path}: the key cannot be made ({error})") from error
+    return True
+
+
+def read_key(path: Path, what: str) -> bytes:
+    """The 32 bytes in `path`; `what` it is called in errors.
+
+    Raises:
+        ConfigError: if it is missing, others may read it, or it holds no key.
+    """
+    try:
+        mode = stat.S_IMODE(path.stat().st_mode)
+        text = path.read_text(encoding="ascii").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: the {what} cannot be read ({error})") from error
+    if mode & 0o077:
+        raise ConfigError(
+            f"{path}: the {what} has mode {mode:04o}, others may reach it; expected 0600: "
+            f"run `chmod 600 {path}` and think about who has read it"
+        )
+    try:
+        key = bytes.fromhex(text)
+    except ValueError:
+        key = b""
+    if len(key) != KEY_BYTES:
+        raise ConfigError(f"{path}: not a {what}; expected {2 * KEY_BYTES} hexadecimal digits")
+    return key
