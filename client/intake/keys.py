@@ -24,7 +24,10 @@ from common.errors import ConfigError
 
 KEY_BYTES = 32
 PSEUDONYM_BYTES = 16
+MOST_SHIFTED = 3652
+"""Days by which dates are shifted at most: ten years, either way."""
 Domain = Literal["patient", "study", "series", "instance", "order"]
+_DerivedDomain = Literal["uid", "date shift"]
 
 
 @dataclass(frozen=True)
@@ -67,10 +70,33 @@ class SiteKey:
 
         The parts are encoded with their lengths: ``("a", "bc")`` and ``("ab", "c")`` differ.
         """
+        return self._digest(domain, parts)[:PSEUDONYM_BYTES].hex()
+
+    def uid(self, original: str) -> str:
+        """The UID that stands for `original`: the same one wherever the original stands.
+
+        It is an UUID in the form of PS3.5 B.2, of version 8 (RFC 9562 5.8).
+        """
+        digest = self._digest("uid", (original,))
+        low = (int.from_bytes(digest[:16], "big") & ~(0xF << 76) | (8 << 76)) & ~(3 << 62)
+        return f"2.25.{low | (2 << 62)}"
+
+    def date_shift(self, *patient: str) -> int:
+        """Days by which all dates of a patient move: uniform within `MOST_SHIFTED`, never 0.
+
+        Whoever knows one true date of a patient knows the shift, and with it all the others.
+
+        Args:
+            patient: issuer and identifier, as for the pseudonym.
+        """
+        drawn = int.from_bytes(self._digest("date shift", patient), "big") % (2 * MOST_SHIFTED)
+        return drawn - MOST_SHIFTED + (drawn >= MOST_SHIFTED)
+
+    def _digest(self, domain: Domain | _DerivedDomain, parts: tuple[str, ...]) -> bytes:
         message = [f"cloister pseudonym 1 {domain}".encode()]
         message += [part.encode("utf-8", "surrogatepass") for part in parts]
         framed = b"".join(len(piece).to_bytes(8, "big") + piece for piece in message)
-        return hmac.new(self.secret, framed, hashlib.sha256).digest()[:PSEUDONYM_BYTES].hex()
+        return hmac.new(self.secret, framed, hashlib.sha256).digest()
 
 
 def _create(path: Path) -> None:

@@ -1,0 +1,143 @@
+"""The engine of de-identification: one DICOM file in, a new data set out, or a reason against it.
+
+PS3.15 annex E by default deny: a new data set is built, and what no rule lets through is not in
+it. The order is that of what is cheapest to refuse: the class, the patient, what the header says
+of text and faces; then the pixels; then the header.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
+from pydicom.uid import UID
+
+from client.intake.deid.burned_in import risk_of
+from client.intake.deid.classes import check_class
+from client.intake.deid.faces import shows_face
+from client.intake.deid.pixeldata import CleanPixels, PixelCleaner
+from client.intake.deid.profile import Profile
+from client.intake.deid.rules import Rule
+from client.intake.deid.stamp import new_file_meta, stamp
+from client.intake.deid.treatments import TREATMENTS, Treatment
+from client.intake.deid.walk import Account, Walk
+from client.intake.deidentify import text_of
+from client.intake.keys import SiteKey
+from client.intake.part10 import DicomFile
+from common.errors import IntakeError
+
+Check = Callable[[Dataset, Profile], None]
+_PREAMBLE = bytes(128)
+
+
+@dataclass(frozen=True)
+class Cleaned:
+    """A de-identified object.
+
+    Attributes:
+        dataset: with file meta and an empty preamble, ready to be written.
+        name: a file name made of its new UID.
+        account: what was done, without any value.
+    """
+
+    dataset: FileDataset
+    name: str
+    account: Account
+
+
+def check_patient(header: Dataset, _profile: Profile) -> None:
+    """Refuse what names no patient: nothing would hold the patient's images together."""
+    if not text_of(header, "PatientID"):
+        raise IntakeError("its patient identifier is blank; expected one in (0010,0020)")
+
+
+def check_text(header: Dataset, profile: Profile) -> None:
+    """Refuse what the header says has text in its pixels, unless the detector is trusted."""
+    reason = risk_of(header)
+    if reason and profile.risky_pixels == "refuse":
+        raise IntakeError(
+            f"{reason}, so text in its pixels is likely: a person has to look at it; "
+            "risky_pixels = 'blank' in the profile would trust the detector"
+        )
+
+
+def check_faces(header: Dataset, profile: Profile) -> None:
+    """Refuse slices of a head, unless the profile keeps them."""
+    if profile.faces == "refuse" and shows_face(header):
+        raise IntakeError(
+            "it is a slice of a head, and slices can be rendered into a face; "
+            "faces = 'keep' in the profile would take it"
+        )
+
+
+CHECKS: Mapping[str, Check] = {
+    "class": lambda header, _profile: check_class(header),
+    "patient": check_patient,
+    "text": check_text,
+    "faces": check_faces,
+}
+"""What is asked of a header before anything is done."""
+
+
+@dataclass(frozen=True)
+class Engine:
+    """De-identifies files under one profile and one key.
+
+    Args:
+        profile: the hospital's choice.
+        key: the site's.
+        checks: what is asked of a header first.
+        treatments: what each rule does to an element.
+        pixels: cleans pixels; by the profile if not given.
+        file_meta: makes the new file meta information.
+    """
+
+    profile: Profile
+    key: SiteKey
+    checks: Mapping[str, Check] = field(default_factory=lambda: CHECKS)
+    treatments: Mapping[Rule, Treatment] = field(default_factory=lambda: TREATMENTS)
+    pixels: Callable[[DicomFile], CleanPixels] | None = None
+    file_meta: Callable[[Dataset, UID], FileMetaDataset] = new_file_meta
+
+    def clean(self, file: DicomFile) -> Cleaned:
+        """De-identify a file that has just been parsed.
+
+        Raises:
+            IntakeError: to keep nothing of it; the text is the reason and says nothing of a
+                patient.
+        """
+        header = file.header
+        for check in self.checks.values():
+            check(header, self.profile)
+        pixels = (self.pixels or PixelCleaner(self.profile))(file)
+        account = Account()
+        clean = self._walk(header, account)(header)
+        _put_pixels(clean, pixels, account)
+        stamp(clean, self.profile, face=shows_face(header))
+        meta = self.file_meta(clean, pixels.syntax)
+        dataset = FileDataset("", clean, preamble=_PREAMBLE, file_meta=meta)
+        dataset.set_original_encoding(False, True)
+        return Cleaned(dataset, f"{text_of(clean, 'SOPInstanceUID')}.dcm", account)
+
+    def _walk(self, header: Dataset, account: Account) -> Walk:
+        patient = (text_of(header, "IssuerOfPatientID"), text_of(header, "PatientID"))
+        return Walk(
+            self.profile,
+            self.key,
+            patient=self.key.pseudonym("patient", *patient),
+            days=self.key.date_shift(*patient),
+            treatments=self.treatments,
+            account=account,
+        )
+
+
+def _put_pixels(clean: Dataset, pixels: CleanPixels, account: Account) -> None:
+    for keyword, value in pixels.attributes.items():
+        setattr(clean, keyword, value)
+    compressed = pixels.syntax.is_encapsulated
+    wide = int(clean.BitsAllocated) > 8
+    clean.add_new(0x7FE00010, "OB" if compressed or not wide else "OW", pixels.data)
+    clean["PixelData"].is_undefined_length = compressed
+    account.counts["pixels: box blanked", "PixelData"] += pixels.boxes
+    account.counts["pixels: outside of regions blanked", "PixelData"] += pixels.outside

@@ -1,0 +1,67 @@
+"""Faces: a head CT, MR or PET can be rendered into the patient's face, and found by it.
+
+PS3.15 E.3.2 (Clean Recognizable Visual Features) wants the face gone; nothing here removes it, so
+such images are recognised by their header and, unless the hospital decides otherwise, refused.
+A header that says nothing of the body part is not recognised.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from pydicom.dataset import Dataset
+
+from client.intake.deidentify import text_of
+
+_MODALITIES = frozenset({"CT", "MR", "PT"})
+_TEXTS = (
+    "BodyPartExamined",
+    "StudyDescription",
+    "SeriesDescription",
+    "ProtocolName",
+    "RequestedProcedureDescription",
+    "PerformedProcedureStepDescription",
+    "ReceiveCoilName",
+    "TransmitCoilName",
+    "FilterType",
+    "RadiopharmaceuticalRoute",
+)
+_STEM_LIST = (
+    "HEAD BRAIN FACE FACIAL SKULL CRANI NEURO ORBIT SINUS MAXILL MANDIB CEREB PITUIT STROKE "
+    "KOPF SCHADEL SCHÄDEL SCHAEDEL GEHIRN HIRN GESICHT TETE TÊTE CRANE CRÂNE CERVEAU CABEZA "
+    "CEREBRO TESTA ENCEF CRÂNIO WHOLEBODY GANZKÖRPER MPRAGE DENTAL CBCT"
+)
+_WORD_LIST = "NNH CCT CMRT TMJ EAR EARS IAC EYE NOSE JAW WB"
+_STEMS, _WORDS = tuple(_STEM_LIST.split()), frozenset(_WORD_LIST.split())
+_PAIR = "WHOLE BODY"
+_ANATOMY = ("AnatomicRegionSequence", "ProcedureCodeSequence", "RequestedProcedureCodeSequence")
+
+
+def shows_face(header: Dataset) -> bool:
+    """Whether the header says that a head is in an image of slices."""
+    if text_of(header, "Modality").upper() not in _MODALITIES:
+        return False
+    return any(map(_speaks_of_head, _descriptions(header)))
+
+
+def _speaks_of_head(text: str) -> bool:
+    upper = text.upper()
+    words = set(re.findall(r"\w+", upper.replace("_", " ")))
+    return (
+        _PAIR in upper.replace("_", " ")
+        or not words.isdisjoint(_WORDS)
+        or any(stem in upper for stem in _STEMS)
+    )
+
+
+def _descriptions(header: Dataset) -> Iterator[str]:
+    yield from (text_of(header, keyword) for keyword in _TEXTS)
+    shared = list(header.get("SharedFunctionalGroupsSequence") or ())[:1]
+    frames = list(header.get("PerFrameFunctionalGroupsSequence") or ())[:1]
+    groups = [
+        item for group in (*shared, *frames) for item in group.get("FrameAnatomySequence", ())
+    ]
+    for level in (header, *groups):
+        for keyword in _ANATOMY:
+            yield from (text_of(code, "CodeMeaning") for code in level.get(keyword) or ())

@@ -1,0 +1,80 @@
+"""What a value may be outside of the profile's table: listed numbers, words, codes and UIDs.
+
+An attribute's name alone does not make its value harmless: an IS may hold a record number and a
+CS a surname. So the lists are of values, and for numbers of attributes with a largest value.
+"""
+
+from __future__ import annotations
+
+import csv
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+from pydicom.sr import _concepts_dict, _snomed_dict
+from pydicom.uid import UID
+
+NUMBERS_FILE, TERMS_FILE = "numbers.csv", "terms.txt"
+# Other names of SNOMED CT and SNOMED RT in DICOM (PS3.16 8.1).
+_SNOMED_RT = ("SRT", "SNM3", "99SDM")
+
+
+@cache
+def largest_numbers() -> dict[str, float]:
+    """Keyword of each attribute whose numbers are kept, with the largest magnitude."""
+    text = (files(__package__) / NUMBERS_FILE).read_text(encoding="utf-8")
+    return {line["keyword"]: float(line["largest"]) for line in csv.DictReader(text.splitlines())}
+
+
+@cache
+def terms() -> frozenset[str]:
+    """Every word of `terms.txt`."""
+    text = (files(__package__) / TERMS_FILE).read_text(encoding="utf-8")
+    lines = (line for line in text.splitlines() if not line.startswith(("#", "[")))
+    return frozenset(word.replace("|", " ") for line in lines for word in line.split())
+
+
+@cache
+def _single_words() -> frozenset[str]:
+    """What a word of a description may be: the parts of every term, in upper case."""
+    parts = (part for term in terms() for part in term.upper().replace("_", " ").split())
+    return frozenset(part for part in parts if len(part) > 1)
+
+
+def words_of(description: str) -> str:
+    """Of a free text, the words that are technical terms, in upper case and in their order.
+
+    Digits are no words: a number in a text may be a date, an age or a record number.
+    """
+    spaced = "".join(letter if letter.isalnum() else " " for letter in description.upper())
+    return " ".join(word for word in spaced.split() if word in _single_words() and _wordlike(word))
+
+
+def _wordlike(word: str) -> bool:
+    return any(letter.isalpha() for letter in word)
+
+
+@cache
+def _meanings() -> dict[tuple[str, str], str]:
+    """The meaning of every code of the standard's context groups, by scheme and value."""
+    concepts: Any = _concepts_dict.concepts
+    found = {
+        (scheme, value): meaning
+        for scheme, named in concepts.items()
+        for values in named.values()
+        for value, (meaning, _) in values.items()
+    }
+    for retired, current in _snomed_dict.mapping["SRT"].items():
+        if meaning := found.get(("SCT", current), ""):
+            found |= {(scheme, retired): meaning for scheme in _SNOMED_RT}
+    return found
+
+
+def meaning_of(scheme: str, value: str) -> str:
+    """The meaning of a code that the standard uses, from the standard; empty for any other."""
+    return _meanings().get((scheme, value), "")
+
+
+def is_known_uid(uid: str) -> bool:
+    """Whether the standard itself has registered a UID (PS3.6 annex A)."""
+    return UID(uid).name != uid

@@ -1,0 +1,154 @@
+"""From an unverified data set to a new one: every element once, through the one rule for it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from io import BytesIO
+
+from pydicom.datadict import dictionary_has_tag, dictionary_VR, keyword_for_tag
+from pydicom.dataelem import DataElement, RawDataElement
+from pydicom.dataset import Dataset
+from pydicom.filereader import read_sequence
+from pydicom.filewriter import correct_ambiguous_vr
+from pydicom.sequence import Sequence
+from pydicom.tag import BaseTag
+
+from client.intake.deid.profile import Profile
+from client.intake.deid.rules import CODE_KEYWORDS, Rule, Scope, code_of, is_code, rule_of
+from client.intake.deid.treatments import TREATMENTS, Treatment
+from client.intake.keys import SiteKey
+
+_DEEPEST = 24
+"""Levels of sequences; what is nested deeper is not kept. No object of PS3.3 has half as many."""
+
+
+@dataclass
+class Account:
+    """How often each rule was applied to each attribute; it holds no value of any.
+
+    ``counts`` has a rule and a keyword, or the words "private" and "unknown" for attributes that
+    are not the standard's.
+    """
+
+    counts: Counter[tuple[str, str]] = field(default_factory=Counter)
+
+    def note(self, rule: str, tag: BaseTag) -> None:
+        """Count one element."""
+        name = "private" if tag.is_private else keyword_for_tag(tag) or "unknown"
+        self.counts[rule, name] += 1
+
+    def __add__(self, other: Account) -> Account:
+        return Account(self.counts + other.counts)
+
+    def by_rule(self) -> Mapping[str, int]:
+        """Elements by rule."""
+        totals: Counter[str] = Counter()
+        for (rule, _), count in self.counts.items():
+            totals[rule] += count
+        return totals
+
+
+@dataclass(frozen=True)
+class Walk:
+    """De-identifies the header of one data set.
+
+    Args:
+        profile: the hospital's choice.
+        key: the site's.
+        patient: pseudonym of the patient.
+        days: by which the patient's dates move.
+        treatments: what each rule does.
+    """
+
+    profile: Profile
+    key: SiteKey
+    patient: str
+    days: int
+    treatments: Mapping[Rule, Treatment] = field(default_factory=lambda: TREATMENTS)
+    account: Account = field(default_factory=Account)
+
+    def __call__(self, unverified: Dataset) -> Dataset:
+        """The new data set, without pixels; of `unverified` only ambiguous VRs change."""
+        correct_ambiguous_vr(unverified, unverified.original_encoding[1] is not False)
+        return self._level(unverified, 0)
+
+    def _level(self, level: Dataset, depth: int) -> Dataset:
+        clean = Dataset()
+        scope = Scope(
+            self.profile, self.key, self.patient, self.days, level, depth, self._clean_items
+        )
+        for tag in sorted(level.keys()):
+            if (new := self._element(scope, tag)) is not None:
+                clean[tag] = new
+        if depth and is_code(level):
+            _complete_code(clean, level)
+        self._name_creators(clean)
+        return clean
+
+    def _element(self, scope: Scope, tag: BaseTag) -> DataElement | None:
+        element = read_again(scope.level, tag)
+        if element is None:
+            self.account.note(Rule.UNREADABLE, tag)
+            known = not tag.is_private and dictionary_has_tag(tag)
+            element = DataElement(tag, dictionary_VR(tag) if known else "UN", None)
+            return self.treatments[Rule.UNREADABLE](scope, element)
+        rule = rule_of(scope, element)
+        self.account.note(rule, tag)
+        return self.treatments[rule](scope, element)
+
+    def _clean_items(self, items: Sequence, depth: int) -> Sequence:
+        if depth > _DEEPEST:
+            return Sequence()
+        return Sequence([self._level(item, depth) for item in items])
+
+    def _name_creators(self, clean: Dataset) -> None:
+        """A private block needs its creator (PS3.5 7.8.1), as the profile spells it."""
+        tags = [element.tag for element in clean]
+        kept = [tag for tag in tags if tag.is_private and tag.element >= 0x1000]
+        for safe in self.profile.safe_private:
+            for tag in kept:
+                if (tag.group, tag.element & 0xFF) == (safe.group, safe.element):
+                    clean.add_new((tag.group, tag.element >> 8), "LO", safe.creator)
+
+
+def read_again(level: Dataset, tag: BaseTag) -> DataElement | None:
+    """An element with its value; None if its bytes cannot be read as what they ought to be.
+
+    Standard attributes of unknown representation (UN) get the dictionary's; their bytes are then
+    in implicit VR, little endian (PS3.5 6.2.2).
+    """
+    try:
+        raw = level.get_item(tag)
+        if isinstance(raw, RawDataElement) and raw.VR == "UN" and raw.value is not None:
+            return _from_unknown(level, raw)
+        return level[tag]
+    except Exception:  # noqa: BLE001
+        # Parsers raise whatever the bytes of a broken element drive them to.
+        return None
+
+
+def _from_unknown(level: Dataset, raw: RawDataElement) -> DataElement:
+    tag = raw.tag
+    if tag.is_private or not dictionary_has_tag(tag):
+        return DataElement(tag, "UN", raw.value)
+    representation = dictionary_VR(tag)
+    if representation == "SQ":
+        data = raw.value or b""
+        sequence = read_sequence(BytesIO(data), True, True, len(data), ["iso8859"], 0)
+        return DataElement(tag, "SQ", sequence)
+    known = raw._replace(VR=representation, is_implicit_VR=True, is_little_endian=True)
+    probe = Dataset()
+    probe[tag] = known
+    if "PixelRepresentation" in level:
+        probe.PixelRepresentation = level.PixelRepresentation
+    correct_ambiguous_vr(probe, True)
+    return probe[tag]
+
+
+def _complete_code(clean: Dataset, level: Dataset) -> None:
+    """Value, scheme and meaning stand together (PS3.3 8.1), whatever stood there before."""
+    for keyword, text in zip(CODE_KEYWORDS, code_of(level), strict=True):
+        if keyword not in clean:
+            setattr(clean, keyword, text)
