@@ -299,6 +299,19 @@ Aggregation = Annotated[
 ]
 
 
+class FederatedEvaluation(Section):
+    """An evaluation on each site's own held-out patients, once, of the final model.
+
+    A site releases noised counts at ``bins`` public thresholds (`common.tasks.counts`), which it
+    books like a round of training: `noise_multiplier` is the noise over the table's sensitivity.
+    Only sites whose policy allows it take part in such a run. ``target_epsilon`` covers training
+    and this together.
+    """
+
+    noise_multiplier: Positive
+    bins: Annotated[int, Field(ge=2, le=1000)] = 20
+
+
 class Evaluation(Section):
     """The central evaluation after each ``every``-th round and the last.
 
@@ -315,6 +328,7 @@ class Evaluation(Section):
     patience: Annotated[int, Field(ge=0)] = 0
     min_delta: NonNegative = 0.0
     bootstrap: Annotated[int, Field(ge=0, le=10_000)] = 500
+    federated: FederatedEvaluation | None = None
 
 
 class RunSpec(Section):
