@@ -19,7 +19,16 @@ from flwr.clientapp import ClientApp
 from client.gate import Gate, incident_reply
 from client.home import NodeHome
 from common.errors import ConfigError, LedgerError, MessageError, RefusalCode, VersionError
-from common.messages import Closing, Invitation, RefusalReply, Reply, Request, read_request
+from common.messages import (
+    Closing,
+    EvaluationTask,
+    Invitation,
+    RefusalReply,
+    Reply,
+    Request,
+    TrainTask,
+    read_request,
+)
 
 log = logging.getLogger("cloister.gate")
 
@@ -30,6 +39,10 @@ app = ClientApp()
 
 def register(client_app: ClientApp, gate_of: GateOf) -> None:
     """Answer the requests of the protocol on `client_app` by the gate of the context."""
+
+    @client_app.evaluate("count")
+    def count(message: Message, context: Context) -> Message:
+        return Message(answer(message.content, lambda: gate_of(context)), reply_to=message)
 
     @client_app.query("invite")
     def invite(message: Message, context: Context) -> Message:
@@ -68,9 +81,15 @@ def open_node(home: Path) -> Gate:
 
 
 def _ask(gate: Gate, request: Request) -> Reply:
-    if isinstance(request, Invitation):
-        return gate.invite(request)
-    return gate.close(request) if isinstance(request, Closing) else gate.train(request)
+    match request:
+        case Invitation():
+            return gate.invite(request)
+        case TrainTask():
+            return gate.train(request)
+        case EvaluationTask():
+            return gate.count(request)
+        case Closing():
+            return gate.close(request)
 
 
 def _installed_gate(_: Context) -> Gate:

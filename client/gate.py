@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from typing import TypeVar
 
+import numpy as np
+from numpy.typing import NDArray
 from safetensors.numpy import load, save
 
 from client.approval import Asked, Requests
@@ -25,7 +27,7 @@ from client.book import Book
 from client.ledger import Ledger, Signed, TaskKey, check_open, check_sound
 from client.policy import Policy
 from client.training import LocalResult, LocalTrainer, check_weights
-from common import models
+from common import accounting, models
 from common.accounting import Share, SubsampledGaussian
 from common.clock import Clock
 from common.errors import (
@@ -36,21 +38,28 @@ from common.errors import (
     RefusalCode,
 )
 from common.messages import (
+    Arrays,
     Closed,
     Closing,
+    Counts,
+    EvaluationTask,
     Invitation,
     NodeCard,
     RefusalReply,
     Release,
     TrainTask,
 )
-from common.noise import KeystreamSource, fresh_keystream
+from common.noise import Keystream, KeystreamSource, fresh_keystream
 from common.spec import RunSpec
 
 log = logging.getLogger("cloister.gate")
 
 Answer = TypeVar("Answer")
 TrainerFactory = Callable[[RunSpec, SubsampledGaussian | None], LocalTrainer]
+Counter = Callable[[RunSpec, Arrays, Keystream], NDArray[np.float32]]
+"""Makes the noised counts of the site's held-out patients under some weights."""
+Make = Callable[[Keystream], Arrays]
+_COUNTS = "counts"
 
 
 @dataclass(frozen=True)
@@ -77,6 +86,7 @@ class Gate:
         site: what stands behind it.
         trainer_for: makes the trainer of a run; kept until another run is asked for. It is given
             the mechanism of the whole run.
+        counter: makes the site's part in a federated evaluation; None: it takes none.
         keystream: randomness of each attempt; a node leaves it at its default.
         clock: date and time.
     """
@@ -86,11 +96,12 @@ class Gate:
         site: Site,
         *,
         trainer_for: TrainerFactory,
+        counter: Counter | None = None,
         keystream: KeystreamSource = fresh_keystream,
         clock: Clock | None = None,
     ) -> None:
         self._site, self._policy, self._ledger = site, site.policy, site.ledger
-        self._trainer_for = trainer_for
+        self._trainer_for, self._counter = trainer_for, counter
         self._keystream = keystream
         self._clock = clock or Clock()
         self._warm: tuple[str, LocalTrainer] | None = None
@@ -102,6 +113,10 @@ class Gate:
     def train(self, task: TrainTask) -> Release | RefusalReply:
         """The release of one round, or a refusal; the same task gets the same release again."""
         return _answered(lambda: self._release(task))
+
+    def count(self, task: EvaluationTask) -> Counts | RefusalReply:
+        """Noised counts of the site's held-out patients, or a refusal; booked like a round."""
+        return _answered(lambda: self._counted(task))
 
     def close(self, closing: Closing) -> Closed | RefusalReply:
         """The run is over: nothing is set aside for it any more, and no release of it is kept."""
@@ -130,36 +145,68 @@ class Gate:
 
     def _release(self, task: TrainTask) -> Release:
         spec, number = task.spec, task.round_number
+
+        def prepare(share: Share | None) -> Make:
+            trainer = self._trainer(spec, share and share.whole)
+            return lambda keystream: self._trained(trainer, task, keystream)
+
         key = TaskKey(spec.digest, "training", number, task.digest)
+        share, update = self._once(task, key, prepare)
+        self._ledger.prune(spec.digest, before_round=number - 1)
+        return Release(spec.digest, number, share and share.mechanism, update)
+
+    def _trained(self, trainer: LocalTrainer, task: TrainTask, keystream: Keystream) -> Arrays:
+        self._warm = None  # what a failure leaves in a trainer would spoil the next attempt
+        result = trainer.train(task.weights, task.round_number, keystream)
+        self._warm = task.spec.digest, trainer
+        self._log(task, result)
+        return result.update
+
+    def _counted(self, task: EvaluationTask) -> Counts:
+        spec, counter = task.spec, self._counter
+        mechanism = accounting.evaluation_of(spec)
+        if mechanism is None or counter is None:
+            raise Refusal(RefusalCode.SPEC, "the run asks for no federated evaluation")
+        key = TaskKey(spec.digest, "evaluation", 1, task.digest)
+        _, arrays = self._once(
+            task, key, lambda _: lambda stream: {_COUNTS: counter(spec, task.weights, stream)}
+        )
+        return Counts(spec.digest, mechanism, arrays[_COUNTS])
+
+    def _once(
+        self,
+        task: TrainTask | EvaluationTask,
+        key: TaskKey,
+        prepare: Callable[[Share | None], Make],
+    ) -> tuple[Share | None, Arrays]:
+        """The task's stored release, or that of a new attempt: checked, booked, made, kept."""
+        spec = task.spec
         self._ledger.check_witness(task.witness)
         shares = self._judged(spec)
-        share = next((share for share in shares if share.part == "training"), None)
-        mechanism = share and share.mechanism
+        share = next((share for share in shares if share.part == key.part), None)
         stored = self._ledger.released(key)
         if stored is not None:
-            return Release(spec.digest, number, mechanism, load(stored))
+            return share, load(stored)
         self._check_approved(spec, shares)
         check_weights(task.weights, models.shapes(spec))
 
         def allow(book: Book) -> None:
-            check_open(book, spec.digest)
-            if book.run(spec.digest).shares.get("training") != share:
+            check_open(book, key.run)
+            if book.run(key.run).shares.get(key.part) != share:
                 raise Refusal(RefusalCode.APPROVAL, "not what was set aside; invite again")
             now = self._clock.date()
-            self._policy.check_attempt(book, now, spec.digest, "training", number)
+            self._policy.check_attempt(book, now, key.run, key.part, key.round_number)
 
         allow(self._ledger.book)  # and again when it is booked: another node may be quicker
         with self._paced(spec):
-            trainer = self._trainer(spec, share and share.whole)
-            attempt = self._ledger.reserve(key, mechanism, cohort=self._site.cohort, allow=allow)
-            keystream = self._keystream(run_id=spec.run_id, round_number=number)
-            self._warm = None  # what a failure leaves in a trainer would spoil the next attempt
-            result = trainer.train(task.weights, number, keystream)
-            self._warm = spec.digest, trainer
-            self._log(task, result)
-            self._ledger.commit(attempt, save(result.update))
-            self._ledger.prune(spec.digest, before_round=number - 1)
-        return Release(spec.digest, number, mechanism, result.update)
+            make = prepare(share)
+            attempt = self._ledger.reserve(
+                key, share and share.mechanism, cohort=self._site.cohort, allow=allow
+            )
+            number = key.round_number if key.part == "training" else spec.rounds + 1
+            arrays = make(self._keystream(run_id=spec.run_id, round_number=number))
+            self._ledger.commit(attempt, save(dict(arrays)))
+        return share, arrays
 
     def _closed(self, run: str) -> Closed:
         check_sound(self._ledger.book)

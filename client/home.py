@@ -18,11 +18,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Self
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from client.approval import Requests
 from client.book import Limit
-from client.gate import Gate, Site
+from client.counting import noised_counts
+from client.gate import Counter, Gate, Site
 from client.keyfile import NodeKey
 from client.ledger import Ledger, Place, Signed
 from client.policy import Policy, read_policy
@@ -30,6 +33,8 @@ from client.training import Compute, LocalTrainer, best_device
 from common.accounting import SubsampledGaussian
 from common.cohort import INDEX_FILE, Cohort
 from common.errors import CohortError, ConfigError
+from common.messages import Arrays
+from common.noise import Keystream
 from common.spec import RunSpec
 
 POLICY_FILE, KEY_FILE = "node.toml", "node.key"
@@ -112,7 +117,9 @@ class NodeHome:
         """
         ledger, policy = self.ledger(), self.policy
         check_budget(policy, ledger.book.limit)
-        cohort = Cohort.open(self.cohort_path).with_split("", "train")
+        compute = compute_of(policy)
+        whole = Cohort.open(self.cohort_path)
+        cohort, held_out = whole.with_split("", "train"), whole.with_split("test")
 
         def trainer_for(spec: RunSpec, mechanism: SubsampledGaussian | None) -> LocalTrainer:
             cohort.check_fits(spec)
@@ -121,11 +128,11 @@ class NodeHome:
                 cohort,
                 declared_size=policy.declared_size,
                 mechanism=mechanism,
-                compute=compute_of(policy),
+                compute=compute,
             )
 
         site = Site(policy, ledger, cohort_digest(self.cohort_path), self.requests)
-        return Gate(site, trainer_for=trainer_for)
+        return Gate(site, trainer_for=trainer_for, counter=counter_of(held_out, compute))
 
 
 def check_budget(policy: Policy, booked: Limit | None) -> None:
@@ -154,6 +161,16 @@ def cohort_digest(path: Path) -> str:
         raise CohortError(f"{path}: not a cohort ({error}); make one with `cloister intake`") from (
             error
         )
+
+
+def counter_of(held_out: Cohort, compute: Compute) -> Counter:
+    """What makes a site's counts of these patients."""
+
+    def counter(spec: RunSpec, weights: Arrays, keystream: Keystream) -> NDArray[np.float32]:
+        held_out.check_fits(spec)
+        return noised_counts(spec, weights, held_out, keystream=keystream, device=compute.device)
+
+    return counter
 
 
 def compute_of(policy: Policy) -> Compute:

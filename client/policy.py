@@ -100,6 +100,8 @@ class Limits(Section):
         greatest_open_runs: set aside at the same time.
         least_patients: in the cohort; a person settles it when the cohort is admitted.
         lapse_days: a run that nobody asks for any more is no longer set aside after so long.
+        federated_evaluation: whether noised counts of held-out patients may be released, booked
+            like a round of training.
         hours: when rounds are trained, such as ``["20:00-06:00"]`` in the machine's own time;
             always if left out.
     """
@@ -116,6 +118,7 @@ class Limits(Section):
     greatest_open_runs: Count = 3
     least_patients: Count = 50
     lapse_days: Annotated[int, Field(ge=1, le=3660)] = 30
+    federated_evaluation: bool = False
     hours: tuple[str, ...] = ()
 
     @field_validator("hours")
@@ -243,6 +246,8 @@ class Policy(Section):
             yield f"run {spec.name!r} asks for no privacy; allow_no_privacy is false"
         if spec.privacy.unit == "image" and self.least_unit == "patient":
             yield "it protects images alone, the unit is to be at least the patient"
+        if spec.evaluation.federated and not self.limits.federated_evaluation:
+            yield "it asks for a federated evaluation; federated_evaluation is false"
         for share in shares:
             noise, least = share.mechanism.noise_multiplier, self.limits.least_noise_multiplier
             if noise < least:

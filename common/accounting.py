@@ -28,7 +28,7 @@ _MEANINGLESS = 100.0
 _GRID = 5e-4  # of privacy losses; pessimistic on any grid
 
 
-Part = Literal["training"]
+Part = Literal["training", "evaluation"]
 """What of a run a mechanism serves."""
 
 
@@ -139,7 +139,9 @@ def planned(spec: RunSpec, declared_size: int) -> SubsampledGaussian | None:
         )
     noise = privacy.noise_multiplier
     if noise is None:
-        noise = noise_for(rate, spec.total_steps, privacy.target_epsilon or 0.0, privacy.delta)
+        target = privacy.target_epsilon or 0.0
+        besides = evaluation_of(spec)
+        noise = noise_for(rate, spec.total_steps, target, privacy.delta, besides=besides)
     return SubsampledGaussian(rate, noise, spec.total_steps, privacy.unit)
 
 
@@ -162,10 +164,21 @@ def shares(spec: RunSpec, declared_size: int) -> tuple[Share, ...]:
     Raises:
         SpecError: as `planned`.
     """
-    whole = planned(spec, declared_size)
-    if whole is None:
-        return ()
-    return (Share("training", whole.of_steps(spec.local.steps), spec.rounds),)
+    whole, evaluated = planned(spec, declared_size), evaluation_of(spec)
+    found = []
+    if whole is not None:
+        found.append(Share("training", whole.of_steps(spec.local.steps), spec.rounds))
+    if evaluated is not None:
+        found.append(Share("evaluation", evaluated, 1))
+    return tuple(found)
+
+
+def evaluation_of(spec: RunSpec) -> SubsampledGaussian | None:
+    """The mechanism of a run's federated evaluation: every held-out patient, once; or None."""
+    federated = spec.evaluation.federated
+    if federated is None:
+        return None
+    return SubsampledGaussian(1.0, federated.noise_multiplier, 1, spec.privacy.unit)
 
 
 def sampling_rate(spec: RunSpec, declared_size: int) -> float:
@@ -183,8 +196,17 @@ def sampling_rate(spec: RunSpec, declared_size: int) -> float:
 
 
 @lru_cache(maxsize=256)
-def noise_for(rate: float, steps: int, target_epsilon: float, delta: float) -> float:
+def noise_for(
+    rate: float,
+    steps: int,
+    target_epsilon: float,
+    delta: float,
+    *,
+    besides: SubsampledGaussian | None = None,
+) -> float:
     """The least noise multiplier, to three decimals, that keeps `steps` within the target.
+
+    What is spent `besides` counts towards the target as well.
 
     Raises:
         SpecError: if not even a noise multiplier of 100,000 does.
@@ -192,7 +214,7 @@ def noise_for(rate: float, steps: int, target_epsilon: float, delta: float) -> f
 
     def cost(thousandths: int) -> float:
         mechanism = SubsampledGaussian(rate, thousandths / 1000, steps, "patient")
-        return _epsilon((mechanism,), delta)
+        return _epsilon((mechanism, besides) if besides else (mechanism,), delta)
 
     low, high = int(_SMALLEST_NOISE * 1000), 1000
     while cost(high) > target_epsilon:

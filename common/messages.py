@@ -1,10 +1,12 @@
 """The closed list of what may cross between the coordinator and a node, in both directions.
 
-    coordinator -> node                      node -> coordinator
-    query.invite  Invitation (spec)          NodeCard or RefusalReply
-    train.step    TrainTask (spec, round,    Release (update, mechanism) or RefusalReply
-                  witness, global weights)
-    query.close   Closing (run's digest)     Closed or RefusalReply
+    coordinator -> node                            node -> coordinator
+    query.invite    Invitation (spec)              NodeCard or RefusalReply
+    train.step      TrainTask (spec, round,        Release (update, mechanism)
+                    witness, global weights)       or RefusalReply
+    evaluate.count  EvaluationTask (spec,          Counts (noised table, mechanism)
+                    witness, final weights)        or RefusalReply
+    query.close     Closing (run's digest)         Closed or RefusalReply
 
 Each becomes a Flower `RecordDict` of one record of scalars and at most one of arrays. Reading is
 strict both ways: a missing or unknown field, a wrong type, another version or a digest that does
@@ -27,10 +29,10 @@ from pydantic import Field, ValidationError
 
 from common.accounting import SubsampledGaussian
 from common.errors import MessageError, RefusalCode, SpecError, VersionError
-from common.spec import Count, RunSpec, Section
+from common.spec import Count, Positive, RunSpec, Section
 
 PROTOCOL = 2
-INVITE, TRAIN, CLOSE = "query.invite", "train.step", "query.close"
+INVITE, TRAIN, COUNT, CLOSE = "query.invite", "train.step", "evaluate.count", "query.close"
 
 Arrays = Mapping[str, NDArray[np.float32]]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -48,6 +50,7 @@ does not lead there was rolled back, and stops (PRIVACY.md 11).
 LARGEST_WEIGHT = 1e6
 """Of a global model in size; a node refuses to train from a larger one."""
 
+_TABLE = "counts"
 _MOST_ARRAYS, _LONGEST_NAME, _MOST_DIMENSIONS = 10_000, 200, 32
 _NPY_1_0, _ALIGNMENT = b"\x93NUMPY\x01\x00", 16  # numpy.lib.format
 
@@ -63,9 +66,12 @@ class _InvitationFields(_Fields):
     digest: Digest
 
 
-class _TaskFields(_InvitationFields):
-    round: Count
+class _EvaluationFields(_InvitationFields):
     witness: Annotated[str, Field(pattern=f"^({_WITNESS})?$")]
+
+
+class _TaskFields(_EvaluationFields):
+    round: Count
 
 
 class _ClosingFields(_Fields):
@@ -79,6 +85,12 @@ class _ReleaseFields(_Fields):
     sampling_rate: Annotated[float, Field(ge=0, le=1)]
     noise_multiplier: Annotated[float, Field(ge=0)]
     steps: Annotated[int, Field(ge=0)]
+    unit: Literal["patient", "image"]
+
+
+class _CountsFields(_Fields):
+    digest: Digest
+    noise_multiplier: Positive
     unit: Literal["patient", "image"]
 
 
@@ -160,12 +172,7 @@ class TrainTask:
     @property
     def digest(self) -> str:
         """SHA-256 over run, round and weights: what makes two tasks the same task."""
-        seen = hashlib.sha256(f"{self.spec.digest} {self.round_number}".encode())
-        for name in sorted(self.weights):
-            array = self.weights[name]
-            seen.update(f"\0{name} {array.dtype} {array.shape}\0".encode())
-            seen.update(np.ascontiguousarray(array).data)
-        return seen.hexdigest()
+        return _task_digest(f"{self.spec.digest} {self.round_number}", self.weights)
 
     def to_records(self) -> RecordDict:
         """As Flower carries it."""
@@ -174,6 +181,50 @@ class TrainTask:
             spec=text, digest=digest, round=self.round_number, witness=self.witness
         )
         return _write("task", fields, weights=self.weights)
+
+
+@dataclass(frozen=True)
+class EvaluationTask:
+    """Count how the final model `weights` does on the site's own held-out patients, with noise.
+
+    `witness` is as in a `TrainTask`.
+    """
+
+    spec: RunSpec
+    weights: Arrays
+    witness: str = ""
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over run and weights: what makes two tasks the same task."""
+        return _task_digest(f"{self.spec.digest} evaluation", self.weights)
+
+    def to_records(self) -> RecordDict:
+        """As Flower carries it."""
+        text, digest = self.spec.canonical_json, self.spec.digest
+        fields = _EvaluationFields(spec=text, digest=digest, witness=self.witness)
+        return _write("evaluation", fields, weights=self.weights)
+
+
+@dataclass(frozen=True)
+class Counts:
+    """The noised counts of a site (`common.tasks.counts`), and the mechanism that made them.
+
+    `table` is (columns, 2, bins) float32; `digest` is the run's.
+    """
+
+    digest: str
+    mechanism: SubsampledGaussian
+    table: NDArray[np.float32]
+
+    def to_records(self) -> RecordDict:
+        """As Flower carries it."""
+        fields = _CountsFields(
+            digest=self.digest,
+            noise_multiplier=self.mechanism.noise_multiplier,
+            unit=self.mechanism.unit,
+        )
+        return _write("counts", fields, table={_TABLE: self.table})
 
 
 @dataclass(frozen=True)
@@ -203,8 +254,8 @@ class Release:
         return _write("release", fields, update=self.update)
 
 
-Request = Invitation | TrainTask | Closing
-Reply = NodeCard | Release | Closed | RefusalReply
+Request = Invitation | TrainTask | EvaluationTask | Closing
+Reply = NodeCard | Release | Counts | Closed | RefusalReply
 
 
 def read_request(records: RecordDict) -> Request:
@@ -215,6 +266,9 @@ def read_request(records: RecordDict) -> Request:
     """
     if "closing" in records:
         return Closing(_read(records, "closing", _ClosingFields).digest)
+    if "evaluation" in records:
+        asked = _read(records, "evaluation", _EvaluationFields, arrays="weights")
+        return EvaluationTask(_spec_of(asked), _arrays(records["weights"]), asked.witness)
     if "task" not in records:
         return Invitation(_spec_of(_read(records, "invitation", _InvitationFields)))
     fields = _read(records, "task", _TaskFields, arrays="weights")
@@ -236,6 +290,8 @@ def read_reply(records: RecordDict) -> Reply:
         return _read(records, "closed", Closed)
     if "refusal" in records:
         return _read(records, "refusal", RefusalReply)
+    if "counts" in records:
+        return _counts(records)
     fields = _read(records, "release", _ReleaseFields, arrays="update")
     update = _arrays(records["update"])
     return Release(fields.digest, fields.round, _mechanism(fields), update)
@@ -314,6 +370,24 @@ def _float32(key: str, array: Array) -> NDArray[np.float32]:
     ):
         raise MessageError(f"{key}: not the float32{list(shape)!s:.200} that it says it is")
     return np.frombuffer(content, "<f4", offset=start).reshape(shape).astype(np.float32)
+
+
+def _counts(records: RecordDict) -> Counts:
+    fields = _read(records, "counts", _CountsFields, arrays="table")
+    arrays = _arrays(records["table"])
+    if set(arrays) != {_TABLE}:
+        raise MessageError(f"counts.table: arrays {sorted(arrays)!s:.200}, expected {_TABLE!r}")
+    mechanism = SubsampledGaussian(1.0, fields.noise_multiplier, 1, fields.unit)
+    return Counts(fields.digest, mechanism, arrays[_TABLE])
+
+
+def _task_digest(what: str, weights: Arrays) -> str:
+    seen = hashlib.sha256(what.encode())
+    for name in sorted(weights):
+        array = weights[name]
+        seen.update(f"\0{name} {array.dtype} {array.shape}\0".encode())
+        seen.update(np.ascontiguousarray(array).data)
+    return seen.hexdigest()
 
 
 def _spec_of(fields: _InvitationFields) -> RunSpec:

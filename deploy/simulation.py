@@ -44,6 +44,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from client import app as client_wiring
 from client.gate import Gate, Site
+from client.home import counter_of
 from client.keyfile import NodeKey, create_key
 from client.ledger import Ledger, Place, Signed
 from client.policy import Limits, Policy, Releases
@@ -138,6 +139,12 @@ class Simulation(Section):
         else:
             parts = partition.quantity(whole, self.sites, seed, alpha=self.alpha)
         return whole.subset(parts[number])
+
+    def held_out(self, number: int) -> Cohort:
+        """The images of site `number` that are marked ``test``; none of a cohort that is dealt."""
+        if self.site:
+            return Cohort.open(Path(self.site[number].cohort)).with_split("test")
+        return Cohort.open(Path(str(self.cohort))).subset([])
 
     def absolute(self, base: Path) -> Simulation:
         """The same with absolute paths, so that any process finds the data."""
@@ -305,6 +312,7 @@ def _gate(folder: Path, number: int) -> Gate:
     spec, simulation = load(folder)
     name, declared = simulation.names[number], simulation.declared(number)
     cohort = simulation.cohort_of(number, spec.seed)
+    compute = Compute(best_device())
 
     def trainer_for(spec: RunSpec, mechanism: SubsampledGaussian | None) -> LocalTrainer:
         return LocalTrainer(
@@ -312,7 +320,7 @@ def _gate(folder: Path, number: int) -> Gate:
             cohort,
             declared_size=declared,
             mechanism=mechanism,
-            compute=Compute(best_device()),
+            compute=compute,
         )
 
     def keystream(*, run_id: str, round_number: int) -> Keystream:  # the seed, not the run
@@ -321,6 +329,7 @@ def _gate(folder: Path, number: int) -> Gate:
     return Gate(
         Site(_policy(name, declared), _ledger(folder / "sites" / name, name), _COHORT),
         trainer_for=trainer_for,
+        counter=counter_of(simulation.held_out(number), compute),
         keystream=keystream,
     )
 
@@ -349,6 +358,7 @@ def _policy(name: str, declared: int) -> Policy:
             greatest_steps_a_round=_MOST,
             greatest_rounds=_MOST,
             greatest_rounds_a_day=_MOST,
+            federated_evaluation=True,
             least_patients=1,
         ),
         data=None,
