@@ -257,7 +257,7 @@ class Gate:
     @contextmanager
     def _paced(self, spec: RunSpec) -> Iterator[None]:
         """Leave at a whole slot after coming in, whatever happens in between."""
-        slot = self._policy.release.pace * spec.federation.deadline_seconds
+        slot = self._policy.release.slot(spec)
         started = self._clock.now()
         try:
             yield

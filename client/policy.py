@@ -150,10 +150,17 @@ class Releases(Section):
     """How replies leave. `pace` is the part of a round's deadline after which each one does.
 
     A reply is held to that slot, or to the next whole one if training took longer, so that how
-    long it took says nothing. 0: replies leave at once, and the run's report says so.
+    long it took says nothing. 0: replies leave at once, and the run's report says so. A run whose
+    deadline makes the slot shorter than `least_slot` seconds is refused: many short slots would
+    tell the time after all.
     """
 
     pace: Fraction = 0.5
+    least_slot: Positive = 30.0
+
+    def slot(self, spec: RunSpec) -> float:
+        """Seconds; 0 where replies leave at once."""
+        return self.pace * spec.federation.deadline_seconds
 
 
 class Machine(Section):
@@ -232,6 +239,9 @@ class Policy(Section):
             if allowed != "any" and name not in allowed:
                 known = ", ".join(allowed) or "none"
                 yield f"{what} {name!r} is not on this site's list ({known})"
+        slot = self.release.slot(spec)
+        if 0 < slot < self.release.least_slot:
+            yield f"a reply's slot: {slot:g} s, at least {self.release.least_slot:g} s"
         for what, seen, most in (
             ("parameters", parameters, limits.greatest_parameters),
             ("sampling rate", rate, limits.greatest_sampling_rate),
