@@ -24,7 +24,8 @@ from safetensors.numpy import load, save
 
 from client.approval import Asked, Requests
 from client.book import Book
-from client.ledger import Ledger, Signed, TaskKey, check_open, check_sound
+from client.diary import Diary, Page
+from client.ledger import Ledger, Signed, TaskKey, check_open, check_sound, stamp
 from client.policy import Policy
 from client.training import LocalResult, LocalTrainer, check_weights
 from common import accounting, models
@@ -71,12 +72,14 @@ class Site:
         ledger: what was spent, and the releases that can be asked for again.
         cohort: digest of the cohort's index; the ledger says whether a person admitted it.
         requests: where runs wait for a person; needed where the policy says ``ask``.
+        diary: where losses and numbers of patients are written for the hospital itself.
     """
 
     policy: Policy
     ledger: Ledger
     cohort: str
     requests: Requests | None = None
+    diary: Diary | None = None
 
 
 class Gate:
@@ -157,9 +160,10 @@ class Gate:
 
     def _trained(self, trainer: LocalTrainer, task: TrainTask, keystream: Keystream) -> Arrays:
         self._warm = None  # what a failure leaves in a trainer would spoil the next attempt
+        started = self._clock.now()
         result = trainer.train(task.weights, task.round_number, keystream)
         self._warm = task.spec.digest, trainer
-        self._log(task, result)
+        self._log(task, result, self._clock.now() - started)
         return result.update
 
     def _counted(self, task: EvaluationTask) -> Counts:
@@ -266,8 +270,8 @@ class Gate:
                 passed = self._clock.now() - started
                 self._clock.sleep(max(1, math.ceil(passed / slot)) * slot - passed)
 
-    def _log(self, task: TrainTask, result: LocalResult) -> None:
-        """For the hospital's own eyes: this record never leaves the node."""
+    def _log(self, task: TrainTask, result: LocalResult, seconds: float) -> None:
+        """For the hospital's own eyes: neither the record nor the page ever leaves the node."""
         log.info(
             "site %s, run %s, round %d: mean loss %.4f, patients by step %s, zeroed %d",
             self._policy.site,
@@ -277,6 +281,13 @@ class Gate:
             result.sampled,
             result.zeroed,
         )
+        if self._site.diary is None:
+            return
+        page = Page.of(task.round_number, stamp(self._clock.date()), seconds, result)
+        try:
+            self._site.diary.add(task.spec.digest, page)
+        except OSError:
+            log.exception("the diary cannot be written; the round goes on")
 
 
 def lapse(ledger: Ledger, policy: Policy, clock: Clock) -> None:

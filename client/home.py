@@ -5,6 +5,7 @@
     ledger/          what was spent, and the kept releases, encrypted
     ledger.witness   how far the ledger went; better on another machine ([ledger] witness)
     requests/        runs that wait for a person
+    runs/            losses and numbers of patients of each round; they never leave
 
 Nothing but `create` makes a key or a ledger: one that is missing stops the node instead of
 beginning anew with nothing spent.
@@ -25,6 +26,7 @@ from numpy.typing import NDArray
 from client.approval import Requests
 from client.book import Limit
 from client.counting import noised_counts
+from client.diary import Diary
 from client.gate import Counter, Gate, Site
 from client.keyfile import NodeKey
 from client.ledger import Ledger, Place, Signed
@@ -81,6 +83,11 @@ class NodeHome:
         return Requests(self.path / "requests")
 
     @property
+    def diary(self) -> Diary:
+        """What happened in each round, for the hospital itself."""
+        return Diary(self.path / "runs")
+
+    @property
     def cohort_path(self) -> Path:
         """Where the cohort lies."""
         return self.path / self.policy.cohort
@@ -131,7 +138,7 @@ class NodeHome:
                 compute=compute,
             )
 
-        site = Site(policy, ledger, cohort_digest(self.cohort_path), self.requests)
+        site = Site(policy, ledger, cohort_digest(self.cohort_path), self.requests, self.diary)
         return Gate(site, trainer_for=trainer_for, counter=counter_of(held_out, compute))
 
 
