@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Callable, Sequence
@@ -20,6 +21,7 @@ from client.policy import Policy
 from common import models
 from common.clock import Clock
 from common.cohort import Cohort, CohortMeta
+from common.noise import Keystream
 from common.spec import RunSpec, parse_run_text
 
 SHARED_DATA = Path(__file__).parents[1].parent / "shared" / "data"
@@ -235,6 +237,26 @@ def linear_network(monkeypatch: pytest.MonkeyPatch) -> str:
     line = models.Network(f"{__name__}:linear", smallest_side=8)
     monkeypatch.setitem(models.NETWORKS, "linear", line)
     return "linear"
+
+
+class Quiet(Keystream):
+    """A keystream whose noise is zero: what a release would be without it."""
+
+    def __init__(self, key: bytes) -> None:
+        super().__init__(key)
+        self._own = key
+
+    def derive(self, purpose: str) -> Keystream:
+        return Quiet(hashlib.sha256(self._own + purpose.encode()).digest())
+
+    def gaussian(self, count: int) -> NDArray[np.float64]:
+        return np.zeros(count)
+
+
+@pytest.fixture
+def quiet_keystream() -> Callable[[], Keystream]:
+    """The same keystream at every call, without noise."""
+    return lambda: Quiet(bytes(32))
 
 
 def _changed(document: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -18,7 +17,6 @@ from torch.optim import optimizer as torch_optimizer
 from client.training import Compute, LocalTrainer
 from common.accounting import planned
 from common.cohort import Cohort
-from common.noise import Keystream
 from common.spec import RunSpec
 
 
@@ -86,23 +84,3 @@ def make_trainer() -> Callable[..., LocalTrainer]:
         )
 
     return make
-
-
-class Quiet(Keystream):
-    """A keystream whose noise is zero: what a release would be without it."""
-
-    def __init__(self, key: bytes) -> None:
-        super().__init__(key)
-        self._own = key
-
-    def derive(self, purpose: str) -> Keystream:
-        return Quiet(hashlib.sha256(self._own + purpose.encode()).digest())
-
-    def gaussian(self, count: int) -> NDArray[np.float64]:
-        return np.zeros(count)
-
-
-@pytest.fixture
-def quiet_keystream() -> Callable[[], Keystream]:
-    """The same keystream at every call, without noise."""
-    return lambda: Quiet(bytes(32))
