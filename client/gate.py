@@ -237,16 +237,16 @@ class Gate:
         return shares
 
     def _check_approved(self, spec: RunSpec, shares: tuple[Share, ...]) -> None:
-        """In ``ask`` mode: has a person said yes to just this?
+        """Whether a person said no; and in ``ask`` mode, whether one said yes to just this.
 
         Raises:
             Refusal: ``approval`` if it waits, ``denied`` if the answer was no.
         """
-        if self._policy.approval == "automatic":
-            return
         decision = self._ledger.book.run(spec.digest).decision
         if decision is not None and not decision.approved:
             raise Refusal(RefusalCode.DENIED, f"{decision.by} said no: {decision.reason}")
+        if self._policy.approval == "automatic":
+            return
         asked = Asked(spec, self._site.cohort, shares)
         if decision is None or decision.approval != asked.digest:
             if self._site.requests is not None:

@@ -36,6 +36,7 @@ from typing import Any, NamedTuple, Self
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
+from client.approval import Asked
 from client.book import BOOKED, Book, Entry, Kind, Limit, RunBook, columns, note
 from client.keyfile import NodeKey
 from common.accounting import Part, Share, SubsampledGaussian
@@ -158,10 +159,35 @@ class Ledger:
         _lay_down(place.database, (*opened, head, seal))
         made = cls.__new__(cls)
         made._open(place)
-        made._tell()
+        made.tell()
         return made
 
+    @classmethod
+    def salvaged(cls, place: Place) -> Salvage:
+        """As much of a ledger as is whole, whatever a witness says: for an audit or a recovery.
+
+        Raises:
+            LedgerError: if there is no database of this version that can be read at all.
+        """
+        found = cls.__new__(cls)
+        found._connect(place)
+        try:
+            found._catch_up()
+        except LedgerError as error:
+            return Salvage(found, found._book, str(error))
+        return Salvage(found, found._book, "")
+
+    def disconnect(self) -> None:
+        """Let go of the file, so that it can be moved; nothing can be asked of this object then."""
+        self._database.close()
+
     def _open(self, place: Place) -> None:
+        self._connect(place)
+        self._catch_up()
+        if not self._book.last:
+            raise LedgerError(f"{place.database}: holds no entry; {_WAY_OUT}")
+
+    def _connect(self, place: Place) -> None:
         self._place, key = place, place.key
         self._head_key, self._seal_key = (
             key.derive("ledger head"),
@@ -170,11 +196,8 @@ class Ledger:
         self._witness_key = key.derive("ledger witness")
         self._releases = AESGCM(key.derive("release at rest"))
         self._database = _connect(place.database)
+        self._file = _identity(place.database)
         self._book, self._head, self._seal = Book(), _BEGIN, _BEGIN
-        with _uncollected():
-            self._catch_up()
-        if not self._book.last:
-            raise LedgerError(f"{place.database}: holds no entry; {_WAY_OUT}")
 
     # --- Reading --------------------------------------------------------------------------------
 
@@ -212,13 +235,26 @@ class Ledger:
         """
         if not token:
             return
-        seen = self._parsed(token)
-        if seen is None:
-            raise Refusal(RefusalCode.MALFORMED, f"not a witness of this node's ledger: {token}")
-        reason = self._contradiction(seen)
+        check_sound(self.book)  # booked once, however often it is asked
+        reason = self.contradiction(token)
         if reason:
             self._write(lambda _: [Entry(0, Kind.HALTED, note=note(reason=reason, witness=token))])
             raise LedgerError(f"{self._place.database}: {reason}; {_WAY_OUT}")
+
+    def contradiction(self, token: str) -> str:
+        """What is wrong if `token` was once true of this ledger; empty if nothing.
+
+        Raises:
+            Refusal: ``malformed`` for a token that this node did not make.
+        """
+        seen = self._parsed(token)
+        if seen is None:
+            raise Refusal(RefusalCode.MALFORMED, f"not a witness of this node's ledger: {token}")
+        return self._contradiction(seen)
+
+    def genuine(self, tokens: Iterable[str]) -> list[Witness]:
+        """Those of `tokens` that this node made, as they were read."""
+        return [witness for token in tokens if (witness := self._parsed(token))]
 
     def released(self, task: TaskKey) -> bytes | None:
         """The stored release of this very task, or None if it was never committed.
@@ -285,23 +321,28 @@ class Ledger:
             Refusal: ``replay``: the run is over here, or its identity belongs to another spec;
                 or what `allow` raises.
         """
-        wanted = tuple(shares)
+        wanted, said = tuple(shares), note(name=name, run_id=run_id)
 
         def entries(book: Book) -> list[Entry]:
-            known = book.run(run)
             _check_identity(book, run, run_id)
-            if known.state == Kind.CLOSED:
-                raise Refusal(RefusalCode.REPLAY, "the run is over at this site")
-            if known.state == "open" and tuple(known.shares.values()) == wanted:
-                return []
-            allow(book)
+            return _earmarks(book, run, wanted, said, allow)
+
+        self._write(entries)
+
+    def approve(self, asked: Asked, signed: Signed, *, allow: Allow = lambda _: None) -> None:
+        """Book a person's yes to just what was asked, and set the run aside: both, or neither.
+
+        Raises:
+            Refusal: as `earmark`; nothing is booked then.
+        """
+        run, name, run_id = asked.spec.digest, asked.spec.name, asked.spec.run_id
+        yes = note(approval=asked.digest, name=name, **signed._asdict())
+
+        def entries(book: Book) -> list[Entry]:
+            _check_identity(book, run, run_id)
             said = note(name=name, run_id=run_id)
-            if not wanted:
-                return [Entry(0, Kind.EARMARKED, run, note=said)]
-            return [
-                Entry(0, Kind.EARMARKED, run, part, rounds, note=said, **columns(mechanism))
-                for part, mechanism, rounds in wanted
-            ]
+            aside = _earmarks(book, run, asked.shares, said, allow)
+            return [Entry(0, Kind.APPROVED, run, note=yes), *aside]
 
         self._write(entries)
 
@@ -329,10 +370,11 @@ class Ledger:
 
         def entries(book: Book) -> list[Entry]:
             old = book.limit
-            if old and book.charges and old[1:] != limit[1:]:
+            if old and (book.charges or book.carried) and old[1:] != limit[1:]:
                 raise LedgerError(
-                    f"the budget counts at delta {old.delta} and order {old.order:g}, and "
-                    "something is spent: only epsilon can still be changed"
+                    f"the budget counts at delta {old.delta} and order {old.order}, and "
+                    "something is spent: only epsilon can still be changed; write "
+                    f"delta = {old.delta} and order = {old.order} in node.toml, [budget]"
                 )
             return [Entry(0, Kind.BUDGET, note=said)]
 
@@ -389,7 +431,7 @@ class Ledger:
                 )  # read again what is on disk
             raise
         if self._book.last != seen:
-            self._tell()
+            self.tell()
         return self._book.last
 
     def _append(self, entry: Entry) -> None:
@@ -403,9 +445,15 @@ class Ledger:
 
     def _catch_up(self) -> None:
         """Check and take the entries that this process has not seen yet."""
+        if _identity(self._place.database) != self._file:
+            raise LedgerError(
+                f"{self._place.database}: another file lies there than this process opened; "
+                "start the node again, and have nothing else move its ledger"
+            )
         try:
-            for row in self._database.execute(_READ, (self._book.last,)):
-                self._take(row)
+            with _uncollected():
+                for row in self._database.execute(_READ, (self._book.last,)):
+                    self._take(row)
         except (sqlite3.Error, UnicodeError) as error:
             raise LedgerError(f"{self._place.database}: damaged ({error}); {_WAY_OUT}") from error
 
@@ -421,8 +469,12 @@ class Ledger:
             raise LedgerError(f"{self._place.database}: {error}; {_WAY_OUT}") from error
         self._head, self._seal = row[-2:]
 
-    def _tell(self) -> None:
-        """Add the newest witness to the witness file."""
+    def tell(self) -> None:
+        """Add the newest witness to the witness file.
+
+        Raises:
+            LedgerError: if it cannot be written.
+        """
         if self._place.witness is None:
             return
         try:
@@ -442,7 +494,7 @@ class Ledger:
         if self._place.witness is None:
             return
         tokens = last_witnesses(self._place.witness)
-        seen = [witness for token in tokens if (witness := self._parsed(token))]
+        seen = self.genuine(tokens)
         if not seen:
             raise LedgerError(
                 f"{self._place.witness}: holds no witness of this ledger; put the file back; "
@@ -493,6 +545,20 @@ class Ledger:
             return self._releases.decrypt(nonce, sealed, _label(attempt, digest))
         except (InvalidTag, ValueError):
             raise Refusal(RefusalCode.REPLAY, "the stored release is damaged") from None
+
+
+class Salvage(NamedTuple):
+    """What can be relied on of a ledger that may be damaged.
+
+    Attributes:
+        ledger: open; where there is a fault, nothing can be booked in it.
+        book: of the entries before the first that is not whole.
+        fault: what is wrong with that one; empty if the chain is whole.
+    """
+
+    ledger: Ledger
+    book: Book
+    fault: str
 
 
 _WAY_OUT = (
@@ -561,6 +627,15 @@ def _lay_down(path: Path, first: tuple[Any, ...]) -> None:
     flush_folder(path.parent)
 
 
+def _identity(path: Path) -> tuple[int, int] | None:
+    """Which file it is; a copy that is put in its place is another."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
+
+
 def _connect(path: Path) -> sqlite3.Connection:
     if not path.is_file():
         raise LedgerError(f"{path}: the ledger is missing; {_WAY_OUT}")
@@ -602,6 +677,24 @@ def _check_content(run: RunBook, task: TaskKey) -> None:
     number = task.round_number
     if run.attempts.get((task.part, number), task.digest) != task.digest:
         raise Refusal(RefusalCode.REPLAY, f"round {number} was asked with other content")
+
+
+def _earmarks(
+    book: Book, run: str, wanted: tuple[Share, ...], said: str, allow: Allow
+) -> list[Entry]:
+    """What sets a run aside; nothing if just this is set aside already."""
+    known = book.run(run)
+    if known.state == Kind.CLOSED:
+        raise Refusal(RefusalCode.REPLAY, "the run is over at this site")
+    if known.state == "open" and tuple(known.shares.values()) == wanted:
+        return []
+    allow(book)
+    if not wanted:
+        return [Entry(0, Kind.EARMARKED, run, note=said)]
+    return [
+        Entry(0, Kind.EARMARKED, run, part, rounds, note=said, **columns(mechanism))
+        for part, mechanism, rounds in wanted
+    ]
 
 
 def _check_identity(book: Book, run: str, run_id: str) -> None:
