@@ -19,9 +19,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.accounting import SubsampledGaussian
-from common.errors import MessageError, RefusalCode
+from common.errors import MessageError, RefusalCode, VersionError
 from common.messages import (
+    PROTOCOL,
     Arrays,
+    Closed,
+    Closing,
+    Counts,
+    EvaluationTask,
     Invitation,
     NodeCard,
     RefusalReply,
@@ -32,10 +37,35 @@ from common.messages import (
 )
 from common.spec import RunSpec
 
-Message = Invitation | TrainTask | NodeCard | Release | RefusalReply
+Message = (
+    Invitation
+    | TrainTask
+    | EvaluationTask
+    | Closing
+    | NodeCard
+    | Release
+    | Counts
+    | Closed
+    | RefusalReply
+)
 Spec = Callable[..., RunSpec]
 
 MECHANISM = SubsampledGaussian(0.1, 1.5, 3, "image")
+COUNTING = SubsampledGaussian(1.0, 7.5, 1, "patient")
+WITNESS = f"17:{'ab' * 32}:{'0c' * 32}"
+TABLE = np.arange(-6, 6, dtype=np.float32).reshape(1, 2, 6)
+
+
+def card_of(spec: RunSpec, **changes: Any) -> NodeCard:
+    said: dict[str, Any] = {
+        "digest": spec.digest,
+        "site": "north",
+        "version": "0.1",
+        "declared_size": 400,
+        "paced": True,
+        "witness": WITNESS,
+    }
+    return NodeCard(**(said | changes))
 
 
 @pytest.fixture
@@ -66,7 +96,7 @@ def through_objects(records: RecordDict) -> RecordDict:
 
 
 def read(records: RecordDict) -> Message:
-    request = {"task", "invitation"} & set(records)
+    request = {"task", "invitation", "evaluation", "closing"} & set(records)
     return read_request(records) if request else read_reply(records)
 
 
@@ -89,11 +119,42 @@ class TestEveryMessageCrossesUnchanged:
         assert read_request(carry(Invitation(spec).to_records())) == Invitation(spec)
 
     def test_task(self, carry: Any, spec: RunSpec, weights: Arrays):
-        task = TrainTask(spec, 2, weights)
+        task = TrainTask(spec, 2, weights, WITNESS)
         seen = read_request(carry(task.to_records()))
         assert isinstance(seen, TrainTask)
         assert (seen.spec, seen.round_number, seen.digest) == (spec, 2, task.digest)
+        assert seen.witness == WITNESS
         same_arrays(weights, seen.weights)
+
+    def test_evaluation(self, carry: Any, spec: RunSpec, weights: Arrays):
+        task = EvaluationTask(spec, weights, WITNESS)
+        seen = read_request(carry(task.to_records()))
+        assert isinstance(seen, EvaluationTask)
+        assert (seen.spec, seen.digest, seen.witness) == (spec, task.digest, WITNESS)
+        same_arrays(weights, seen.weights)
+
+    @pytest.mark.parametrize("kind", [TrainTask, EvaluationTask])
+    def test_a_task_for_a_site_of_which_no_witness_is_kept(
+        self, carry: Any, spec: RunSpec, weights: Arrays, kind: Any
+    ):
+        task = TrainTask(spec, 1, weights) if kind is TrainTask else EvaluationTask(spec, weights)
+        seen = read_request(carry(task.to_records()))
+        assert isinstance(seen, kind)
+        assert seen.witness == ""
+
+    def test_closing(self, carry: Any, spec: RunSpec):
+        assert read_request(carry(Closing(spec.digest).to_records())) == Closing(spec.digest)
+
+    def test_closed(self, carry: Any, spec: RunSpec):
+        assert read_reply(carry(Closed(digest=spec.digest).to_records())) == Closed(
+            digest=spec.digest
+        )
+
+    def test_counts(self, carry: Any, spec: RunSpec):
+        seen = read_reply(carry(Counts(spec.digest, COUNTING, TABLE).to_records()))
+        assert isinstance(seen, Counts)
+        assert (seen.digest, seen.mechanism) == (spec.digest, COUNTING)
+        same_arrays({"table": TABLE}, {"table": seen.table})
 
     @pytest.mark.parametrize("mechanism", [MECHANISM, None])
     def test_release(self, carry: Any, spec: RunSpec, weights: Arrays, mechanism: Any):
@@ -103,8 +164,9 @@ class TestEveryMessageCrossesUnchanged:
         assert (seen.digest, seen.round_number, seen.mechanism) == (spec.digest, 3, mechanism)
         same_arrays(weights, seen.update)
 
-    def test_card(self, carry: Any, spec: RunSpec):
-        card = NodeCard(digest=spec.digest, site="North_1.a-b", version="0.1", declared_size=400)
+    @pytest.mark.parametrize("paced", [True, False])
+    def test_card(self, carry: Any, spec: RunSpec, paced: bool):
+        card = card_of(spec, site="North_1.a-b", paced=paced)
         assert read_reply(carry(card.to_records())) == card
 
     @pytest.mark.parametrize("code", RefusalCode)
@@ -158,6 +220,22 @@ class TestTwoTasksAreTheSameTask:
     def test_not_if_anything_differs(self, spec: RunSpec, weights: Arrays, change: Any):
         assert change(spec, weights).digest != TrainTask(spec, 1, weights).digest
 
+    def test_whatever_the_coordinator_holds_of_the_sites_ledger(
+        self, spec: RunSpec, weights: Arrays
+    ):
+        """A resumed coordinator may hold a later one: the stored release answers all the same."""
+        assert TrainTask(spec, 1, weights, WITNESS).digest == TrainTask(spec, 1, weights).digest
+        evaluation = EvaluationTask(spec, weights)
+        assert EvaluationTask(spec, weights, WITNESS).digest == evaluation.digest
+
+    def test_not_if_one_of_them_is_an_evaluation(self, spec: RunSpec, weights: Arrays):
+        evaluated = EvaluationTask(spec, weights).digest
+        assert evaluated not in {
+            TrainTask(spec, number, weights).digest for number in range(spec.rounds + 2)
+        }
+        assert evaluated != EvaluationTask(spec.identified("other"), weights).digest
+        assert evaluated != EvaluationTask(spec, weights | {"temperature": TABLE}).digest
+
 
 # --- What is not ------------------------------------------------------------------------------
 
@@ -165,18 +243,39 @@ class TestTwoTasksAreTheSameTask:
 @pytest.fixture
 def messages(spec: RunSpec, weights: Arrays) -> dict[str, RecordDict]:
     """A valid message of every kind, by the name of its record of scalars."""
-    card = NodeCard(digest=spec.digest, site="north", version="0.1", declared_size=400)
+    made = every_message(spec, weights)
+    return {kind: message.to_records() for kind, message in made.items()}
+
+
+def every_message(spec: RunSpec, weights: Arrays) -> dict[str, Message]:
     return {
-        "invitation": Invitation(spec).to_records(),
-        "task": TrainTask(spec, 1, weights).to_records(),
-        "card": card.to_records(),
-        "release": Release(spec.digest, 1, MECHANISM, weights).to_records(),
-        "refusal": RefusalReply(code=RefusalCode.BUDGET).to_records(),
+        "invitation": Invitation(spec),
+        "task": TrainTask(spec, 1, weights),
+        "evaluation": EvaluationTask(spec, weights),
+        "closing": Closing(spec.digest),
+        "card": card_of(spec),
+        "release": Release(spec.digest, 1, MECHANISM, weights),
+        "counts": Counts(spec.digest, COUNTING, TABLE),
+        "closed": Closed(digest=spec.digest),
+        "refusal": RefusalReply(code=RefusalCode.BUDGET),
     }
 
 
-KINDS = ("invitation", "task", "card", "release", "refusal")
-ARRAYS = {"task": "weights", "release": "update"}
+KINDS = (
+    "invitation",
+    "task",
+    "evaluation",
+    "closing",
+    "card",
+    "release",
+    "counts",
+    "closed",
+    "refusal",
+)
+ARRAYS = {"task": "weights", "evaluation": "weights", "release": "update", "counts": "table"}
+TASKS = ("task", "evaluation")
+PARAMETER = {kind: "counts" if kind == "counts" else "layer.weight" for kind in ARRAYS}
+"""The name of one array of each kind."""
 
 
 def refusal_of(records: RecordDict) -> str:
@@ -188,7 +287,7 @@ def refusal_of(records: RecordDict) -> str:
 
 def with_array(messages: dict[str, RecordDict], kind: str, array: Array) -> RecordDict:
     records = messages[kind]
-    records[ARRAYS[kind]] = ArrayRecord({"layer.weight": array})
+    records[ARRAYS[kind]] = ArrayRecord({PARAMETER[kind]: array})
     return records
 
 
@@ -201,13 +300,25 @@ def saved(array: np.ndarray, *, allow_pickle: bool = False) -> bytes:
 def test_the_messages_that_the_illegal_ones_are_made_from_are_legal(
     messages: dict[str, RecordDict],
 ):
+    assert tuple(messages) == KINDS
     assert {kind: type(read(records)) for kind, records in messages.items()} == {
         "invitation": Invitation,
         "task": TrainTask,
+        "evaluation": EvaluationTask,
+        "closing": Closing,
         "card": NodeCard,
         "release": Release,
+        "counts": Counts,
+        "closed": Closed,
         "refusal": RefusalReply,
     }
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_message_is_read_in_its_own_direction_alone(messages: Any, kind: str):
+    asked = kind in {"invitation", "closing", *TASKS}
+    with pytest.raises(MessageError, match="expected exactly"):
+        (read_reply if asked else read_request)(messages[kind])
 
 
 def test_nothing_is_not_a_message():
@@ -229,7 +340,7 @@ def test_a_record_too_few_is_named(messages: Any, kind: str):
     assert ARRAYS[kind] in refusal_of(messages[kind])
 
 
-@pytest.mark.parametrize("kind", ["invitation", "card", "refusal"])
+@pytest.mark.parametrize("kind", sorted(set(KINDS) - set(ARRAYS)))
 def test_arrays_have_no_place_where_none_belong(messages: Any, kind: str):
     messages[kind]["weights"] = messages["task"]["weights"]
     assert "weights" in refusal_of(messages[kind])
@@ -273,22 +384,83 @@ def test_each_field_of_another_type_is_named(messages: Any, kind: str):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("protocol", [0, 2, -1])
+@pytest.mark.parametrize("protocol", [0, PROTOCOL - 1, PROTOCOL + 1, -1])
 def test_another_protocol_is_named(messages: Any, kind: str, protocol: int):
     messages[kind][kind]["protocol"] = protocol
     assert f"{kind}.protocol = {protocol}" in refusal_of(messages[kind])
 
 
-@pytest.mark.parametrize("kind", ["invitation", "task"])
+@pytest.mark.parametrize("kind", ["invitation", "card"])
+def test_another_protocol_is_told_from_a_broken_message(messages: Any, kind: str):
+    """A peer of the first protocol lacks fields as well; what it is told is that it is old."""
+    messages[kind][kind]["protocol"] = PROTOCOL - 1
+    messages[kind][kind].pop("digest")
+    with pytest.raises(VersionError, match="both sides need the same version"):
+        read(messages[kind])
+
+
+@pytest.mark.parametrize("kind", ["invitation", *TASKS])
 def test_a_digest_that_does_not_fit_the_spec(messages: Any, kind: str):
     messages[kind][kind]["digest"] = "0" * 64
     assert "the digest does not fit the spec" in refusal_of(messages[kind])
 
 
+@pytest.mark.parametrize("kind", ["closing", "closed", "card", "release", "counts"])
 @pytest.mark.parametrize("digest", ["", "0" * 63, "G" * 64, "A" * 64, "0" * 64 + "\n"])
-def test_a_digest_that_is_none(messages: Any, digest: str):
-    messages["release"]["release"]["digest"] = digest
-    assert "release.digest = " in refusal_of(messages["release"])
+def test_a_digest_that_is_none(messages: Any, kind: str, digest: str):
+    messages[kind][kind]["digest"] = digest
+    assert f"{kind}.digest = " in refusal_of(messages[kind])
+
+
+HEAD = "0" * 64
+NO_WITNESSES = (
+    f":{HEAD}:{HEAD}",
+    f"-1:{HEAD}:{HEAD}",
+    f"1.0:{HEAD}:{HEAD}",
+    f"{10**12}:{HEAD}:{HEAD}",
+    f"\u0661:{HEAD}:{HEAD}",
+    f"1:{HEAD}",
+    f"1:{HEAD}:{HEAD}:{HEAD}",
+    f"1:{HEAD[1:]}:{HEAD}",
+    f"1:{HEAD}:{HEAD[1:]}",
+    f"1:{HEAD}:{'A' * 64}",
+    f"1:{HEAD}:{'g' * 64}",
+    f" 1:{HEAD}:{HEAD}",
+    f"1:{HEAD}:{HEAD}\n",
+    f"1:{HEAD}:{HEAD} john doe",
+    f"1:{HEAD}:{HEAD}\n2:{HEAD}:{HEAD}",
+)
+
+
+@pytest.mark.parametrize("kind", ["card", *TASKS])
+@pytest.mark.parametrize("witness", NO_WITNESSES)
+def test_a_witness_that_is_none(messages: Any, kind: str, witness: str):
+    messages[kind][kind]["witness"] = witness
+    assert f"{kind}.witness = " in refusal_of(messages[kind])
+
+
+@pytest.mark.parametrize("kind", ["card", *TASKS])
+@pytest.mark.parametrize("number", [0, 1, 10**12 - 1])
+def test_the_witness_that_the_illegal_ones_are_made_from_is_legal(
+    messages: Any, kind: str, number: int
+):
+    witness = f"{number}:{HEAD}:{HEAD}"
+    messages[kind][kind]["witness"] = witness
+    seen = read(messages[kind])
+    assert isinstance(seen, NodeCard | TrainTask | EvaluationTask)
+    assert seen.witness == witness
+
+
+def test_a_card_has_a_witness_where_a_task_may_have_none(messages: Any):
+    messages["card"]["card"]["witness"] = ""
+    assert "card.witness = ''" in refusal_of(messages["card"])
+    assert messages["task"]["task"]["witness"] == ""
+
+
+@pytest.mark.parametrize("paced", [0, 1, "true", "yes", 0.5])
+def test_paced_is_yes_or_no(messages: Any, paced: Any):
+    messages["card"]["card"]["paced"] = paced
+    assert "card.paced = " in refusal_of(messages["card"])
 
 
 @pytest.mark.parametrize("text", ["", "{}", "null", "[" * 5_000, "x" * 300_000])
@@ -338,6 +510,27 @@ def test_a_name_that_is_none(messages: Any, site: str):
 def test_a_mechanism_that_is_none(messages: Any, field: str, value: Any):
     messages["release"]["release"][field] = value
     assert field in refusal_of(messages["release"])
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("noise_multiplier", 0.0),
+        ("noise_multiplier", -1.0),
+        ("noise_multiplier", float("nan")),
+        ("noise_multiplier", float("inf")),
+        ("unit", "study"),
+    ],
+)
+def test_a_mechanism_of_counts_that_is_none(messages: Any, field: str, value: Any):
+    messages["counts"]["counts"][field] = value
+    assert f"counts.{field} = " in refusal_of(messages["counts"])
+
+
+@pytest.mark.parametrize("names", [["table"], ["counts", "patients"]])
+def test_counts_are_one_table_and_nothing_else(messages: Any, names: list[str]):
+    messages["counts"]["table"] = ArrayRecord({name: declared(ONES) for name in names})
+    assert "counts.table" in refusal_of(messages["counts"])
 
 
 @pytest.mark.parametrize(
@@ -400,7 +593,7 @@ ILLEGAL = {
 @pytest.mark.parametrize("kind", ARRAYS)
 @pytest.mark.parametrize("array", ILLEGAL.values(), ids=ILLEGAL)
 def test_an_array_that_is_not_what_it_has_to_be_is_named(messages: Any, kind: str, array: Array):
-    assert "layer.weight" in refusal_of(with_array(messages, kind, array))
+    assert PARAMETER[kind] in refusal_of(with_array(messages, kind, array))
 
 
 @pytest.mark.parametrize("kind", ARRAYS)
@@ -526,7 +719,7 @@ def mutate(records: RecordDict, kind: str, data: st.DataObject) -> None:
         del records[data.draw(st.sampled_from(sorted(records)))]
     elif what == "array" and arrays_of:
         named: Any = records[arrays_of]
-        named[data.draw(st.just("layer.weight") | names)] = data.draw(arrays)
+        named[data.draw(st.just(PARAMETER[kind]) | names)] = data.draw(arrays)
     else:
         known = st.sampled_from(sorted(scalars_of))
         scalars_of[data.draw(known if what == "scalar" else names)] = data.draw(scalars)
@@ -564,14 +757,6 @@ def fresh(make_spec: Spec) -> Callable[[str], RecordDict]:
     spec, update = make_spec(), {"layer.weight": ONES}
 
     def make(kind: str) -> RecordDict:
-        card = NodeCard(digest=spec.digest, site="north", version="0.1", declared_size=400)
-        made: dict[str, Message] = {
-            "invitation": Invitation(spec),
-            "task": TrainTask(spec, 1, update),
-            "card": card,
-            "release": Release(spec.digest, 1, MECHANISM, update),
-            "refusal": RefusalReply(code=RefusalCode.BUDGET),
-        }
-        return made[kind].to_records()
+        return every_message(spec, update)[kind].to_records()
 
     return make
