@@ -39,7 +39,7 @@ from common.messages import Arrays
 from common.noise import Keystream
 from common.spec import RunSpec
 
-POLICY_FILE, KEY_FILE = "node.toml", "node.key"
+POLICY_FILE, KEY_FILE, LEDGER = "node.toml", "node.key", "ledger"
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class NodeHome:
     @property
     def place(self) -> Place:
         """Where the ledger lies, and what seals it."""
-        return Place(self.path / "ledger", self.key, self.witness)
+        return Place(self.path / LEDGER, self.key, self.witness)
 
     @property
     def witness(self) -> Path:

@@ -174,8 +174,8 @@ class Ledger:
         try:
             found._catch_up()
         except LedgerError as error:
-            return Salvage(found, found._book, str(error))
-        return Salvage(found, found._book, "")
+            return Salvage(found, found._book, found._unread(), str(error))
+        return Salvage(found, found._book, 0, "")
 
     def disconnect(self) -> None:
         """Let go of the file, so that it can be moved; nothing can be asked of this object then."""
@@ -185,7 +185,16 @@ class Ledger:
         self._connect(place)
         self._catch_up()
         if not self._book.last:
-            raise LedgerError(f"{place.database}: holds no entry; {_WAY_OUT}")
+            raise LedgerError(f"{place.database}: holds no entry; {WAY_OUT}")
+
+    def _unread(self) -> int:
+        """Entries in the file after the last that is whole, as far as it can be counted."""
+        counting = "SELECT count(*) FROM entry WHERE number > ?"
+        try:
+            (found,) = self._database.execute(counting, (self._book.last,)).fetchone()
+        except sqlite3.Error:
+            return 0
+        return int(found)
 
     def _connect(self, place: Place) -> None:
         self._place, key = place, place.key
@@ -193,7 +202,7 @@ class Ledger:
             key.derive("ledger head"),
             key.derive("ledger seal"),
         )
-        self._witness_key = key.derive("ledger witness")
+        self._witness_key = key.derive(_WITNESS)
         self._releases = AESGCM(key.derive("release at rest"))
         self._database = _connect(place.database)
         self._file = _identity(place.database)
@@ -220,7 +229,7 @@ class Ledger:
     def witness(self) -> str:
         """How far this ledger went, sealed: to be kept outside."""
         self._catch_up()
-        return self._token(Witness(self._book.last, self._head))
+        return _token(self._witness_key, Witness(self._book.last, self._head))
 
     def check_witness(self, token: str) -> None:
         """Stop this node if a genuine witness knows of entries that are not here.
@@ -239,7 +248,7 @@ class Ledger:
         reason = self.contradiction(token)
         if reason:
             self._write(lambda _: [Entry(0, Kind.HALTED, note=note(reason=reason, witness=token))])
-            raise LedgerError(f"{self._place.database}: {reason}; {_WAY_OUT}")
+            raise LedgerError(f"{self._place.database}: {reason}; {WAY_OUT}")
 
     def contradiction(self, token: str) -> str:
         """What is wrong if `token` was once true of this ledger; empty if nothing.
@@ -247,14 +256,10 @@ class Ledger:
         Raises:
             Refusal: ``malformed`` for a token that this node did not make.
         """
-        seen = self._parsed(token)
+        seen = _parsed(self._witness_key, token)
         if seen is None:
             raise Refusal(RefusalCode.MALFORMED, f"not a witness of this node's ledger: {token}")
         return self._contradiction(seen)
-
-    def genuine(self, tokens: Iterable[str]) -> list[Witness]:
-        """Those of `tokens` that this node made, as they were read."""
-        return [witness for token in tokens if (witness := self._parsed(token))]
 
     def released(self, task: TaskKey) -> bytes | None:
         """The stored release of this very task, or None if it was never committed.
@@ -455,7 +460,7 @@ class Ledger:
                 for row in self._database.execute(_READ, (self._book.last,)):
                     self._take(row)
         except (sqlite3.Error, UnicodeError) as error:
-            raise LedgerError(f"{self._place.database}: damaged ({error}); {_WAY_OUT}") from error
+            raise LedgerError(f"{self._place.database}: damaged ({error}); {WAY_OUT}") from error
 
     def _take(self, row: tuple[Any, ...]) -> None:
         """Check one entry against the chain, and apply it."""
@@ -466,7 +471,7 @@ class Ledger:
                 )
             self._book.apply(Entry._make(row[:-2]))
         except (LedgerError, KeyError, TypeError, ValueError) as error:
-            raise LedgerError(f"{self._place.database}: {error}; {_WAY_OUT}") from error
+            raise LedgerError(f"{self._place.database}: {error}; {WAY_OUT}") from error
         self._head, self._seal = row[-2:]
 
     def tell(self) -> None:
@@ -494,15 +499,15 @@ class Ledger:
         if self._place.witness is None:
             return
         tokens = last_witnesses(self._place.witness)
-        seen = self.genuine(tokens)
+        seen = genuine(self._place.key, tokens)
         if not seen:
             raise LedgerError(
                 f"{self._place.witness}: holds no witness of this ledger; put the file back; "
-                f"{_WAY_OUT}"
+                f"{WAY_OUT}"
             )
         reason = self._contradiction(max(seen))
         if reason:
-            raise LedgerError(f"{self._place.database}: {reason}; {_WAY_OUT}")
+            raise LedgerError(f"{self._place.database}: {reason}; {WAY_OUT}")
 
     def _contradiction(self, seen: Witness) -> str:
         """What is wrong if `seen` was once true of this ledger; empty if nothing."""
@@ -518,18 +523,6 @@ class Ledger:
         if row is None:
             return ""  # before the ledger was recovered
         return "" if row[0] == seen.head else f"entry {seen.number} is not the one a witness saw"
-
-    def _token(self, witness: Witness) -> str:
-        mac = _mac(self._witness_key, witness.head, (witness.number,))
-        return f"{witness.number}:{witness.head}:{mac}"
-
-    def _parsed(self, token: str) -> Witness | None:
-        number, _, rest = token.partition(":")
-        if not number.isascii() or not number.isdecimal():
-            return None
-        witness = Witness(int(number), rest.partition(":")[0])
-        genuine = hmac.compare_digest(self._token(witness).encode(), token.encode())
-        return witness if genuine else None
 
     def _path(self, attempt: int) -> Path:
         return self._place.folder / "releases" / f"{attempt:08d}.sealed"
@@ -553,15 +546,17 @@ class Salvage(NamedTuple):
     Attributes:
         ledger: open; where there is a fault, nothing can be booked in it.
         book: of the entries before the first that is not whole.
+        unread: how many entries lie in the file from there on.
         fault: what is wrong with that one; empty if the chain is whole.
     """
 
     ledger: Ledger
     book: Book
+    unread: int
     fault: str
 
 
-_WAY_OUT = (
+WAY_OUT = (
     "this node stops. Look with `cloister node audit`; put the true file back from a copy, or "
     "sign for what was spent with `cloister node recover`"
 )
@@ -589,7 +584,13 @@ def check_sound(book: Book) -> None:
         LedgerError: if the node was halted.
     """
     if book.halted:
-        raise LedgerError(f"halted: {book.halted}; {_WAY_OUT}")
+        raise LedgerError(f"halted: {book.halted}; {WAY_OUT}")
+
+
+def genuine(key: NodeKey, tokens: Iterable[str]) -> list[Witness]:
+    """Those of `tokens` that the node with this key made, as they were read."""
+    derived = key.derive(_WITNESS)
+    return [witness for token in tokens if (witness := _parsed(derived, token))]
 
 
 def last_witnesses(path: Path, most: int = 100) -> list[str]:
@@ -638,20 +639,36 @@ def _identity(path: Path) -> tuple[int, int] | None:
 
 def _connect(path: Path) -> sqlite3.Connection:
     if not path.is_file():
-        raise LedgerError(f"{path}: the ledger is missing; {_WAY_OUT}")
+        raise LedgerError(f"{path}: the ledger is missing; {WAY_OUT}")
     try:
         database = sqlite3.connect(path, timeout=60, isolation_level=None)
         database.execute("PRAGMA journal_mode=WAL")
         database.execute("PRAGMA synchronous=FULL")
         (version,) = database.execute("PRAGMA user_version").fetchone()
     except sqlite3.Error as error:
-        raise LedgerError(f"{path}: damaged ({error}); {_WAY_OUT}") from error
+        raise LedgerError(f"{path}: damaged ({error}); {WAY_OUT}") from error
     if version != FORMAT:
-        raise LedgerError(f"{path}: format {version}, this version reads {FORMAT}; {_WAY_OUT}")
+        raise LedgerError(f"{path}: format {version}, this version reads {FORMAT}; {WAY_OUT}")
     return database
 
 
 _BETWEEN = "\x1f"
+_WITNESS = "ledger witness"
+
+
+def _token(key: bytes, witness: Witness) -> str:
+    mac = _mac(key, witness.head, (witness.number,))
+    return f"{witness.number}:{witness.head}:{mac}"
+
+
+def _parsed(key: bytes, token: str) -> Witness | None:
+    """The witness in a token; None unless it was made with this key."""
+    number, _, rest = token.partition(":")
+    if not number.isascii() or not number.isdecimal():
+        return None
+    witness = Witness(int(number), rest.partition(":")[0])
+    made = hmac.compare_digest(_token(key, witness).encode(), token.encode())
+    return witness if made else None
 
 
 def _mac(key: bytes, before: str, values: tuple[Any, ...]) -> str:

@@ -1,0 +1,282 @@
+"""What stands of a node's ledger, and how a node goes on after one was lost.
+
+`inspect` is the judgement of an audit: it reads what is whole, names the first entry that is not,
+and compares with every witness at hand. `recover` is the way on after a ledger was lost, damaged,
+put back in time or halted. Nobody can know then what was spent in the part that is gone, so the
+whole lifetime budget counts as spent, unless a person signs for less (PRIVACY.md 11); and never
+for less than what can still be read.
+
+Where the chain is whole and no witness contradicts an entry that is there, the ledger goes on: it
+jumps over the numbers that were lost. Elsewhere it is moved aside, with its kept releases, and a
+new one begins after the highest number that anybody knows of, so that older witnesses are no
+contradiction. Nothing is deleted.
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from client.book import Book, Kind, Limit
+from client.home import KEY_FILE, LEDGER, NodeHome, check_budget
+from client.keyfile import NodeKey
+from client.ledger import WAY_OUT, Ledger, Place, Signed, genuine, last_witnesses
+from common import accounting
+from common.clock import Clock
+from common.errors import ConfigError, LedgerError
+from common.files import flush_folder, locked
+
+_TOKEN = re.compile(r"([0-9]{1,12}):[0-9a-f]{64}:[0-9a-f]{64}")
+
+
+@dataclass(frozen=True)
+class Standing:
+    """What stands of a node's ledger.
+
+    Attributes:
+        ledger: open, unless there is none that can be read; to be looked at alone.
+        book: of the entries before the first that is not whole.
+        faults: everything that is wrong, in words; none if the ledger can be relied on.
+        highest: the highest number of an entry that a file or a witness knows of.
+        witnesses: how many of the witnesses at hand this node made, and could be compared.
+        key_read: whether the node's key could be read.
+        continues: whether this very ledger can go on after a recovery.
+    """
+
+    ledger: Ledger | None
+    book: Book
+    faults: tuple[str, ...]
+    highest: int
+    witnesses: int
+    key_read: bool
+    continues: bool
+
+    @property
+    def sound(self) -> bool:
+        """Whether the node can work with it."""
+        return not self.faults
+
+
+@dataclass(frozen=True)
+class Recovered:
+    """What a recovery did.
+
+    Attributes:
+        epsilon: what counts as spent from here on.
+        divergence: the same as the filter counts it.
+        first: number of the first entry from here on.
+        moved: what lies aside now.
+    """
+
+    epsilon: float
+    divergence: float
+    first: int
+    moved: tuple[Path, ...]
+
+
+class _Debt(NamedTuple):
+    """What is taken over: a divergence under a budget, after an entry's number, signed for."""
+
+    limit: Limit
+    total: float
+    after: int
+    signed: Signed
+
+    @property
+    def epsilon(self) -> float:
+        return accounting.epsilon_of(self.total, self.limit.delta, self.limit.order)
+
+
+def inspect(home: NodeHome, tokens: Iterable[str] = ()) -> Standing:
+    """Judge the ledger in `home` by itself, by its witness file, and by these `tokens`.
+
+    Raises:
+        ConfigError: for a token that this node never made.
+    """
+    given, kept = list(tokens), last_witnesses(home.witness)
+    try:
+        key = home.key
+    except ConfigError as error:
+        numbers = [int(found[1]) for token in [*kept, *given] if (found := _TOKEN.match(token))]
+        return Standing(None, Book(), (str(error),), max(numbers, default=0), 0, False, False)
+    for token in given:
+        if not genuine(key, [token]):
+            raise ConfigError(f"{token}: not a witness that this node made with the key it has")
+    known = genuine(key, [*kept, *given])
+    highest = max((witness.number for witness in known), default=0)
+    try:
+        salvage = Ledger.salvaged(home.place)
+    except LedgerError as error:
+        fault = _shortened(str(error))
+        return Standing(None, Book(), (fault,), highest, len(known), True, False)
+    book, reached = salvage.book, max(highest, salvage.book.last + salvage.unread)
+    broken = salvage.fault or ("" if book.last else f"{home.place.database}: holds no entry")
+    if broken:
+        broken = _shortened(broken)
+        return Standing(salvage.ledger, book, (broken,), reached, len(known), True, False)
+    return _compared(home, salvage.ledger, kept, given)
+
+
+def _compared(home: NodeHome, ledger: Ledger, kept: list[str], given: list[str]) -> Standing:
+    """A ledger whose chain is whole, against everything that was ever seen of it."""
+    book, key = ledger.book, home.key
+    tokens = [token for token in (*kept, *given) if genuine(key, [token])]
+    halts = _halts(ledger) if book.halted else []
+    said = {token: ledger.contradiction(token) for token in (*tokens, *halts)}
+    faults = dict.fromkeys(said[token] for token in tokens if said[token])
+    if not genuine(key, kept):
+        faults[f"{home.witness}: holds no witness of this ledger"] = None
+    if book.halted:
+        faults[f"halted: {book.halted}"] = None
+    known = genuine(key, said)
+    clash = any(found.number <= book.last for found in genuine(key, filter(said.get, said)))
+    highest = max([book.last, *(found.number for found in known)])
+    return Standing(ledger, book, tuple(faults), highest, len(tokens), True, not clash)
+
+
+def recover(
+    home: NodeHome,
+    signed: Signed,
+    *,
+    spent: float | None = None,
+    tokens: Iterable[str] = (),
+    new_key: bool = False,
+) -> Recovered:
+    """Let a node go on whose ledger cannot be relied on.
+
+    Args:
+        home: the node's folder.
+        signed: who takes responsibility, and why.
+        spent: the epsilon that the site has spent over its life, all of it, at the budget's delta
+            and order, as the signer says; None: the whole budget.
+        tokens: witnesses from elsewhere, such as the coordinator's record.
+        new_key: make a new key, where the old one is lost or has been read by others.
+
+    Raises:
+        ConfigError: if there is nothing to recover, if less is signed for than can be read, or
+            if the key is lost and no new one is asked for; nothing has changed then.
+    """
+    try:
+        with locked(home.path):
+            return _recover(home, signed, spent, list(tokens), new_key)
+    except BlockingIOError:
+        raise ConfigError(f"{home.path}: somebody else is recovering this node") from None
+    except OSError as error:
+        raise ConfigError(f"{home.path}: cannot be recovered ({error})") from error
+
+
+def _recover(
+    home: NodeHome, signed: Signed, spent: float | None, tokens: list[str], new_key: bool
+) -> Recovered:
+    standing = inspect(home, tokens)
+    if standing.sound and not new_key:
+        raise ConfigError(
+            f"{home.path}: nothing to recover: the ledger is whole and agrees with its witness "
+            "file; to change the budget there is `cloister node set-budget`"
+        )
+    if not standing.key_read and not new_key:
+        raise ConfigError(
+            f"{standing.faults[0]}; put the key back from your copy. Without it nobody can read "
+            "the kept releases or check the ledger any more: if it is gone for good, say --new-key"
+        )
+    limit = _limit(home, standing)
+    debt = _Debt(limit, _total(limit, standing.book, spent), standing.highest, signed)
+    home.witness.open("ab").close()  # whether it can be written is better known now
+    if standing.continues and standing.ledger and not new_key:
+        return _go_on(standing.ledger, debt)
+    if standing.ledger:
+        standing.ledger.disconnect()
+    return _begin_anew(home, debt, new_key)
+
+
+def _limit(home: NodeHome, standing: Standing) -> Limit:
+    """The budget to go on with: the one that is booked, or where that is lost, the file's."""
+    policy, booked = home.policy, standing.book.limit
+    if policy.budget is None:
+        raise ConfigError(f"{home.path}: without a budget there is nothing to recover")
+    if standing.continues:
+        check_budget(policy, booked)
+    limit = policy.budget.limit
+    used = standing.book.charges or standing.book.carried
+    if booked and used and booked[1:] != limit[1:]:
+        raise ConfigError(
+            f"node.toml: [budget] has delta {limit.delta} and order {limit.order}, but what can "
+            f"be read was spent at delta = {booked.delta} and order = {booked.order}: write these"
+        )
+    return limit
+
+
+def _total(limit: Limit, book: Book, spent: float | None) -> float:
+    """What is to count as spent, as a divergence.
+
+    Raises:
+        ConfigError: if `spent` is less than what can be read.
+    """
+    read = _readable(book, limit)
+    whole = accounting.divergence_within(limit.epsilon, limit.delta, limit.order)
+    if spent is None:
+        return max(whole, read)
+    total = max(0.0, accounting.divergence_within(spent, limit.delta, limit.order))
+    if total < read * (1 - 1e-9):
+        least = accounting.epsilon_of(read, limit.delta, limit.order)
+        raise ConfigError(
+            f"--spent {spent:g}: what can still be read of the ledger comes to epsilon "
+            f"{least:.4f} at delta {limit.delta:g} and order {limit.order:g}; sign for that or more"
+        )
+    return max(total, read)
+
+
+def _readable(book: Book, limit: Limit) -> float:
+    """What was spent or carried, as far as it can be read."""
+    return book.carried + sum(accounting.divergence(m, limit.order) for m in book.spent())
+
+
+def _go_on(ledger: Ledger, debt: _Debt) -> Recovered:
+    """Carry what is missing, in the same ledger, after all numbers that were ever used."""
+    for run in ledger.book.open_runs():
+        ledger.lapse(run)
+    more = max(0.0, debt.total - _readable(ledger.book, debt.limit))
+    ledger.carry(more, debt.signed, after=debt.after)
+    return Recovered(debt.epsilon, debt.total, ledger.book.last, ())
+
+
+def _begin_anew(home: NodeHome, debt: _Debt, new_key: bool) -> Recovered:
+    """Make a new ledger aside, whole, and only then put it in the place of the old one."""
+    mark = Clock().date().strftime("%Y%m%dT%H%M%SZ-") + secrets.token_hex(2)
+    made_key = home.path / f"{KEY_FILE}.new-{mark}"
+    key = NodeKey.create(made_key) if new_key else home.key
+    made, old = home.path / f"ledger.new-{mark}", Place(home.path / LEDGER, key, home.witness)
+    first = debt.after + 1
+    ledger = Ledger.create(Place(made, key), site=home.policy.site, by=debt.signed.by, first=first)
+    ledger.set_budget(debt.limit, debt.signed)
+    ledger.carry(debt.total, debt.signed)
+    ledger.disconnect()
+    moved = []
+    if new_key:
+        moved += _aside(home.path / KEY_FILE, mark)
+        made_key.rename(home.path / KEY_FILE)
+    moved += _aside(old.folder, mark)
+    made.rename(old.folder)
+    flush_folder(home.path)
+    Ledger.salvaged(old).ledger.tell()
+    return Recovered(debt.epsilon, debt.total, first, tuple(moved))
+
+
+def _aside(path: Path, mark: str) -> list[Path]:
+    if not path.exists():
+        return []
+    return [path.rename(path.with_name(f"{path.name}.aside-{mark}"))]
+
+
+def _halts(ledger: Ledger) -> list[str]:
+    """The witnesses that halted this ledger."""
+    return [str(e.said["witness"]) for e in ledger.entries() if e.kind == Kind.HALTED]
+
+
+def _shortened(fault: str) -> str:
+    """Without the way out, which is said once."""
+    return fault.removesuffix(f"; {WAY_OUT}")
