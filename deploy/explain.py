@@ -12,7 +12,8 @@ from rich.text import Text
 
 from common import accounting
 from common.errors import SpecError
-from common.spec import ALL_AT_ONCE, DpSgd, RunSpec, read_run_file
+from common.spec import DpSgd, RunSpec, read_run_file
+from deploy.run_words import sentences
 from deploy.simulation import read_simulation
 
 _ARROW = "  • "
@@ -36,62 +37,9 @@ def explain_run(run_file: Path, declared_sizes: list[int]) -> Iterator[Renderabl
     spec = read.spec
     yield Text(f"{spec.name}", style="bold")
     yield Text(f"digest {spec.digest}", style="dim")
-    for line in _sentences(spec):
+    for line in sentences(spec):
         yield Text(_ARROW + line)
     yield from _price(spec, sites)
-
-
-def _sentences(spec: RunSpec) -> Iterator[str]:
-    channels, height, width = spec.input.shape
-    task, local, looks = spec.task, spec.local, spec.augmentation
-    yield (
-        f"learns a {task.kind} {task.name} ({', '.join(task.classes)}) with {spec.model.name} "
-        f"from {channels} x {height} x {width} images"
-    )
-    yield (
-        f"{spec.rounds} rounds; in each, every site makes {local.steps} "
-        f"step{'s' if local.steps > 1 else ''} of {spec.optimizer.name} at a learning rate of "
-        f"{spec.optimizer.learning_rate:g} ({spec.schedule.name}), each on {local.batch_size} "
-        f"{spec.privacy.unit}s expected"
-    )
-    changes = [name for name, asked in looks.model_dump(exclude={"multiplicity"}).items() if asked]
-    if changes:
-        yield f"augments by {', '.join(changes)}, {looks.multiplicity} cop(ies) averaged"
-    federation, strategy = spec.federation, spec.aggregation.strategy
-    yield (
-        f"a round closes when all sites have answered, or after "
-        f"{federation.deadline_seconds:g} s with at least {federation.quorum} update(s); "
-        f"aggregation by {strategy}, {_weighting(spec)}"
-    )
-    evaluation = spec.evaluation
-    early = (
-        f", stops after {evaluation.patience} evaluations without gain in {evaluation.metric}"
-        if evaluation.patience
-        else ""
-    )
-    yield f"is evaluated centrally every {evaluation.every} round(s){early}"
-    yield _privacy_sentence(spec)
-
-
-def _weighting(spec: RunSpec) -> str:
-    """A robust rule takes no site's word for its weight."""
-    alike = spec.aggregation.weighting == "uniform" or spec.aggregation.strategy in ALL_AT_ONCE
-    return "all sites alike" if alike else "weighted by declared size"
-
-
-def _privacy_sentence(spec: RunSpec) -> str:
-    privacy = spec.privacy
-    if not isinstance(privacy, DpSgd):
-        return "NO differential privacy: updates leave the sites as they are"
-    asked = (
-        f"noise for epsilon {privacy.target_epsilon:g} at each site"
-        if privacy.target_epsilon
-        else f"noise multiplier {privacy.noise_multiplier:g} at each site"
-    )
-    return (
-        f"differential privacy per {privacy.unit} by DP-SGD: clip norm {privacy.clip_norm:g}, "
-        f"{asked}, delta {privacy.delta:g}"
-    )
 
 
 def _price(spec: RunSpec, sites: dict[str, int]) -> Iterator[RenderableType]:
