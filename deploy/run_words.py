@@ -1,0 +1,66 @@
+"""A run in words, for whoever has to decide about it: an operator, or a hospital."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from common.spec import ALL_AT_ONCE, DpSgd, RunSpec
+
+
+def sentences(spec: RunSpec) -> Iterator[str]:
+    """What the run does, a sentence a line."""
+    channels, height, width = spec.input.shape
+    task, local, looks = spec.task, spec.local, spec.augmentation
+    yield (
+        f"learns a {task.kind} {task.name} ({', '.join(task.classes)}) with {spec.model.name} "
+        f"from {channels} x {height} x {width} images"
+    )
+    yield (
+        f"{spec.rounds} rounds; in each, every site makes {local.steps} "
+        f"step{'s' if local.steps > 1 else ''} of {spec.optimizer.name} at a learning rate of "
+        f"{spec.optimizer.learning_rate:g} ({spec.schedule.name}), each on {local.batch_size} "
+        f"{spec.privacy.unit}s expected"
+    )
+    changes = [name for name, asked in looks.model_dump(exclude={"multiplicity"}).items() if asked]
+    if changes:
+        yield f"augments by {', '.join(changes)}, {looks.multiplicity} cop(ies) averaged"
+    federation, strategy = spec.federation, spec.aggregation.strategy
+    yield (
+        f"a round closes when all sites have answered, or after "
+        f"{federation.deadline_seconds:g} s with at least {federation.quorum} update(s); "
+        f"aggregation by {strategy}, {_weighting(spec)}"
+    )
+    evaluation = spec.evaluation
+    early = (
+        f", stops after {evaluation.patience} evaluations without gain in {evaluation.metric}"
+        if evaluation.patience
+        else ""
+    )
+    yield f"is evaluated centrally every {evaluation.every} round(s){early}"
+    if evaluation.federated:
+        yield (
+            "after the last round every site's held-out patients are counted, once, with a noise "
+            f"multiplier of {evaluation.federated.noise_multiplier:g}"
+        )
+    yield _privacy_sentence(spec)
+
+
+def _weighting(spec: RunSpec) -> str:
+    """A robust rule takes no site's word for its weight."""
+    alike = spec.aggregation.weighting == "uniform" or spec.aggregation.strategy in ALL_AT_ONCE
+    return "all sites alike" if alike else "weighted by declared size"
+
+
+def _privacy_sentence(spec: RunSpec) -> str:
+    privacy = spec.privacy
+    if not isinstance(privacy, DpSgd):
+        return "NO differential privacy: updates leave the sites as they are"
+    asked = (
+        f"noise for epsilon {privacy.target_epsilon:g} at each site"
+        if privacy.target_epsilon
+        else f"noise multiplier {privacy.noise_multiplier:g} at each site"
+    )
+    return (
+        f"differential privacy per {privacy.unit} by DP-SGD: clip norm {privacy.clip_norm:g}, "
+        f"{asked}, delta {privacy.delta:g}"
+    )
