@@ -190,16 +190,17 @@ class Gate:
         share = next((share for share in shares if share.part == key.part), None)
         stored = self._ledger.released(key)
         if stored is not None:
-            return share, load(stored)
+            return share, _arrays(stored)
         self._check_approved(spec, shares)
         check_weights(task.weights, models.shapes(spec))
+
+        asked = self._clock.date()  # how long preparing takes decides nothing
 
         def allow(book: Book) -> None:
             check_open(book, key.run)
             if book.run(key.run).shares.get(key.part) != share:
                 raise Refusal(RefusalCode.APPROVAL, "not what was set aside; invite again")
-            now = self._clock.date()
-            self._policy.check_attempt(book, now, key.run, key.part, key.round_number)
+            self._policy.check_attempt(book, asked, key.run, key.part, key.round_number)
 
         allow(self._ledger.book)  # and again when it is booked: another node may be quicker
         with self._paced(spec):
@@ -208,9 +209,9 @@ class Gate:
                 key, share and share.mechanism, cohort=self._site.cohort, allow=allow
             )
             number = key.round_number if key.part == "training" else spec.rounds + 1
-            arrays = make(self._keystream(run_id=spec.run_id, round_number=number))
-            self._ledger.commit(attempt, save(dict(arrays)))
-        return share, arrays
+            release = save(dict(make(self._keystream(run_id=spec.run_id, round_number=number))))
+            self._ledger.commit(attempt, release)
+        return share, _arrays(release)
 
     def _closed(self, run: str) -> Closed:
         check_sound(self._ledger.book)
@@ -294,6 +295,11 @@ def lapse(ledger: Ledger, policy: Policy, clock: Clock) -> None:
     """Take back what is set aside for runs that nobody has asked for in a long time."""
     for run in policy.lapsed(ledger.book, clock.date()):
         ledger.lapse(run)
+
+
+def _arrays(release: bytes) -> Arrays:
+    """What was kept, in one order: safetensors gives it back in any."""
+    return dict(sorted(load(release).items()))
 
 
 def incident_reply() -> RefusalReply:
