@@ -169,6 +169,16 @@ def make_ledger(tmp_path: Path) -> Callable[..., Ledger]:
     return make
 
 
+@pytest.fixture
+def open_ledger(tmp_path: Path) -> Callable[..., Ledger]:
+    """What `make_ledger` made, opened again: as by another process, or after a restart."""
+
+    def opened(kind: type[Ledger] = Ledger, *, name: str = "ledger") -> Ledger:
+        return kind(Place(tmp_path / name, NODE_KEY, tmp_path / f"{name}.witness"))
+
+    return opened
+
+
 class ArrayCohort(Cohort):
     """A cohort in memory, for what no file can hold: an infinite pixel, an order of patients.
 
