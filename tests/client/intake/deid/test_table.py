@@ -68,7 +68,7 @@ EXPLAINED = {
 
 
 def spelled(tag: str) -> str:
-    if "odd" in tag:
+    if "odd" in tag.lower():
         return "(odd,xxxx)"
     return tag.replace(" ", "").upper().replace("X", "x")
 
