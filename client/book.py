@@ -10,11 +10,13 @@ Every entry is one of these kinds; the table says what must have come before it:
     denied      a person says no to a run            opened
     earmarked   a run is set aside whole, one        opened; the run is not closed
                 entry for each part of it
-    reserved    one attempt at one round: spent      the run's part is earmarked
-    committed   the attempt was released             its attempt, once
-    lapsed      a run that nobody asked for any      the run is earmarked
+    reserved    one attempt at one round: spent      the run is earmarked, and open; earlier
+                                                     attempts at the round were the same task
+    committed   the attempt was released             its attempt, once; nothing was released
+                                                     of its round
+    lapsed      a run that nobody asked for any      the run is earmarked, and open
                 more is no longer set aside
-    closed      the run is over                      the run is earmarked
+    closed      the run is over, for good            the run is earmarked, and open or lapsed
     halted      a witness knows of entries that      opened
                 are not here: the node stops
     carried     a person signs for what was spent    opened
@@ -198,19 +200,36 @@ class Charge(NamedTuple):
 
 
 class Book:
-    """The state that a list of entries adds up to."""
+    """The state that a list of entries adds up to.
+
+    Attributes:
+        site: whose ledger it is.
+        limit: the lifetime budget.
+        admitted: digest of the cohort that a person takes responsibility for.
+        halted: why the node stopped; empty if it did not.
+        witnessed: the highest number that a witness knew of which halted the node.
+        recovered: number of the last entry by which a person let the node go on after a loss; what
+            an older witness saw was signed for there.
+        carried: Renyi divergence that was spent elsewhere.
+        runs: digest -> what is known of the run.
+        charges: every attempt, as it was reserved.
+        last: number of the last entry.
+    """
 
     def __init__(self) -> None:
         self.site = ""
         self.limit: Limit | None = None
         self.admitted = ""
         self.halted = ""
+        self.witnessed = 0
+        self.recovered = 0
         self.carried = 0.0
         self.runs: dict[str, RunBook] = {}
         self.charges: list[Charge] = []
         self.last = 0
         self._steps: dict[Step, int] = {}
         self._attempts: dict[int, tuple[str, str, int]] = {}
+        self._waiting: set[int] = set()
 
     # --- Reading --------------------------------------------------------------------------------
 
@@ -240,19 +259,22 @@ class Book:
         """Digests of the runs that are set aside."""
         return [digest for digest, run in self.runs.items() if run.state == "open"]
 
-    def attempts_of(self, run: str) -> dict[int, int]:
-        """Number of each attempt at a run -> its round, released or not."""
-        waiting = {n: number for n, (of, _, number) in self._attempts.items() if of == run}
-        return waiting | {n: number for (_, number), (n, _) in self.run(run).released.items()}
+    def attempts_of(self, run: str) -> dict[int, tuple[str, int]]:
+        """Number of each attempt at a run -> its part and round, released or not."""
+        return {n: (part, number) for n, (of, part, number) in self._attempts.items() if of == run}
+
+    def check_waiting(self, attempt: int) -> None:
+        """Check that an attempt was reserved and not yet committed.
+
+        Raises:
+            LedgerError: otherwise.
+        """
+        if attempt not in self._waiting:
+            raise LedgerError(f"{attempt} is no attempt that waits to be committed")
 
     def since(self, time: str) -> list[Charge]:
-        """The attempts reserved at `time` or later."""
-        recent = []
-        for charge in reversed(self.charges):
-            if charge.time < time:
-                break
-            recent.append(charge)
-        return recent
+        """The attempts reserved at `time` or later; the clock may have been put back since."""
+        return [charge for charge in self.charges if charge.time >= time]
 
     # --- Writing --------------------------------------------------------------------------------
 
@@ -320,24 +342,31 @@ class Book:
         run.last = entry.time
         self.charges.append(Charge(entry.time, entry.run, step, entry.steps or 0))
         self._attempts[entry.number] = entry.run, entry.part, entry.round
+        self._waiting.add(entry.number)
 
     def _committed(self, entry: Entry) -> None:
-        attempt = self._attempts.pop(entry.refers, None)
-        if attempt is None:
-            raise LedgerError(f"entry {entry.number}: commits {entry.refers}, which is no attempt")
-        digest, part, number = attempt
-        self.runs[digest].released[part, number] = entry.refers, entry.release
+        self.check_waiting(entry.refers)
+        digest, part, number = self._attempts[entry.refers]
+        released = self.runs[digest].released
+        if (part, number) in released:
+            raise LedgerError(f"entry {entry.number}: releases round {number} a second time")
+        released[part, number] = entry.refers, entry.release
+        self._waiting.remove(entry.refers)
 
     def _ended(self, entry: Entry) -> None:
         run = self.runs.get(entry.run)
-        if run is None or run.state != "open":
+        over = entry.kind == Kind.CLOSED
+        if run is None or not (run.state == "open" or (over and run.state == Kind.LAPSED)):
             raise LedgerError(f"entry {entry.number}: ends a run that is not open")
         run.state = entry.kind
 
     def _halted(self, entry: Entry) -> None:
         self.halted = str(entry.said["reason"])
+        self.witnessed = max(self.witnessed, int(entry.said["number"]))
 
     def _carried(self, entry: Entry) -> None:
+        if self.halted or entry.number != self.last + 1:
+            self.recovered = entry.number
         self.carried += entry.divergence or 0.0
         self.halted = ""
 

@@ -22,9 +22,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from client.book import Book, Kind, Limit
+from client.chain import WAY_OUT
 from client.home import KEY_FILE, LEDGER, NodeHome, check_budget
 from client.keyfile import NodeKey
-from client.ledger import WAY_OUT, Ledger, Place, Signed, genuine, last_witnesses
+from client.ledger import Ledger, Place, Signed
+from client.witness import genuine, last_witnesses
 from common import accounting
 from common.clock import Clock
 from common.errors import ConfigError, LedgerError

@@ -38,7 +38,7 @@ ONLY_IN = {
     "opacus": ("client/training.py",),
     "cryptography": (
         "client/intake/keys.py",
-        "client/ledger.py",
+        "client/kept.py",
         "common/noise.py",
         "deploy/identity.py",
     ),
