@@ -1,118 +1,42 @@
-"""A node's folder: its policy, its key, its ledger, the runs that wait, and its cohort.
-
-    node.toml        the policy (client.policy)
-    node.key         the node's own secret, mode 0600; it never leaves
-    ledger/          what was spent, and the kept releases, encrypted
-    ledger.witness   how far the ledger went; better on another machine ([ledger] witness)
-    requests/        runs that wait for a person
-    runs/            losses and numbers of patients of each round; they never leave
-
-Nothing but `create` makes a key or a ledger: one that is missing stops the node instead of
-beginning anew with nothing spent.
-"""
+"""A node at work: its folder (`client.folder`), and the gate that answers from it."""
 
 from __future__ import annotations
-
-import hashlib
-from dataclasses import dataclass
-from functools import cached_property
-from pathlib import Path
-from typing import Self
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from client.approval import Requests
-from client.book import Limit
 from client.counting import noised_counts
 from client.diary import Diary
+from client.folder import KEY_FILE, LEDGER, POLICY_FILE, NodeFolder, check_budget, cohort_digest
 from client.gate import Counter, Gate, Site
-from client.keyfile import NodeKey
-from client.ledger import Ledger, Place, Signed
-from client.policy import Policy, read_policy
+from client.policy import Policy
 from client.training import Compute, LocalTrainer, best_device
 from common.accounting import SubsampledGaussian
-from common.cohort import INDEX_FILE, Cohort
-from common.errors import CohortError, ConfigError
+from common.cohort import Cohort
 from common.messages import Arrays
 from common.noise import Keystream
 from common.spec import RunSpec
 
-POLICY_FILE, KEY_FILE, LEDGER = "node.toml", "node.key", "ledger"
+__all__ = [
+    "KEY_FILE",
+    "LEDGER",
+    "POLICY_FILE",
+    "NodeHome",
+    "check_budget",
+    "cohort_digest",
+    "compute_of",
+    "counter_of",
+]
 
 
-@dataclass(frozen=True)
-class NodeHome:
-    """The folder of one node, and the policy in it."""
-
-    path: Path
-    policy: Policy
-
-    @classmethod
-    def open(cls, path: Path) -> Self:
-        """Read the policy in `path`.
-
-        Raises:
-            ConfigError: if it is missing or wrong.
-        """
-        return cls(path, read_policy(path / POLICY_FILE))
-
-    @cached_property
-    def key(self) -> NodeKey:
-        """The node's secret.
-
-        Raises:
-            ConfigError: if it is missing, or others may read it.
-        """
-        return NodeKey.read(self.path / KEY_FILE)
-
-    @property
-    def place(self) -> Place:
-        """Where the ledger lies, and what seals it."""
-        return Place(self.path / LEDGER, self.key, self.witness)
-
-    @property
-    def witness(self) -> Path:
-        """The witness file."""
-        return self.path / self.policy.ledger.witness
-
-    @property
-    def requests(self) -> Requests:
-        """The runs that wait for a person."""
-        return Requests(self.path / "requests")
+class NodeHome(NodeFolder):
+    """The folder of one node, and what answers from it."""
 
     @property
     def diary(self) -> Diary:
         """What happened in each round, for the hospital itself."""
         return Diary(self.path / "runs")
-
-    @property
-    def cohort_path(self) -> Path:
-        """Where the cohort lies."""
-        return self.path / self.policy.cohort
-
-    def ledger(self) -> Ledger:
-        """The ledger, checked whole.
-
-        Raises:
-            LedgerError: if it cannot be relied on.
-            ConfigError: if the key is missing.
-        """
-        return Ledger(self.place)
-
-    def create(self, *, by: str) -> Ledger:
-        """Make the key and an empty ledger with this policy's budget.
-
-        Raises:
-            ConfigError, LedgerError: if one of them is there already.
-        """
-        NodeKey.create(self.path / KEY_FILE)
-        ledger = Ledger.create(self.place, site=self.policy.site, by=by)
-        budget = self.policy.budget
-        if budget is not None:
-            ledger.set_budget(budget.limit, Signed(by, "the node was set up"))
-        return ledger
 
     def gate(self) -> Gate:
         """The gate of this node, for its worker process.
@@ -140,34 +64,6 @@ class NodeHome:
 
         site = Site(policy, ledger, cohort_digest(self.cohort_path), self.requests, self.diary)
         return Gate(site, trainer_for=trainer_for, counter=counter_of(held_out, compute))
-
-
-def check_budget(policy: Policy, booked: Limit | None) -> None:
-    """Stop where the file and the ledger do not say the same budget.
-
-    Raises:
-        ConfigError: naming both.
-    """
-    written = policy.budget and policy.budget.limit
-    if written != booked:
-        raise ConfigError(
-            f"node.toml: the budget is {written}, but the ledger has {booked}; put the file "
-            "right, or have a person book the new one with `cloister node set-budget`"
-        )
-
-
-def cohort_digest(path: Path) -> str:
-    """SHA-256 of a cohort's index, which holds the SHA-256 of every image.
-
-    Raises:
-        CohortError: if there is none.
-    """
-    try:
-        return hashlib.sha256((path / INDEX_FILE).read_bytes()).hexdigest()
-    except OSError as error:
-        raise CohortError(f"{path}: not a cohort ({error}); make one with `cloister intake`") from (
-            error
-        )
 
 
 def counter_of(held_out: Cohort, compute: Compute) -> Counter:

@@ -6,24 +6,23 @@ put back in time or halted. Nobody can know then what was spent in the part that
 whole lifetime budget counts as spent, unless a person signs for less (PRIVACY.md 11); and never
 for less than what can still be read.
 
-Where the chain is whole and no witness contradicts an entry that is there, the ledger goes on: it
-jumps over the numbers that were lost. Elsewhere it is moved aside, with its kept releases, and a
-new one begins after the highest number that anybody knows of, so that older witnesses are no
-contradiction. Nothing is deleted.
+Where the chain is whole the ledger goes on: it jumps over the numbers that were lost, and what any
+witness saw before is signed for. Where it is not, it is moved aside with its kept releases, and a
+new one begins after the highest number that anybody knows of. Nothing is deleted.
 """
 
 from __future__ import annotations
 
 import re
 import secrets
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from client.book import Book, Kind, Limit
+from client.book import Book, Limit
 from client.chain import WAY_OUT
-from client.home import KEY_FILE, LEDGER, NodeHome, check_budget
+from client.folder import KEY_FILE, LEDGER, NodeFolder, check_budget
 from client.keyfile import NodeKey
 from client.ledger import Ledger, Place, Signed
 from client.witness import genuine, last_witnesses
@@ -93,7 +92,7 @@ class _Debt(NamedTuple):
         return accounting.epsilon_of(self.total, self.limit.delta, self.limit.order)
 
 
-def inspect(home: NodeHome, tokens: Iterable[str] = ()) -> Standing:
+def inspect(home: NodeFolder, tokens: Iterable[str] = ()) -> Standing:
     """Judge the ledger in `home` by itself, by its witness file, and by these `tokens`.
 
     Raises:
@@ -120,28 +119,37 @@ def inspect(home: NodeHome, tokens: Iterable[str] = ()) -> Standing:
     if broken:
         broken = _shortened(broken)
         return Standing(salvage.ledger, book, (broken,), reached, len(known), True, False)
-    return _compared(home, salvage.ledger, kept, given)
+    faults = tuple(_contradictions(home, salvage.ledger, kept, given))
+    unruly = "" if faults else _opening(home)
+    if unruly:
+        return Standing(salvage.ledger, book, (unruly,), reached, len(known), True, False)
+    reached = max(reached, book.witnessed)
+    return Standing(salvage.ledger, book, faults, reached, len(known), True, True)
 
 
-def _compared(home: NodeHome, ledger: Ledger, kept: list[str], given: list[str]) -> Standing:
-    """A ledger whose chain is whole, against everything that was ever seen of it."""
-    book, key = ledger.book, home.key
-    tokens = [token for token in (*kept, *given) if genuine(key, [token])]
-    halts = _halts(ledger) if book.halted else []
-    said = {token: ledger.contradiction(token) for token in (*tokens, *halts)}
-    faults = dict.fromkeys(said[token] for token in tokens if said[token])
-    if not genuine(key, kept):
-        faults[f"{home.witness}: holds no witness of this ledger"] = None
-    if book.halted:
-        faults[f"halted: {book.halted}"] = None
-    known = genuine(key, said)
-    clash = any(found.number <= book.last for found in genuine(key, filter(said.get, said)))
-    highest = max([book.last, *(found.number for found in known)])
-    return Standing(ledger, book, tuple(faults), highest, len(tokens), True, not clash)
+def _contradictions(
+    home: NodeFolder, ledger: Ledger, kept: list[str], given: list[str]
+) -> Iterator[str]:
+    """What is wrong with a ledger whose chain is whole, by everything that was ever seen of it."""
+    ours = [token for token in (*kept, *given) if genuine(home.key, [token])]
+    yield from dict.fromkeys(fault for token in ours if (fault := ledger.contradiction(token)))
+    if not genuine(home.key, kept):
+        yield f"{home.witness}: holds no witness of this ledger"
+    if ledger.book.halted:
+        yield f"halted: {ledger.book.halted}"
+
+
+def _opening(home: NodeFolder) -> str:
+    """What else keeps the node from opening its ledger; empty if nothing."""
+    try:
+        home.ledger().disconnect()
+    except LedgerError as error:
+        return _shortened(str(error))
+    return ""
 
 
 def recover(
-    home: NodeHome,
+    home: NodeFolder,
     signed: Signed,
     *,
     spent: float | None = None,
@@ -172,7 +180,7 @@ def recover(
 
 
 def _recover(
-    home: NodeHome, signed: Signed, spent: float | None, tokens: list[str], new_key: bool
+    home: NodeFolder, signed: Signed, spent: float | None, tokens: list[str], new_key: bool
 ) -> Recovered:
     standing = inspect(home, tokens)
     if standing.sound and not new_key:
@@ -195,7 +203,7 @@ def _recover(
     return _begin_anew(home, debt, new_key)
 
 
-def _limit(home: NodeHome, standing: Standing) -> Limit:
+def _limit(home: NodeFolder, standing: Standing) -> Limit:
     """The budget to go on with: the one that is booked, or where that is lost, the file's."""
     policy, booked = home.policy, standing.book.limit
     if policy.budget is None:
@@ -242,11 +250,12 @@ def _go_on(ledger: Ledger, debt: _Debt) -> Recovered:
     for run in ledger.book.open_runs():
         ledger.lapse(run)
     more = max(0.0, debt.total - _readable(ledger.book, debt.limit))
-    ledger.carry(more, debt.signed, after=debt.after)
+    beyond = max(debt.after, ledger.book.last + 1)  # a gap: older witnesses are signed for
+    ledger.carry(more, debt.signed, after=beyond)
     return Recovered(debt.epsilon, debt.total, ledger.book.last, ())
 
 
-def _begin_anew(home: NodeHome, debt: _Debt, new_key: bool) -> Recovered:
+def _begin_anew(home: NodeFolder, debt: _Debt, new_key: bool) -> Recovered:
     """Make a new ledger aside, whole, and only then put it in the place of the old one."""
     mark = Clock().date().strftime("%Y%m%dT%H%M%SZ-") + secrets.token_hex(2)
     made_key = home.path / f"{KEY_FILE}.new-{mark}"
@@ -272,11 +281,6 @@ def _aside(path: Path, mark: str) -> list[Path]:
     if not path.exists():
         return []
     return [path.rename(path.with_name(f"{path.name}.aside-{mark}"))]
-
-
-def _halts(ledger: Ledger) -> list[str]:
-    """The witnesses that halted this ledger."""
-    return [str(e.said["witness"]) for e in ledger.entries() if e.kind == Kind.HALTED]
 
 
 def _shortened(fault: str) -> str:
