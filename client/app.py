@@ -16,7 +16,7 @@ from pathlib import Path
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from client.gate import Gate, incident_reply
+from client.gate import REFUSED, Gate, incident_reply
 from client.home import NodeHome
 from common.errors import ConfigError, LedgerError, MessageError, RefusalCode, VersionError
 from common.messages import (
@@ -63,7 +63,7 @@ def answer(records: RecordDict, gate_of: Callable[[], Gate]) -> RecordDict:
         request = read_request(records)
         return _ask(gate_of(), request).to_records()
     except MessageError as error:
-        log.warning("refused: %s", error)
+        log.warning(REFUSED, error)
         other = isinstance(error, VersionError)
         code = RefusalCode.VERSION if other else RefusalCode.MALFORMED
         return RefusalReply(code=code).to_records()

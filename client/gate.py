@@ -62,6 +62,9 @@ Counter = Callable[[RunSpec, Arrays, Keystream], NDArray[np.float32]]
 Make = Callable[[Keystream], Arrays]
 _COUNTS = "counts"
 
+REFUSED = "refused: %.2000s"
+"""For the log; a coordinator cannot fill the disk with it."""
+
 
 @dataclass(frozen=True)
 class Site:
@@ -206,7 +209,11 @@ class Gate:
         with self._paced(spec):
             make = prepare(share)
             attempt = self._ledger.reserve(
-                key, share and share.mechanism, cohort=self._site.cohort, allow=allow
+                key,
+                share and share.mechanism,
+                cohort=self._site.cohort,
+                asked=asked,
+                allow=allow,
             )
             number = key.round_number if key.part == "training" else spec.rounds + 1
             release = save(dict(make(self._keystream(run_id=spec.run_id, round_number=number))))
@@ -256,20 +263,29 @@ class Gate:
 
     def _trainer(self, spec: RunSpec, mechanism: SubsampledGaussian | None) -> LocalTrainer:
         if self._warm is None or self._warm[0] != spec.digest:
+            self._warm = None  # let go of one network before the next is made
             self._warm = spec.digest, self._trainer_for(spec, mechanism)
         return self._warm[1]
 
     @contextmanager
     def _paced(self, spec: RunSpec) -> Iterator[None]:
-        """Leave at a whole slot after coming in, whatever happens in between."""
+        """Leave at a whole slot after coming in, whatever fails in between.
+
+        A person who stops the node is not made to wait: nothing is answered then.
+        """
         slot = self._policy.release.slot(spec)
         started = self._clock.now()
         try:
             yield
-        finally:
-            if slot > 0:
-                passed = self._clock.now() - started
-                self._clock.sleep(max(1, math.ceil(passed / slot)) * slot - passed)
+        except Exception:
+            self._wait(started, slot)
+            raise
+        self._wait(started, slot)
+
+    def _wait(self, started: float, slot: float) -> None:
+        if slot > 0:
+            passed = self._clock.now() - started
+            self._clock.sleep(max(1, math.ceil(passed / slot)) * slot - passed)
 
     def _log(self, task: TrainTask, result: LocalResult, seconds: float) -> None:
         """For the hospital's own eyes: neither the record nor the page ever leaves the node."""
@@ -313,13 +329,13 @@ def _answered(answer: Callable[[], Answer]) -> Answer | RefusalReply:
     try:
         return answer()
     except Refusal as refusal:
-        log.warning("refused: %s", refusal)
+        log.warning(REFUSED, refusal)
         return RefusalReply(code=refusal.code)
     except LedgerError as error:
         log.error("this node answers nothing more: %s", error)
         return RefusalReply(code=RefusalCode.LEDGER)
     except MessageError as error:
-        log.warning("refused: %s", error)
+        log.warning(REFUSED, error)
         return RefusalReply(code=RefusalCode.MALFORMED)
     except Exception:  # noqa: BLE001 - the edge of the node: no text may leave it
         return incident_reply()
