@@ -16,7 +16,9 @@ from numpy.typing import NDArray
 from pydicom.dataset import Dataset
 
 from client.intake.builder import ImageRecord
-from client.intake.deidentify import Deidentifier, PixelsOnly, text_of
+from client.intake.deid.profile import Profile
+from client.intake.deid.seam import SafePixels
+from client.intake.deidentify import Deidentifier, text_of
 from client.intake.display import brightness
 from client.intake.keys import SiteKey
 from client.intake.labels import LabelEntry, LabelTable, read_labels
@@ -188,6 +190,7 @@ class DicomFolder:
         key: SiteKey,
         *,
         split: str = "",
+        profile: Profile | None = None,
     ) -> Self:
         """A folder with its label table, for a run.
 
@@ -197,13 +200,15 @@ class DicomFolder:
             spec: the run.
             key: of the pseudonyms.
             split: put on every image; if empty, the label table's split is.
+            profile: of de-identification; the strictest if not given.
 
         Raises:
             IntakeError: if there is no such folder.
             ConfigError: if the label table is wrong.
         """
         table = read_labels(labels, spec.task)
-        return cls(folder, FileReader(spec.input, table, PixelsOnly(key), split), key)
+        deidentify = SafePixels(key, profile or Profile())
+        return cls(folder, FileReader(spec.input, table, deidentify, split), key)
 
     def __len__(self) -> int:
         return len(self._files)

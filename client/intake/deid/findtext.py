@@ -253,7 +253,7 @@ def _is_text(line: _Pieces, box: Box) -> bool:
         and glyphs >= _FEWEST_GLYPHS
         and box.bottom - box.top <= 2.2 * typical
         and length >= _SHORTEST * typical
-        and 0.3 <= width.sum() / length <= 1.35
+        and 0.45 <= width.sum() / length <= 1.35
         and _on_one_line(line, typical) >= _ON_LINE
         and (abs(height / typical - 1) <= 0.25).mean() >= _OF_ONE_HEIGHT
     )
@@ -268,6 +268,7 @@ def _is_certain(line: _Pieces) -> bool:
         len(height) >= 4
         and alike >= 0.5
         and _on_one_line(line, typical) >= 0.65
+        and _under_one_line(line, typical) >= 0.4
         and float(np.median(line.contrast)) >= 1.6 * _FAINTEST
     )
 
@@ -281,6 +282,13 @@ def _on_one_line(line: _Pieces, typical: float) -> float:
     if abs(slope) < 0.1:
         lines.append(slope * middle + start)
     return max(float((abs(line.bottom - level) <= tolerance).mean()) for level in lines)
+
+
+def _under_one_line(line: _Pieces, typical: float) -> float:
+    """The largest part of the glyphs that reach up equally far: capitals, digits, or small ones."""
+    tolerance = max(1.0, 0.1 * typical)
+    reach = line.top - line.bottom.max()
+    return max(float((abs(reach - one) <= tolerance).mean()) for one in np.unique(reach))
 
 
 def _noise(line: _Pieces, box: Box, relief: Grey) -> float:
