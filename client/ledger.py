@@ -218,11 +218,14 @@ class Ledger:
         mechanism: SubsampledGaussian | None,
         *,
         cohort: str = "",
+        asked: datetime | None = None,
         allow: Allow = lambda _: None,
     ) -> Attempt:
         """Book one attempt durably; from here on it counts as spent, whatever happens.
 
-        No other process can book between what `allow` sees and this booking.
+        No other process can book between what `allow` sees and this booking. It is dated by when
+        it was `asked` for (None: now): limits look back on that date, and how long the cohort took
+        to load must not be told from them (PRIVACY.md 6).
 
         Raises:
             Refusal: ``replay``: the round was asked with other content, or the run is over;
@@ -231,7 +234,10 @@ class Ledger:
         """
         run, part, number, digest = task
         booked = columns(mechanism)
-        attempt = Entry(0, Kind.RESERVED, run, part, number, digest, cohort=cohort, **booked)
+        date = stamp(asked) if asked else ""
+        attempt = Entry(
+            0, Kind.RESERVED, run, part, number, digest, cohort=cohort, time=date, **booked
+        )
 
         def entries(book: Book) -> list[Entry]:
             check_open(book, run)
@@ -401,7 +407,7 @@ class Ledger:
 
         def dated(book: Book) -> list[Entry]:
             date = stamp(self._place.clock.date())
-            return [entry._replace(time=date) for entry in entries(book)]
+            return [entry._replace(time=entry.time or date) for entry in entries(book)]
 
         if self._place.witness is not None:  # a booking that cannot be told of would be wasted
             check_writable(self._place.witness)
