@@ -123,6 +123,7 @@ def _privacy(record: RunRecord) -> dict[str, Any]:
         "all_sites_epsilon": privacy.all_sites_epsilon,
         "all_sites_delta": privacy.all_sites_delta,
         "claim": list(wording.claim(record)),
+        "timing": list(wording.timing(record)),
     }
 
 
@@ -197,12 +198,15 @@ def _privacy_lines(privacy: Mapping[str, Any]) -> Iterator[str]:
             wording.plain(spend.noise_multiplier),
             wording.plain(spend.clip_norm),
             str(spend.steps),
+            wording.pacing(spend),
         )
         for name, spend in spends.items()
     ]
-    yield from _table(("Site", "ε", "δ", "Unit", "Mechanism", "q", "σ", "C", "Steps"), rows)
-    if privacy["claim"]:
-        yield from ("", *(f"- {_safe(sentence)}" for sentence in privacy["claim"]))
+    head = ("Site", "ε", "δ", "Unit", "Mechanism", "q", "σ", "C", "Steps", "Replies")
+    yield from _table(head, rows)
+    sentences = (*privacy["claim"], *privacy["timing"])
+    if sentences:
+        yield from ("", *(f"- {_safe(sentence)}" for sentence in sentences))
 
 
 def _performance_lines(card: Mapping[str, Any]) -> Iterator[str]:

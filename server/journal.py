@@ -16,7 +16,7 @@ from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Self
 
 import torch
 from safetensors.numpy import save
@@ -31,6 +31,29 @@ from server.evaluation import EarlyStopping, EvaluationResult
 from server.report import write_report
 
 _VERSIONS = ("cloister", "flwr", "torch", "opacus", "dp-accounting", "numpy")
+
+
+class SiteEntry(NamedTuple):
+    """A site that took part: what it declared, its mechanism of the whole run, its pacing."""
+
+    declared_size: int
+    mechanism: SubsampledGaussian | None
+    paced: bool
+
+    @classmethod
+    def of_json(cls, saved: Mapping[str, Any]) -> Self:
+        """What `to_json` made.
+
+        Raises:
+            KeyError, TypeError, ValueError: if it is something else.
+        """
+        made = saved["mechanism"]
+        mechanism = SubsampledGaussian(**made) if made else None
+        return cls(saved["declared_size"], mechanism, saved["paced"])
+
+    def to_json(self) -> dict[str, Any]:
+        """For the checkpoint."""
+        return self._asdict() | {"mechanism": self.mechanism and asdict(self.mechanism)}
 
 
 class RunJournal:
@@ -57,7 +80,7 @@ class RunJournal:
         self._engine, self._seeded = engine, seeded
         self._started, self._opened = _now(), time.monotonic()
         self.declined: dict[str, str] = {}
-        self.sites: dict[str, tuple[int, SubsampledGaussian | None]] = {}
+        self.sites: dict[str, SiteEntry] = {}
         folder.mkdir(parents=True, exist_ok=True)
         write_durably(folder / "spec.json", spec.canonical_json.encode())
         lines = "".join(json.dumps(row) + "\n" for row in history)
@@ -78,19 +101,19 @@ class RunJournal:
             os.fsync(file.fileno())
         self._asked.append(line)
 
+    def enter(self, name: str, entry: SiteEntry) -> None:
+        """Note that a site takes part; it was paced if it was so in every process of the run."""
+        before = self.sites.get(name, entry)
+        self.sites[name] = entry._replace(paced=entry.paced and before.paced)
+
     def sites_to_json(self) -> dict[str, Any]:
         """The sites that ever took part, for the checkpoint."""
-        return {
-            name: {"declared_size": size, "mechanism": mechanism and asdict(mechanism)}
-            for name, (size, mechanism) in self.sites.items()
-        }
+        return {name: entry.to_json() for name, entry in self.sites.items()}
 
     def restore_sites(self, saved: Mapping[str, Any]) -> None:
         """What `sites_to_json` wrote, when a run goes on."""
-        for name, site in saved.items():
-            made = site["mechanism"]
-            mechanism = SubsampledGaussian(**made) if made else None
-            self.sites[name] = site["declared_size"], mechanism
+        for name, entry in saved.items():
+            self.sites[name] = SiteEntry.of_json(entry)
 
     def append(self, row: Mapping[str, Any]) -> None:
         """Add one round's line. The checkpoint is the durable copy; a lost line comes back."""
@@ -114,31 +137,34 @@ class RunJournal:
         came, and one of a round that was asked again after a crash.
         """
         spent = {name: self._spent(name) for name in sorted(self.sites)}
-        together = [mechanism for _, mechanism, _ in spent.values() if mechanism is not None]
+        together = [mechanism for mechanism, _ in spent.values() if mechanism is not None]
         privacy = self._spec.privacy
         private = isinstance(privacy, DpSgd)
         delta = privacy.delta if isinstance(privacy, DpSgd) else None
         return {
             "protected": private and not self._seeded,
-            "sites": {name: self._site(*parts) for name, parts in spent.items()},
+            "sites": {name: self._site(name, *parts) for name, parts in spent.items()},
             "all_sites_epsilon": accounting.epsilon(together, delta) if delta else None,
             "all_sites_delta": delta,
         }
 
-    def _spent(self, name: str) -> tuple[int, SubsampledGaussian | None, int]:
-        """Declared size, the mechanism with the steps that were taken, and in how many rounds."""
-        declared, planned = self.sites[name]
+    def _spent(self, name: str) -> tuple[SubsampledGaussian | None, int]:
+        """The mechanism with the steps that were taken, and in how many rounds."""
+        planned = self.sites[name].mechanism
         asked = sum(name in json.loads(line)["sites"] for line in self._asked)
         seen = [row["sites"].get(name, {}).get("status") for row in self._history]
         rounds = max(0, asked - seen.count("refused"))
         steps = rounds * self._spec.local.steps
-        return declared, planned.of_steps(steps) if planned and steps else None, rounds
+        return planned.of_steps(steps) if planned and steps else None, rounds
 
-    def _site(
-        self, declared: int, mechanism: SubsampledGaussian | None, rounds: int
-    ) -> dict[str, Any]:
-        shared = {"declared_size": declared, "unit": self._spec.privacy.unit, "rounds": rounds}
-        privacy = self._spec.privacy
+    def _site(self, name: str, mechanism: SubsampledGaussian | None, rounds: int) -> dict[str, Any]:
+        entry, privacy = self.sites[name], self._spec.privacy
+        shared = {
+            "declared_size": entry.declared_size,
+            "unit": privacy.unit,
+            "rounds": rounds,
+            "paced": entry.paced,
+        }
         if not isinstance(privacy, DpSgd):
             return shared | dict.fromkeys(_FIGURES) | {"mechanism": "none", "steps": 0}
         return shared | {

@@ -95,9 +95,13 @@ class Round(_Read):
 
 
 class Spend(_Read):
-    """What a site spent in this run; None in every figure where there is no privacy."""
+    """What a site spent in this run; None in every figure where there is no privacy.
+
+    ``paced``: whether its replies were held to a slot; a record that does not say so had none.
+    """
 
     declared_size: int
+    paced: bool = False
     unit: Literal["patient", "image"]
     mechanism: str
     sampling_rate: float | None = None

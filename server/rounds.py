@@ -5,18 +5,23 @@ What it promises:
 
 - **Waiting is bounded.** A round closes when every invited site has answered, or at the deadline
   with at least the quorum of updates. Without the quorum the run stops with a `RunError`; its
-  last round is on disk and it can be resumed.
+  last round is on disk and it can be resumed. A site where a person has yet to say yes is asked
+  again until the deadline of the invitation, and the others wait for it.
 - **Nobody is dropped in silence.** Each round's record names every site with what became of it:
   ``ok``, ``late``, ``failed``, ``refused`` (the node said no) or ``rejected`` (the update is not
   one). Every site that took part is asked again in the next round.
 - **One model in memory.** Updates are folded in as they come (robust rules excepted).
 - **Killed at any point**, a run goes on after its last finished round with the same weights.
+- **A ledger that was put back is noticed**, here or at its own node (`server.witness`).
+- **What ended is said.** After the result is on disk, and not before, the sites are told that the
+  run is over, so that nothing stays set aside for it there.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -30,12 +35,23 @@ from torch import nn
 from common import accounting, models
 from common.accounting import SubsampledGaussian
 from common.clock import Clock
-from common.errors import MessageError, PeerError, RunError, SpecError, UpdateError
+from common.errors import (
+    LedgerError,
+    MessageError,
+    PeerError,
+    RefusalCode,
+    RunError,
+    SpecError,
+    UpdateError,
+)
 from common.messages import (
+    CLOSE,
     INVITE,
     LARGEST_WEIGHT,
     TRAIN,
     Arrays,
+    Closed,
+    Closing,
     Invitation,
     NodeCard,
     RefusalReply,
@@ -48,11 +64,27 @@ from common.spec import RunSpec
 from server.aggregation import GlobalModel, aggregator_for, check_update
 from server.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from server.evaluation import CentralEvaluator, EarlyStopping
-from server.journal import RunJournal
+from server.journal import RunJournal, SiteEntry
+from server.witness import WITNESS_FILE, WitnessBook
 
 log = logging.getLogger("cloister.rounds")
 
 _LONGEST_SLEEP, _SLEEP_SHARE = 0.25, 0.01
+_ASK_AGAIN, _ASK_AGAIN_SHARE = 15.0, 0.1  # seconds, and of the deadline
+_PATIENCE = 60.0  # with a node that is asked again: it may have been restarted meanwhile
+_CLOSING_SECONDS = 5.0
+
+_WAY_OUT = {
+    RefusalCode.APPROVAL: (
+        "nobody at the site has approved the run before the deadline: have it approved there "
+        "with `cloister node approve {digest}`, then resume the run"
+    ),
+    RefusalCode.LATER: (
+        "the site said `later` until the deadline (as many runs are open there as may be, or it "
+        "is not its time): resume the run later, or have a run that is over closed there"
+    ),
+}
+"""What to do where a node has said neither yes nor no, by its code: it is asked again."""
 
 
 class Observer(Protocol):
@@ -60,6 +92,12 @@ class Observer(Protocol):
 
     def run_opened(self, spec: RunSpec, sites: list[str], finished_rounds: int) -> None:
         """The sites that said yes, and how many rounds an earlier process finished."""
+
+    def sites_wait(self, waiting: Mapping[str, str]) -> None:
+        """Before the run opens: who has yet to say yes or no -> ``approval`` or ``later``.
+
+        Told whenever it changes; nobody at the end.
+        """
 
     def round_opened(self, number: int) -> None:
         """Tasks are about to be sent."""
@@ -77,6 +115,11 @@ class LogObserver:
     def run_opened(self, spec: RunSpec, sites: list[str], finished_rounds: int) -> None:
         """See `Observer`."""
         log.info("run %s: %d sites, from round %d", spec.name, len(sites), finished_rounds + 1)
+
+    def sites_wait(self, waiting: Mapping[str, str]) -> None:
+        """See `Observer`."""
+        for name, code in sorted(waiting.items()):
+            log.info("the run waits for %s: %s", name, code)
 
     def round_opened(self, number: int) -> None:
         """See `Observer`."""
@@ -101,12 +144,15 @@ class Conduct:
             run is accounted, not protected.
         observer: who watches.
         clock: time.
+        witnesses: the file of the sites' witnesses, where several runs share one; None: one in
+            the run's folder.
     """
 
     engine: str = "field"
     seeded: bool = False
     observer: Observer = field(default_factory=LogObserver)
     clock: Clock = field(default_factory=Clock)
+    witnesses: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -119,10 +165,31 @@ class Site:
 
 
 @dataclass
+class Guests:
+    """An invitation in the making.
+
+    Attributes:
+        kept: the sites' witnesses when they were asked.
+        sites: who said yes, by name.
+        waiting: nodes that said neither yes nor no, and the code that they gave for it.
+        due: when those are to be asked again that have answered.
+    """
+
+    kept: Mapping[str, str]
+    sites: dict[str, Site] = field(default_factory=dict)
+    waiting: dict[int, RefusalCode] = field(default_factory=dict)
+    due: dict[int, float] = field(default_factory=dict)
+
+
+@dataclass
 class Round:
-    """A round in the making: what came of each site, and the sum so far."""
+    """A round in the making: what came of each site, and the sum so far.
+
+    `witnesses` are those that the sites' tasks carry.
+    """
 
     number: int
+    witnesses: Mapping[str, str] = field(default_factory=dict)
     sites: dict[str, dict[str, str]] = field(default_factory=dict)
     updates: int = 0
 
@@ -161,6 +228,8 @@ class FederatedRun:
         self._spec, self._folder = spec, folder
         self._evaluator = evaluator
         self._observer, self._clock = conduct.observer, conduct.clock
+        self._witnesses = WitnessBook(conduct.witnesses or folder / WITNESS_FILE)
+        self._nodes: set[int] = set()
         self._network = models.build(spec)
         start = {name: p.detach().numpy().copy() for name, p in self._network.named_parameters()}
         found = load_checkpoint(folder / "checkpoint", spec.digest)
@@ -183,7 +252,7 @@ class FederatedRun:
 
         Raises:
             RunError: if fewer sites than the quorum say yes, or answer a round before its
-                deadline.
+                deadline; or if the sites' witnesses cannot be read or kept.
         """
         if not self._finished:
             sites = self._invite(grid)
@@ -193,6 +262,7 @@ class FederatedRun:
                 if self._finished:
                     break
         self._conclude()
+        self._close(grid)
 
     @property
     def _finished(self) -> bool:
@@ -202,18 +272,13 @@ class FederatedRun:
         """The sites that said yes, by name; at least the quorum."""
         deadline = self._clock.now() + self._spec.federation.deadline_seconds
         nodes = self._wait_for_nodes(grid, deadline)
-        request = Invitation(self._spec).to_records()
-        sites: dict[str, Site] = {}
-        for node_id, reply in self._ask(grid, INVITE, nodes, request, deadline):
-            try:
-                site = self._accepted(node_id, reply)
-                if site.card.site in sites:
-                    raise MessageError(f"a second node calls itself {site.card.site!r}")
-                sites[site.card.site] = site
-            except (PeerError, SpecError) as error:
-                self._decline(node_id, error)
-        joined = {site.node_id for site in sites.values()}
-        for node_id in set(nodes) - joined - set(map(int, self._journal.declined)):
+        guests = Guests(self._witnesses.read())
+        self._ask_guests(grid, guests, nodes, deadline)
+        for node_id, code in guests.waiting.items():
+            self._decline(node_id, _WAY_OUT[code].format(digest=self._spec.digest[:12]))
+        sites = guests.sites
+        self._nodes = {site.node_id for site in sites.values()}
+        for node_id in set(nodes) - self._nodes - set(map(int, self._journal.declined)):
             self._decline(node_id, "no answer to the invitation before the deadline")
         if len(sites) < self._spec.federation.quorum:
             raise RunError(
@@ -222,22 +287,68 @@ class FederatedRun:
                 f"{'; '.join(sorted(set(self._journal.declined.values()))) or 'none is connected'}"
             )
         for name, site in sites.items():
-            self._journal.sites[name] = site.card.declared_size, site.mechanism
+            card = site.card
+            self._journal.enter(name, SiteEntry(card.declared_size, site.mechanism, card.paced))
         return sites
+
+    def _ask_guests(
+        self, grid: Grid, guests: Guests, nodes: Iterable[int], deadline: float
+    ) -> None:
+        """Ask all `nodes`, and those that wait for a person again and again until the deadline."""
+        post, told = Post(grid, self._clock, deadline), dict(guests.waiting)
+        request = Invitation(self._spec).to_records()
+        post.send(INVITE, dict.fromkeys(nodes, request))
+        while post.open or (guests.waiting and self._clock.now() < deadline):
+            for node_id, reply in post.answers():
+                self._hear(guests, node_id, reply)
+            if guests.waiting != told:
+                told = dict(guests.waiting)
+                names = names_of(grid)
+                self._observer.sites_wait({names(node): code for node, code in told.items()})
+            now = self._clock.now()
+            due = [node_id for node_id, time in guests.due.items() if time <= now]
+            for node_id in due:
+                del guests.due[node_id]
+            post.send(INVITE, dict.fromkeys(due, request), patience=_PATIENCE)
+            if post.open:
+                post.rest()
+            elif guests.due:
+                self._clock.sleep(max(0.0, min(deadline, *guests.due.values()) - now))
+
+    def _hear(self, guests: Guests, node_id: int, reply: RecordDict | None) -> None:
+        """One node's answer to the invitation: yes, no, or to be asked again."""
+        try:
+            answer = None if reply is None else read_reply(reply)
+            code = answer.code if isinstance(answer, RefusalReply) else None
+            if answer is None:  # that a node which waits for a person is away is no answer
+                code = guests.waiting.get(node_id)
+            if code is not None and code in _WAY_OUT:
+                share = _ASK_AGAIN_SHARE * self._spec.federation.deadline_seconds
+                guests.waiting[node_id] = code
+                guests.due[node_id] = self._clock.now() + min(_ASK_AGAIN, share)
+                return
+            guests.waiting.pop(node_id, None)
+            site = self._accepted(node_id, answer)
+            if site.card.site in guests.sites:
+                raise MessageError(f"a second node calls itself {site.card.site!r}")
+            self._witnesses.check(site.card.site, site.card.witness, guests.kept)
+            guests.sites[site.card.site] = site
+        except (PeerError, SpecError, LedgerError) as error:
+            guests.waiting.pop(node_id, None)
+            self._decline(node_id, error)
 
     def _decline(self, node_id: int, reason: object) -> None:
         log.warning("node %d does not take part: %s", node_id, reason)
         self._journal.declined[str(node_id)] = str(reason)
 
-    def _accepted(self, node_id: int, reply: RecordDict | None) -> Site:
-        if reply is None:
+    def _accepted(self, node_id: int, answer: Reply | None) -> Site:
+        if answer is None:
             raise MessageError("no answer to the invitation")
-        card = read_reply(reply)
-        if isinstance(card, RefusalReply):
-            raise MessageError(f"it refused: {card.code.value} {card.incident}".rstrip())
-        if not isinstance(card, NodeCard) or card.digest != self._spec.digest:
+        if isinstance(answer, RefusalReply):
+            raise MessageError(f"it refused: {answer.code.value} {answer.incident}".rstrip())
+        if not isinstance(answer, NodeCard) or answer.digest != self._spec.digest:
             raise MessageError("the answer to the invitation is no card for this run")
-        return Site(node_id, card, accounting.planned(self._spec, card.declared_size))
+        return Site(node_id, answer, accounting.planned(self._spec, answer.declared_size))
 
     def _wait_for_nodes(self, grid: Grid, deadline: float) -> list[int]:
         """All connected nodes, once there are as many as the quorum."""
@@ -250,7 +361,7 @@ class FederatedRun:
     def _round(self, grid: Grid, number: int, sites: Mapping[str, Site]) -> None:
         opened = self._clock.now()
         self._observer.round_opened(number)
-        made = Round(number)
+        made = Round(number, self._witnesses.read())
         update = self._collect(grid, made, sites)
         self._state.model.apply(update, number)
         self._check_model(number)
@@ -285,10 +396,10 @@ class FederatedRun:
         """The aggregate of one round; every site's outcome is in `made`."""
         aggregator = aggregator_for(self._spec)
         by_node = {site.node_id: site for site in sites.values()}
-        request = TrainTask(self._spec, made.number, self._state.model.weights).to_records()
+        tasks = self._tasks(made, sites)
         deadline = self._clock.now() + self._spec.federation.deadline_seconds
         self._journal.ask(made.number, sites)
-        for node_id, reply in self._ask(grid, TRAIN, list(by_node), request, deadline):
+        for node_id, reply in self._ask(grid, TRAIN, tasks, deadline):
             site = by_node[node_id]
             status, reason = self._fold(aggregator, site, made, reply)
             made.sites[site.card.site] = {"status": status, "reason": reason}
@@ -296,6 +407,9 @@ class FederatedRun:
         for name in sites.keys() - made.sites.keys():
             made.sites[name] = {"status": "late", "reason": "no answer before the deadline"}
             self._observer.site_answered(made.number, name, "late")
+        self._witnesses.keep(
+            {n: s.card.witness for n, s in sites.items() if made.sites[n]["status"] == "ok"}
+        )
         if made.updates < self._spec.federation.quorum:
             told = "; ".join(
                 f"{name}: {seen['status']} {seen['reason']}".rstrip()
@@ -308,6 +422,17 @@ class FederatedRun:
             )
         return aggregator.result()
 
+    def _tasks(self, made: Round, sites: Mapping[str, Site]) -> dict[int, RecordDict]:
+        """A task for each node with its site's witness; all share one record of the weights."""
+        weights = self._state.model.weights
+        shared = TrainTask(self._spec, made.number, weights).to_records()["weights"]
+        tasks = {}
+        for name, site in sites.items():
+            task = TrainTask(self._spec, made.number, {}, made.witnesses.get(name, ""))
+            tasks[site.node_id] = task.to_records()
+            tasks[site.node_id]["weights"] = shared
+        return tasks
+
     def _fold(
         self, aggregator: Any, site: Site, made: Round, reply: RecordDict | None
     ) -> tuple[str, str]:
@@ -317,7 +442,7 @@ class FederatedRun:
         try:
             answer = read_reply(reply)
             if isinstance(answer, RefusalReply):
-                return "refused", f"{answer.code.value} {answer.incident}".rstrip()
+                return "refused", self._reason(answer, made.witnesses.get(site.card.site, ""))
             update = self._checked(answer, site, made.number)
         except PeerError as error:
             return "rejected", str(error)
@@ -325,6 +450,15 @@ class FederatedRun:
         aggregator.fold(site.card.site, update, 1.0 if uniform else site.card.declared_size)
         made.updates += 1
         return "ok", ""
+
+    def _reason(self, refusal: RefusalReply, witness: str) -> str:
+        """Why a site refused a round; its node calls a witness ``malformed`` that it never made."""
+        if refusal.code == RefusalCode.MALFORMED and witness:
+            return (
+                "malformed: its node may not know the witness of its ledger that is kept here, as "
+                f"after it was set up anew; then take the site out of {self._witnesses.path}"
+            )
+        return f"{refusal.code.value} {refusal.incident}".rstrip()
 
     def _checked(self, answer: Reply, site: Site, number: int) -> Arrays:
         if not isinstance(answer, Release) or answer.digest != self._spec.digest:
@@ -339,31 +473,31 @@ class FederatedRun:
         return answer.update
 
     def _ask(
-        self, grid: Grid, kind: str, nodes: list[int], request: RecordDict, deadline: float
+        self, grid: Grid, kind: str, requests: Mapping[int, RecordDict], deadline: float
     ) -> Iterator[tuple[int, RecordDict | None]]:
-        """Send `request` to `nodes` and yield each answer as it comes, until the deadline.
+        """Send each node its request and yield each answer as it comes, until the deadline."""
+        post = Post(grid, self._clock, deadline)
+        post.send(kind, requests)
+        while post.open:
+            yield from post.answers()
+            post.rest()
 
-        A node whose message could not be sent, or that answers with an error, yields None. One
-        reply is held at a time, as far as the Grid's own `pull_messages` goes.
+    def _close(self, grid: Grid) -> None:
+        """Tell all who are there that the run is over, and wait a moment for them.
+
+        A site that does not hear it still has what it set aside for the run, until the finished
+        run is resumed, or the site's own policy lets it lapse.
         """
-        started = self._clock.now()
-        lifetime = max(1.0, deadline - started)
-        messages = [
-            grid.create_message(request, kind, node, group_id="", ttl=lifetime) for node in nodes
-        ]
-        identities = list(grid.push_messages(messages)) or [""] * len(nodes)
-        sent = list(zip(identities, nodes, strict=True))
-        yield from ((node, None) for identity, node in sent if not identity)
-        waiting = {identity: node for identity, node in sent if identity}
-        while waiting and self._clock.now() < deadline:
-            before = len(waiting)
-            for reply in grid.pull_messages(list(waiting)):
-                node = waiting.pop(reply.metadata.reply_to_message_id, None)
-                if node is not None:
-                    yield node, _content(reply)
-            if len(waiting) == before:
-                passed = self._clock.now() - started
-                self._clock.sleep(min(_LONGEST_SLEEP, max(0.001, _SLEEP_SHARE * passed)))
+        names = names_of(grid)
+        nodes = {*grid.get_node_ids(), *self._nodes}
+        request = Closing(self._spec.digest).to_records()
+        wait = min(_CLOSING_SECONDS, self._spec.federation.deadline_seconds)
+        deadline = self._clock.now() + wait
+        for node_id, reply in self._ask(grid, CLOSE, dict.fromkeys(nodes, request), deadline):
+            if _says_closed(reply, self._spec.digest):
+                nodes.remove(node_id)
+        for node_id in sorted(nodes):
+            log.warning("%s has not confirmed that the run is over", names(node_id))
 
     def _evaluate(self, number: int) -> dict[str, Any] | None:
         """Evaluate after this round if the spec says so, and keep the best model."""
@@ -407,6 +541,84 @@ class FederatedRun:
                 "sites": self._journal.sites_to_json(),
             },
         )
+
+
+class Post:
+    """Messages to nodes, and their answers: each once, as it comes, until the deadline.
+
+    One reply is held at a time, as far as the Grid's own `pull_messages` goes.
+    """
+
+    def __init__(self, grid: Grid, clock: Clock, deadline: float) -> None:
+        self._grid, self._clock, self._deadline = grid, clock, deadline
+        self._started = clock.now()
+        self._unsent: list[int] = []
+        self._sent: dict[str, tuple[int, float]] = {}
+        self._quiet = False
+
+    def send(
+        self, kind: str, requests: Mapping[int, RecordDict], *, patience: float = math.inf
+    ) -> None:
+        """Send each node its request, and wait at most `patience` seconds for the answer to it."""
+        if not requests:
+            return
+        now = self._clock.now()
+        end = min(self._deadline, now + patience)
+        messages = [
+            self._grid.create_message(records, kind, node, group_id="", ttl=max(1.0, end - now))
+            for node, records in requests.items()
+        ]
+        identities = list(self._grid.push_messages(messages)) or [""] * len(messages)
+        for identity, node in zip(identities, requests, strict=True):
+            if identity:
+                self._sent[identity] = node, end
+            else:
+                self._unsent.append(node)
+
+    @property
+    def open(self) -> bool:
+        """Whether an answer can still come."""
+        waits = bool(self._sent) and self._clock.now() < self._deadline
+        return waits or bool(self._unsent)
+
+    def answers(self) -> Iterator[tuple[int, RecordDict | None]]:
+        """What has come since the last time.
+
+        None for a node whose message could not be sent, that answers with an error, or with
+        which the patience, not the deadline, is at its end.
+        """
+        unsent, self._unsent = self._unsent, []
+        yield from ((node, None) for node in unsent)
+        self._quiet = not unsent
+        if not self._sent:
+            return
+        for reply in self._grid.pull_messages(list(self._sent)):
+            node, _ = self._sent.pop(reply.metadata.reply_to_message_id, (None, 0.0))
+            if node is not None:
+                self._quiet = False
+                yield node, _content(reply)
+        now = self._clock.now()
+        for identity in [i for i, (_, end) in self._sent.items() if end <= now < self._deadline]:
+            yield self._sent.pop(identity)[0], None
+
+    def rest(self) -> None:
+        """Sleep a moment, unless something has just come or nothing is waited for."""
+        if self._quiet and self._sent:
+            passed = self._clock.now() - self._started
+            self._clock.sleep(min(_LONGEST_SLEEP, max(0.001, _SLEEP_SHARE * passed)))
+
+
+def names_of(grid: Grid) -> Callable[[int], str]:
+    """How people call a node: by the name under which it was enrolled, where it has one."""
+    names = {node.node_id: node.name for node in grid.get_nodes()}
+    return lambda node_id: names.get(node_id) or f"node {node_id}"
+
+
+def _says_closed(reply: RecordDict | None, digest: str) -> bool:
+    try:
+        return reply is not None and read_reply(reply) == Closed(digest=digest)
+    except MessageError:
+        return False
 
 
 def _check_new(folder: Path) -> None:

@@ -6,7 +6,7 @@ A sentence here claims no more than PRIVACY.md does; change neither without the 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -123,6 +123,12 @@ def counted(count: int, noun: str) -> str:
     return f"{count:,} {noun}" + ("" if count == 1 else "s")
 
 
+def listed(names: Sequence[str]) -> str:
+    """``a``, ``a and b``, ``a, b and c``."""
+    *before, last = names
+    return f"{', '.join(before)} and {last}" if before else last
+
+
 @dataclass(frozen=True)
 class Banner:
     """A banner: the words that everyone must see, and why."""
@@ -172,6 +178,27 @@ def claim(record: RunRecord) -> tuple[str, ...]:
         *_composition(record),
         "Patients of the central evaluation cohort are not covered: their hospital permits that "
         "use.",
+    )
+
+
+def pacing(spend: Spend) -> str:
+    """Whether a site's replies were held to a slot."""
+    return "held to a slot" if spend.paced else "as they came"
+
+
+def timing(record: RunRecord) -> tuple[str, ...]:
+    """What the times of the replies say, in a sentence for each kind of site."""
+    said = {
+        True: "were held to a slot: as long as training fits into it, how long it took says "
+        "nothing about the cohort.",
+        False: "left when they were ready: how long training took says something about the cohort.",
+    }
+    sites = sorted(record.privacy.sites.items())
+    named = {kind: [name for name, spend in sites if spend.paced is kind] for kind in said}
+    return tuple(
+        f"Replies of {'every site' if len(names) == len(sites) else listed(names)} {said[kind]}"
+        for kind, names in named.items()
+        if names
     )
 
 

@@ -234,7 +234,7 @@ class TestTwoTasksAreTheSameTask:
             TrainTask(spec, number, weights).digest for number in range(spec.rounds + 2)
         }
         assert evaluated != EvaluationTask(spec.identified("other"), weights).digest
-        assert evaluated != EvaluationTask(spec, weights | {"temperature": TABLE}).digest
+        assert evaluated != EvaluationTask(spec, {**weights, "temperature": TABLE}).digest
 
 
 # --- What is not ------------------------------------------------------------------------------

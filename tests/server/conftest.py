@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -48,7 +48,7 @@ deadline_seconds = 60
 strategy = "fedavgm"
 average_decay = 0.9
 [evaluation]
-bootstrap = {bootstrap}
+bootstrap = 60
 """
 DP = """
 [privacy]
@@ -119,8 +119,9 @@ def round_line(spec: RunSpec, number: int, sites: list[str]) -> dict[str, Any]:
     }
 
 
-def spending(spec: RunSpec, size: int, rounds: int) -> dict[str, Any]:
+def spending(spec: RunSpec, size: int, rounds: int, *, paced: bool) -> dict[str, Any]:
     entry = {
+        "paced": paced,
         "declared_size": size,
         "unit": spec.privacy.unit,
         "mechanism": "none",
@@ -150,9 +151,12 @@ def write_run(
     rounds: int = 14,
     kind: str = "binary",
     protection: str = "seeded",
-    bootstrap: int = 60,
+    paced: Sequence[str] = (),
 ) -> Path:
-    """Write a run directory of four sites; `protection` is protected, seeded or none."""
+    """Write a run directory of four sites, some of them `paced`.
+
+    `protection` is protected, seeded or none.
+    """
     private = protection != "none"
     privacy = DP if private else '[privacy]\nmechanism = "none"\n'
     text = RUN.format(
@@ -160,7 +164,6 @@ def write_run(
         kind=kind,
         classes=json.dumps(CLASSES[kind]),
         privacy=privacy,
-        bootstrap=bootstrap,
     )
     spec = parse_run_text(text, source="run.toml").spec.identified("chest-finding-20260711-8f2c")
     directory.mkdir(parents=True, exist_ok=True)
@@ -171,7 +174,10 @@ def write_run(
         name: sum(line["sites"][name]["status"] in ("ok", "late", "rejected") for line in lines)
         for name in SIZES
     }
-    spent = {name: spending(spec, SIZES[name], took_part[name]) for name in SIZES}
+    spent = {
+        name: spending(spec, size, took_part[name], paced=name in paced)
+        for name, size in SIZES.items()
+    }
     write_json(
         directory / "privacy.json",
         {

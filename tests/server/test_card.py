@@ -52,6 +52,20 @@ def test_a_run_that_does_not_protect_says_so_in_both_forms(build_run, protection
     assert card["privacy"]["protected"] is False
 
 
+@pytest.mark.parametrize("protection", ["protected", "seeded", "none"])
+def test_both_forms_say_of_each_site_whether_its_replies_were_paced(build_run, protection):
+    files = write_card(build_run(protection=protection, rounds=2, paced=("Southbank",)))
+    privacy = json.loads(files.json.read_text())["privacy"]
+    assert {name for name, site in privacy["sites"].items() if site["paced"]} == {"Southbank"}
+    held, free = privacy["timing"]
+    assert "Southbank were held to a slot" in held
+    assert "St Brigid and Westmoor left when they were ready: how long training took says" in free
+    text = files.markdown.read_text()
+    assert re.search(r"^\| Southbank \|.* held to a slot \|$", text, re.MULTILINE)
+    assert re.search(r"^\| Westmoor \|.* as they came \|$", text, re.MULTILINE)
+    assert f"- {free}" in text
+
+
 def test_a_run_that_protects_has_no_warning(build_run):
     files = write_card(build_run(protection="protected", rounds=2))
     card = json.loads(files.json.read_text())

@@ -100,6 +100,40 @@ def test_privacy_names_everything_that_was_spent(build_run):
     assert "Patients of the central evaluation cohort are not covered" in text
 
 
+FREE = "left when they were ready: how long training took says something about the cohort."
+HELD = "were held to a slot: as long as training fits into it, how long it took says nothing"
+ALL = ("Northgate University Hospital", "Southbank", "St Brigid", "Westmoor")
+
+
+@pytest.mark.parametrize("protection", ["protected", "seeded", "none"])
+def test_it_says_of_each_site_whether_its_replies_were_paced(build_run, protection):
+    text = read(build_run(protection=protection, rounds=2, paced=("Southbank", "Westmoor"))).text
+    assert f"Replies of Southbank and Westmoor {HELD} about the cohort." in text
+    assert f"Replies of Northgate University Hospital and St Brigid {FREE}" in text
+    rows = text[text.index("Replies Northgate") : text.index("Replies of")]
+    assert re.findall(r"held to a slot|as they came", rows) == [
+        "as they came",
+        "held to a slot",
+        "as they came",
+        "held to a slot",
+    ]
+
+
+@pytest.mark.parametrize(("paced", "said", "unsaid"), [((), FREE, HELD), (ALL, HELD, FREE)])
+def test_what_holds_of_every_site_is_said_once(build_run, paced, said, unsaid):
+    text = read(build_run(rounds=2, paced=paced)).text
+    assert f"Replies of every site {said}" in text
+    assert unsaid not in text
+
+
+def test_a_record_that_does_not_say_that_a_site_was_paced_had_no_slot(build_run, edit):
+    directory = build_run(rounds=2, paced=ALL)
+    sites = json.loads((directory / "privacy.json").read_text())["sites"]
+    del sites["Westmoor"]["paced"]
+    edit(directory / "privacy.json", sites=sites)
+    assert f"Replies of Westmoor {FREE}" in read(directory).text
+
+
 def test_epsilon_is_never_printed_smaller_than_it_is(build_run, edit):
     directory = build_run()
     sites = json.loads((directory / "privacy.json").read_text())["sites"]

@@ -22,9 +22,13 @@ from safetensors.numpy import load_file
 
 from common import accounting
 from common.accounting import SubsampledGaussian
+from common.clock import Clock
 from common.cohort import Cohort
 from common.errors import RefusalCode, RunError
 from common.messages import (
+    Closed,
+    Closing,
+    EvaluationTask,
     Invitation,
     NodeCard,
     RefusalReply,
@@ -34,10 +38,13 @@ from common.messages import (
 )
 from common.spec import RunSpec
 from server.evaluation import CentralEvaluator
-from server.rounds import Clock, Conduct, FederatedRun
+from server.rounds import Conduct, FederatedRun
 
 Arrays = dict[str, NDArray[np.float32]]
-Request = Invitation | TrainTask
+Request = Invitation | TrainTask | EvaluationTask | Closing
+
+INVITED, CLOSED = 0, -1
+"""What stands for a round in a site's script, and in what was asked, where there is none."""
 
 # --- Doubles ----------------------------------------------------------------------------------
 
@@ -61,28 +68,55 @@ NEVER = Say(after=float("inf"))
 ERROR = Say(records=None)
 
 
+def number_of(request: Request) -> int:
+    if isinstance(request, TrainTask):
+        return request.round_number
+    return CLOSED if isinstance(request, Closing) else INVITED
+
+
+def witness(entry: int, head: str = "a") -> str:
+    """What a node's ledger shows at `entry`, if it is the one with this head."""
+    return f"{entry}:{head * 64}:{head * 64}"
+
+
 @dataclass
 class Site:
-    """A site that is honest unless its script has something else for a round (0: invitation)."""
+    """A site that is honest unless its script has something else for a round.
+
+    Attributes:
+        witness: what its card shows.
+        given: the witness of each of its tasks.
+    """
 
     name: str
     declared_size: int = 40
     script: dict[int, Callable[[Site, Any], Say]] = field(default_factory=dict)
     update: Callable[[TrainTask], Mapping[str, Any]] | None = None
+    paced: bool = True
+    witness: str = witness(1)
+    given: list[str] = field(default_factory=list)
 
     def hear(self, request: Request) -> Say:
-        number = request.round_number if isinstance(request, TrainTask) else 0
-        told = self.script.get(number, Site.honest)
+        if isinstance(request, TrainTask):
+            self.given.append(request.witness)
+        told = self.script.get(number_of(request), Site.honest)
         return told(self, request)
 
     def honest(self, request: Any) -> Say:
         if isinstance(request, Invitation):
             return Say(self.card(request.spec).to_records())
+        if isinstance(request, Closing):
+            return Say(Closed(digest=request.digest).to_records())
         return Say(self.release(request).to_records())
 
     def card(self, spec: RunSpec) -> NodeCard:
         return NodeCard(
-            digest=spec.digest, site=self.name, version="0", declared_size=self.declared_size
+            digest=spec.digest,
+            site=self.name,
+            version="0",
+            declared_size=self.declared_size,
+            paced=self.paced,
+            witness=self.witness,
         )
 
     def release(self, task: TrainTask) -> Release:
@@ -101,6 +135,7 @@ class ScriptedGrid(Grid):
 
     Attributes:
         asked: (site's name, round) of every message that was pushed.
+        at: when each of them was.
     """
 
     def __init__(self, sites: Sequence[Site], now: Callable[[], float]) -> None:
@@ -109,6 +144,7 @@ class ScriptedGrid(Grid):
         self._now = now
         self._due: dict[str, tuple[float, Message, Say]] = {}
         self.asked: list[tuple[str, int]] = []
+        self.at: list[float] = []
         self.connected: Callable[[], Iterable[int]] = lambda: list(self._sites)
 
     @property
@@ -148,8 +184,8 @@ class ScriptedGrid(Grid):
     def _push(self, message: Message) -> str:
         site = self._sites[message.metadata.dst_node_id]
         request = read_request(message.content)
-        number = request.round_number if isinstance(request, TrainTask) else 0
-        self.asked.append((site.name, number))
+        self.asked.append((site.name, number_of(request)))
+        self.at.append(self._now())
         said = site.hear(request)
         if not said.sent:
             return said.sent  # type: ignore[return-value]  # Flower says None as well
@@ -188,6 +224,9 @@ class Watching:
     def run_opened(self, spec: RunSpec, sites: list[str], finished_rounds: int) -> None:
         self.told.append(("opened", sites, finished_rounds))
 
+    def sites_wait(self, waiting: Mapping[str, str]) -> None:
+        self.told.append(("wait", dict(waiting)))
+
     def round_opened(self, number: int) -> None:
         self.told.append(("round", number))
 
@@ -211,6 +250,7 @@ class Conducted:
     folder: Path
     evaluator: CentralEvaluator
     clock: HandClock = field(default_factory=HandClock)
+    witnesses: Path | None = None
 
     def grid(self, sites: Sequence[Site]) -> ScriptedGrid:
         return ScriptedGrid(sites, self.clock.now)
@@ -222,7 +262,7 @@ class Conducted:
 
     def run_on(self, grid: Grid, observer: Any = None) -> None:
         clock = Clock(self.clock.now, self.clock.sleep)
-        conduct = Conduct(observer=observer or Watching(), clock=clock)
+        conduct = Conduct(observer=observer or Watching(), clock=clock, witnesses=self.witnesses)
         FederatedRun(self.spec, self.folder, evaluator=self.evaluator, conduct=conduct).run(grid)
 
     @property
@@ -300,7 +340,8 @@ def test_a_run_goes_from_invitation_to_result(conducted: Any, global_weights: An
     run = conducted(rounds=3)
     watching = Watching()
     grid = run.run(*sites("north", "south"), observer=watching)
-    assert grid.asked == [(name, number) for number in range(4) for name in ("north", "south")]
+    messages = (INVITED, 1, 2, 3, CLOSED)
+    assert grid.asked == [(name, number) for number in messages for name in ("north", "south")]
     assert [run.statuses(number) for number in (1, 2, 3)] == [{"north": "ok", "south": "ok"}] * 3
     start = global_weights(run.spec)
     close(run.weights, {name: array + np.float32(0.06) for name, array in start.items()})
@@ -336,6 +377,21 @@ def test_what_each_site_spent_is_counted_by_the_rounds_that_it_did_not_refuse(co
     mechanism = SubsampledGaussian(4 / 80, 1.0, 3, "patient")
     assert privacy["sites"]["c"]["epsilon"] == accounting.epsilon([mechanism], 1e-4)
     assert privacy["protected"]
+
+
+def test_whether_replies_were_paced_is_recorded_for_each_site_over_the_whole_run(conducted: Any):
+    run = conducted(rounds=3)
+    paced, unpaced, changing = Site("a"), Site("b", paced=False), Site("c")
+    for number, now in enumerate([True, False, True], start=1):
+        changing.paced = now
+        with pytest.raises(KeyboardInterrupt):
+            run.run(paced, unpaced, changing, observer=Watching(stop_after=number))
+    run.run(paced, unpaced, changing)
+    recorded = {name: site["paced"] for name, site in run.file("privacy.json")["sites"].items()}
+    assert recorded == {"a": True, "b": False, "c": False}  # one answer in its time tells
+    page = (run.folder / "report.html").read_text()
+    assert "Replies of a were held to a slot" in page
+    assert "Replies of b and c left when they were ready" in page
 
 
 # --- One site of three does wrong ---------------------------------------------------------------
@@ -603,7 +659,7 @@ def test_nodes_that_do_not_take_part_are_in_the_record(conducted: Any):
     odd[list(DECLINING).index("has another's name")].name = "a"
     grid = run.run(*sites("a", "b"), *odd)
     assert run.statuses(1) == {"a": "ok", "b": "ok"}
-    assert [name for name, number in grid.asked if number] == ["a", "b"]
+    assert [name for name, number in grid.asked if number > 0] == ["a", "b"]
     declined = run.file("environment.json")["declined"]
     assert {int(node) for node in declined} == set(range(3, 3 + len(odd)))
     for node, (_, reason) in enumerate(DECLINING.values(), start=3):
@@ -616,6 +672,358 @@ def test_a_run_that_too_few_join_says_why(conducted: Any, odd: Site, reason: str
     with pytest.raises(RunError, match="2 of 3 nodes take part, the quorum is 3") as caught:
         run.run(*sites("a", "b"), odd)
     assert reason in str(caught.value)
+
+
+# --- Who has yet to say yes or no ----------------------------------------------------------------
+
+
+def no(code: RefusalCode) -> Callable[..., Say]:
+    return lambda *_: Say(RefusalReply(code=code).to_records())
+
+
+def in_turn(*answers: Callable[[Site, Any], Say]) -> dict[int, Callable[[Site, Any], Say]]:
+    """A script that answers each invitation by the next of these, and then by the last."""
+    left = list(answers)
+
+    def say(site: Site, request: Any) -> Say:
+        return (left.pop(0) if len(left) > 1 else left[0])(site, request)
+
+    return {INVITED: say}
+
+
+def moments(grid: ScriptedGrid, name: str, number: int) -> list[float]:
+    """When a site got this message, in seconds after the first."""
+    asked = zip(grid.asked, grid.at, strict=True)
+    return [at - grid.at[0] for sent, at in asked if sent == (name, number)]
+
+
+@pytest.mark.parametrize("code", [RefusalCode.APPROVAL, RefusalCode.LATER])
+def test_a_site_that_waits_for_a_person_is_asked_again_until_it_says_yes(
+    conducted: Any, code: RefusalCode
+):
+    run, watching = conducted(rounds=1, federation={"deadline_seconds": 1000}), Watching()
+    slow = Site("slow", script=in_turn(no(code), no(code), Site.honest))
+    grid = run.run(*sites("a", "b"), slow, observer=watching)
+    assert moments(grid, "slow", INVITED) == pytest.approx([0, 15, 30], abs=1)
+    assert moments(grid, "a", INVITED) == [0]  # who has said yes is not asked again
+    assert min(moments(grid, "a", 1)) >= 30  # and waits
+    assert run.statuses(1) == dict.fromkeys(["a", "b", "slow"], "ok")
+    assert watching.told[:3] == [
+        ("wait", {"node 3": code.value}),
+        ("wait", {}),
+        ("opened", ["a", "b", "slow"], 0),
+    ]
+    assert run.file("environment.json")["declined"] == {}
+
+
+@pytest.mark.parametrize(
+    ("code", "way_out"),
+    [
+        (RefusalCode.APPROVAL, "`cloister node approve {digest}`, then resume the run"),
+        (RefusalCode.LATER, "said `later` until the deadline"),
+    ],
+)
+def test_a_site_that_never_says_yes_is_declined_at_the_deadline_and_the_others_go_on(
+    conducted: Any, code: RefusalCode, way_out: str
+):
+    run = conducted(rounds=1)
+    grid = run.run(*sites("a", "b"), Site("never", script=in_turn(no(code))))
+    asked = moments(grid, "never", INVITED)
+    assert np.diff(asked) == pytest.approx([6] * 9, abs=0.3)  # a tenth of the deadline
+    assert moments(grid, "a", 1) == pytest.approx([60], abs=1)
+    assert run.statuses(1) == {"a": "ok", "b": "ok"}
+    declined = run.file("environment.json")["declined"]
+    assert list(declined) == ["3"]
+    assert way_out.format(digest=run.spec.digest[:12]) in declined["3"]
+
+
+def test_a_run_whose_quorum_waits_for_a_person_says_so_and_can_be_resumed(conducted: Any):
+    run = conducted(rounds=1)
+    waiting = Site("b", script=in_turn(no(RefusalCode.APPROVAL)))
+    with pytest.raises(RunError, match=r"1 of 2 nodes .*cloister node approve .*resume the run"):
+        run.run(Site("a"), waiting)
+    assert 1060 <= run.clock.time < 1061
+    run.run(*sites("a", "b"))
+    assert run.statuses(1) == {"a": "ok", "b": "ok"}
+
+
+@pytest.mark.parametrize("answer", ["denied", "policy", "budget", "ledger", "incident"])
+def test_a_no_is_final_and_nobody_waits_for_it(conducted: Any, answer: str):
+    run = conducted(rounds=1)
+    refusing = Site("c", script=in_turn(no(RefusalCode(answer))))
+    grid = run.run(*sites("a", "b"), refusing)
+    assert moments(grid, "c", INVITED) == [0]
+    assert run.clock.time < 1001
+    assert run.file("environment.json")["declined"] == {"3": f"it refused: {answer}"}
+
+
+def test_a_no_after_a_while_is_final_as_well(conducted: Any):
+    run = conducted(rounds=1)
+    script = in_turn(no(RefusalCode.APPROVAL), no(RefusalCode.DENIED))
+    grid = run.run(*sites("a", "b"), Site("c", script=script))
+    assert moments(grid, "c", INVITED) == pytest.approx([0, 6], abs=1)
+    assert run.file("environment.json")["declined"] == {"3": "it refused: denied"}
+
+
+AWAY = {"an error": ERROR, "not sent": Say(sent=""), "silent": NEVER}
+
+
+@pytest.mark.parametrize("away", AWAY.values(), ids=AWAY)
+def test_a_site_that_is_away_while_it_waits_is_asked_again(conducted: Any, away: Say):
+    """A node is restarted after its officer has approved: what it was asked before is lost."""
+    run = conducted(rounds=1, federation={"deadline_seconds": 1000})
+    script = in_turn(no(RefusalCode.APPROVAL), lambda *_: away, Site.honest)
+    grid = run.run(*sites("a", "b"), Site("c", script=script))
+    lost = 60 if away is NEVER else 0
+    assert moments(grid, "c", INVITED) == pytest.approx([0, 15, 30 + lost], abs=1)
+    assert run.statuses(1) == dict.fromkeys("abc", "ok")
+
+
+def test_a_silent_site_does_not_keep_a_waiting_one_from_being_asked_again(conducted: Any):
+    run = conducted(rounds=1)
+    silent = Site("silent", script={INVITED: lambda *_: NEVER})
+    script = in_turn(no(RefusalCode.APPROVAL), Site.honest)
+    grid = run.run(*sites("a", "b"), silent, Site("c", script=script))
+    assert moments(grid, "c", INVITED) == pytest.approx([0, 6], abs=1)
+    assert run.statuses(1) == dict.fromkeys("abc", "ok")
+    assert "no answer to the invitation" in run.file("environment.json")["declined"]["3"]
+
+
+def test_in_a_round_later_is_a_refusal_with_its_reason(conducted: Any):
+    run = conducted(rounds=2)
+    grid = run.run(*sites("a", "b"), Site("c", script={1: no(RefusalCode.LATER)}))
+    assert run.rows[0]["sites"]["c"] == {"status": "refused", "reason": "later"}
+    assert run.statuses(2)["c"] == "ok"
+    assert grid.asked.count(("c", 1)) == 1
+
+
+# --- Ledgers that were put back -------------------------------------------------------------------
+
+
+def kept(run: Conducted) -> dict[str, str]:
+    sites: dict[str, str] = run.file("witnesses.json")["sites"]
+    return sites
+
+
+def test_a_task_carries_the_last_witness_that_was_kept_of_its_site(conducted: Any):
+    first, second = witness(7), witness(30, "b")
+    run = conducted(rounds=2)
+    one, other = Site("a", witness=first), Site("b", witness=witness(2))
+    with pytest.raises(KeyboardInterrupt):
+        run.run(one, other, observer=Watching(stop_after=1))
+    assert one.given == [""]  # nothing was known of it
+    assert kept(run) == {"a": first, "b": witness(2)}
+    one.witness = second
+    run.run(one, other)
+    assert one.given == ["", first]
+    assert other.given == ["", witness(2)]
+    assert kept(run) == {"a": second, "b": witness(2)}
+
+
+def test_from_the_second_round_on_a_task_carries_the_witness_of_this_runs_card(conducted: Any):
+    run = conducted(rounds=3)
+    site = Site("a", witness=witness(7))
+    run.run(site, Site("b"))
+    assert site.given == ["", witness(7), witness(7)]
+
+
+PUT_BACK = {
+    "behind": witness(6),
+    "at the beginning": witness(0),
+    "at the same entry with another head": witness(7, "b"),
+    "at the same entry with another seal": f"7:{'a' * 64}:{'b' * 64}",
+}
+
+
+@pytest.mark.parametrize("shown", PUT_BACK.values(), ids=PUT_BACK)
+def test_a_site_whose_ledger_went_back_is_declined_by_name(conducted: Any, shown: str):
+    run = conducted("first", rounds=1)
+    run.run(Site("a"), Site("b"), Site("c", witness=witness(7)))
+    later = conducted("later", rounds=1)
+    later.witnesses = run.folder / "witnesses.json"
+    grid = later.run(Site("a"), Site("b"), Site("c", witness=shown))
+    reason = later.file("environment.json")["declined"]["3"]
+    for part in ("site 'c'", "was seen at entry 7 before", "node audit", "node recover"):
+        assert part in reason
+    assert witness(7) in reason  # which the site needs in order to go on
+    assert str(later.witnesses) in reason
+    assert ("c", 1) not in grid.asked
+    assert kept(run)["c"] == witness(7)  # it stays
+
+
+@pytest.mark.parametrize("shown", [witness(7), witness(8, "b")], ids=["the same", "farther"])
+def test_a_site_whose_ledger_did_not_go_back_takes_part(conducted: Any, shown: str):
+    run = conducted("first", rounds=1)
+    run.run(Site("a"), Site("c", witness=witness(7)))
+    later = conducted("later", rounds=1)
+    later.witnesses = run.folder / "witnesses.json"
+    site = Site("c", witness=shown)
+    later.run(Site("a"), site)
+    assert site.given == [witness(7)]
+    assert kept(run)["c"] == shown
+
+
+def test_a_witness_is_kept_until_its_site_has_answered_for_it(conducted: Any):
+    """A ledger that was put back and grew past it: its node has to face what it forgot."""
+    run = conducted(rounds=1)
+    run.run(*sites("a", "b"), Site("c", witness=witness(7)))
+    for number, fault in enumerate([no(RefusalCode.LEDGER), lambda *_: NEVER, lambda *_: ERROR]):
+        later = conducted(f"later-{number}", rounds=1)
+        later.witnesses = run.folder / "witnesses.json"
+        grown = Site("c", witness=witness(9 + number, "b"), script={1: fault})
+        later.run(*sites("a", "b"), grown)
+        assert grown.given == [witness(7)]
+        assert kept(run)["c"] == witness(7)
+    later.run(*sites("a", "b"))
+
+
+def test_a_resumed_run_still_gives_a_site_the_witness_that_it_has_not_answered_for(conducted: Any):
+    run, later = conducted("first", rounds=1), conducted("later", rounds=1)
+    run.run(Site("a"), Site("b", witness=witness(7)))
+    later.witnesses = run.folder / "witnesses.json"
+    grown = Site("b", witness=witness(9, "b"), script={1: lambda *_: ERROR})
+    with pytest.raises(RunError):
+        later.run(Site("a"), grown)
+    grown.witness, grown.script = witness(10, "b"), {1: no(RefusalCode.LEDGER)}
+    with pytest.raises(RunError):
+        later.run(Site("a"), grown)
+    assert grown.given == [witness(7), witness(7)]
+
+
+def test_a_forged_witness_stops_nothing(conducted: Any):
+    run = conducted(rounds=2)
+    forger = Site("c", witness=f"{10**12 - 1}:{'f' * 64}:{'0' * 64}")
+    run.run(*sites("a", "b"), forger)
+    assert run.statuses(2) == dict.fromkeys("abc", "ok")
+
+
+def test_a_node_that_calls_itself_by_anothers_name_does_not_move_its_witness(conducted: Any):
+    run = conducted(rounds=1)
+    run.run(Site("a", witness=witness(7)), Site("b"), Site("a", witness=witness(999, "f")))
+    assert kept(run)["a"] == witness(7)
+
+
+@pytest.mark.parametrize("shown", ["", "7", "7:x:y", f"-1:{'a' * 64}:{'a' * 64}", "9" * 400])
+def test_a_malformed_witness_declines_its_site_and_stops_nothing(conducted: Any, shown: str):
+    def say(site: Site, invitation: Any) -> Say:
+        records: Any = site.card(invitation.spec).to_records()
+        records["card"]["witness"] = shown
+        return Say(records)
+
+    run = conducted(rounds=1)
+    run.run(*sites("a", "b"), Site("c", script={INVITED: say}))
+    assert "card.witness = " in run.file("environment.json")["declined"]["3"]
+    assert set(kept(run)) == {"a", "b"}
+
+
+def test_a_site_that_does_not_know_its_witness_is_refused_with_the_way_out(conducted: Any):
+    run = conducted(rounds=3)
+    refusing = {number: no(RefusalCode.MALFORMED) for number in (1, 2)}
+    site = Site("c", witness=witness(7), script={2: refusing[2]})
+    run.run(*sites("a", "b"), site, Site("d", script={1: refusing[1]}))
+    reason = run.rows[1]["sites"]["c"]["reason"]
+    assert f"take the site out of {run.folder / 'witnesses.json'}" in reason
+    assert run.rows[0]["sites"]["d"]["reason"] == "malformed"  # it was given none
+
+
+def test_witnesses_that_cannot_be_read_stop_a_run_before_anybody_is_asked(conducted: Any):
+    run = conducted(rounds=1)
+    run.folder.mkdir()
+    (run.folder / "witnesses.json").write_text('{"sites": {"a": "7:x"}}')
+    grid = run.grid(sites("a", "b"))
+    with pytest.raises(RunError, match=r"witnesses\.json: .*cannot be read .*from a copy"):
+        run.run_on(grid)
+    assert grid.asked == []
+
+
+def test_two_runs_at_once_share_the_witnesses_and_take_none_back(conducted: Any):
+    """While one waits for a site, the other is answered by the same site, and goes farther."""
+    book = conducted("folder").folder.with_name("witnesses.json")
+    first, second = conducted("first", rounds=1), conducted("second", rounds=1)
+    first.witnesses = second.witnesses = book
+
+    def meanwhile(site: Site, invitation: Any) -> Say:
+        said = site.honest(invitation)
+        second.run(Site("a", witness=witness(12)), Site("b"))
+        return said
+
+    site = Site("a", witness=witness(10), script={INVITED: meanwhile})
+    first.run(site, Site("b"))
+    assert first.statuses(1) == {"a": "ok", "b": "ok"}
+    assert site.given == [witness(12)]
+    assert json.loads(book.read_text())["sites"]["a"] == witness(12)
+
+
+# --- The end is said ------------------------------------------------------------------------------
+
+
+def test_the_sites_are_told_once_and_after_the_result_is_on_disk_that_the_run_is_over(
+    conducted: Any,
+):
+    run = conducted(rounds=2)
+    there: list[bool] = []
+
+    def hear(site: Site, closing: Any) -> Say:
+        there.append((run.folder / "report.html").exists())
+        assert closing.digest == run.spec.digest
+        return site.honest(closing)
+
+    declining = Site("c", script={INVITED: no(RefusalCode.POLICY)})
+    grid = run.run(*sites("a", "b", script={CLOSED: hear}), declining)
+    assert there == [True, True]
+    assert [number for name, number in grid.asked if name == "a"] == [INVITED, 1, 2, CLOSED]
+    assert run.clock.time < 1001
+
+
+UNCLOSED: dict[str, Any] = {
+    "silent": lambda *_: NEVER,
+    "an error": lambda *_: ERROR,
+    "not sent": lambda *_: Say(sent=""),
+    "its ledger is halted": no(RefusalCode.LEDGER),
+    "another run's": lambda *_: Say(Closed(digest="0" * 64).to_records()),
+    "babble": lambda *_: Say(RecordDict()),
+}
+
+
+@pytest.mark.parametrize("answer", UNCLOSED.values(), ids=UNCLOSED)
+def test_a_site_that_does_not_confirm_the_end_is_logged_and_no_error(
+    conducted: Any, answer: Any, caplog: pytest.LogCaptureFixture
+):
+    run = conducted(rounds=1)
+    run.run(Site("a"), Site("b", script={CLOSED: answer}))
+    told = [r.getMessage() for r in caplog.records if "that the run is over" in r.getMessage()]
+    assert told == ["node 2 has not confirmed that the run is over"]
+
+
+@pytest.mark.parametrize(("deadline", "waited"), [(3, 3), (60, 5)])
+def test_a_silent_site_is_waited_for_a_few_seconds_at_the_end(
+    conducted: Any, deadline: int, waited: int
+):
+    run = conducted(rounds=1, federation={"deadline_seconds": deadline})
+    run.run(Site("a"), Site("b", script={CLOSED: lambda *_: NEVER}))
+    assert 1000 + waited <= run.clock.time < 1000.3 + waited
+
+
+def test_a_site_that_has_gone_is_told_in_vain(conducted: Any):
+    run = conducted(rounds=1)
+    grid = run.grid([Site("a"), Site("b", script={CLOSED: lambda *_: Say(sent="")})])
+    grid.connected = lambda: [1] if ("b", 1) in grid.asked else [1, 2]
+    run.run_on(grid)
+    assert ("b", CLOSED) in grid.asked
+    assert run.clock.time < 1001
+
+
+def test_a_run_that_can_be_resumed_is_not_over(conducted: Any):
+    run = conducted(rounds=2)
+    grid = run.grid([Site("a"), Site("b", script={2: lambda *_: ERROR})])
+    with pytest.raises(RunError):
+        run.run_on(grid)
+    with pytest.raises(RunError):
+        conducted("other", federation={"quorum": 3}).run_on(grid)
+    with pytest.raises(KeyboardInterrupt):
+        run.run_on(grid := run.grid(sites("a", "b")), Watching(stop_after=2))
+    assert CLOSED not in {number for _, number in grid.asked}
+    assert run.run(*sites("a", "b")).asked == [("a", CLOSED), ("b", CLOSED)]
 
 
 # --- Stopping and going on ----------------------------------------------------------------------
@@ -639,7 +1047,7 @@ def test_a_round_without_its_quorum_stops_the_run_which_goes_on_later(conducted:
     watching = Watching()
     grid = run.run(*sites("a", "b", "c"), observer=watching)
     assert watching.told[0] == ("opened", ["a", "b", "c"], 2)
-    assert {number for _, number in grid.asked} == {0, 3, 4}
+    assert {number for _, number in grid.asked} == {INVITED, 3, 4, CLOSED}
     assert [row["round"] for row in run.rows] == [1, 2, 3, 4]
     whole = conducted("whole", rounds=4)
     whole.run(*sites("a", "b", "c"))
@@ -699,7 +1107,7 @@ def test_a_finished_run_asks_nobody_again(conducted: Any):
     before = run.weights
     (run.folder / "model.safetensors").unlink()
     grid = run.run(*sites("a", "b"))
-    assert grid.asked == []
+    assert grid.asked == [("a", CLOSED), ("b", CLOSED)]
     close(run.weights, before, tolerance=0)
 
 
@@ -784,7 +1192,8 @@ def test_a_run_stops_when_its_patience_is_at_its_end(conducted: Any):
     assert max(number for _, number in grid.asked) == 4
     close(run.weights, {n: np.full_like(a, 1.0) for n, a in run.weights.items()})
     assert run.file("environment.json")["stopped_early"]
-    assert run.run(*sites("a", "b")).asked == []  # it stays stopped
+    again = run.run(*sites("a", "b"))
+    assert {number for _, number in again.asked} == {CLOSED}  # it stays stopped
 
 
 def test_the_average_is_evaluated_and_kept(conducted: Any):

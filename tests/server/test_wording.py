@@ -44,6 +44,14 @@ def test_settings(value, printed):
     assert wording.setting(value) == printed
 
 
+@pytest.mark.parametrize(
+    ("names", "printed"),
+    [(["a"], "a"), (["a", "b"], "a and b"), (["a", "b", "c"], "a, b and c")],
+)
+def test_names(names, printed):
+    assert wording.listed(names) == printed
+
+
 def test_counts():
     assert wording.counted(1, "site") == "1 site"
     assert wording.counted(1200, "image") == "1,200 images"
