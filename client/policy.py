@@ -34,6 +34,7 @@ from common.spec import (
 )
 
 _ROUNDING = 1 + 1e-9  # one sum taken in two orders
+_SET_ASIDE = 1 + 2e-9  # what was granted whole is not refused in the middle by another rounding
 Names = tuple[str, ...] | Literal["any"]
 
 
@@ -152,11 +153,21 @@ class Releases(Section):
     A reply is held to that slot, or to the next whole one if training took longer, so that how
     long it took says nothing. 0: replies leave at once, and the run's report says so. A run whose
     deadline makes the slot shorter than `least_slot` seconds is refused: many short slots would
-    tell the time after all.
+    tell the time after all. So is one beyond `greatest_slot`: meanwhile the node does nothing else.
     """
 
     pace: Fraction = 0.5
     least_slot: Positive = 30.0
+    greatest_slot: Positive = 86_400.0
+
+    @model_validator(mode="after")
+    def _slots_can_be(self) -> Self:
+        if self.least_slot > self.greatest_slot:
+            raise ValueError(
+                f"least_slot = {self.least_slot:g} is above greatest_slot = "
+                f"{self.greatest_slot:g}; no run would be taken"
+            )
+        return self
 
     def slot(self, spec: RunSpec) -> float:
         """Seconds; 0 where replies leave at once."""
@@ -216,18 +227,22 @@ class Policy(Section):
                 makes no sense at the declared size.
         """
         try:
+            self._check(spec, parameters, ())  # noise for a target is sought within limits alone
             shares = accounting.shares(spec, self.declared_size)
+            self._check(spec, parameters, shares)
         except SpecError as error:
             raise Refusal(RefusalCode.SPEC, str(error)) from error
+        return shares
+
+    def _check(self, spec: RunSpec, parameters: int, shares: tuple[Share, ...]) -> None:
         objections = list(self.objections(spec, parameters, shares))
         if objections:
             raise Refusal(RefusalCode.POLICY, "; ".join(objections))
-        return shares
 
     def objections(
         self, spec: RunSpec, parameters: int, shares: tuple[Share, ...]
     ) -> Iterator[str]:
-        """Every limit that a run is beyond, in words."""
+        """Every limit that a run is beyond, in words; noise for a target is seen in `shares`."""
         limits, rate = self.limits, accounting.sampling_rate(spec, self.declared_size)
         yield from self._objections_to_privacy(spec, shares)
         yield from self._objections_to_data(spec)
@@ -242,6 +257,8 @@ class Policy(Section):
         slot = self.release.slot(spec)
         if 0 < slot < self.release.least_slot:
             yield f"a reply's slot: {slot:g} s, at least {self.release.least_slot:g} s"
+        if slot > self.release.greatest_slot:
+            yield f"a reply's slot: {slot:g} s, at most {self.release.greatest_slot:g} s"
         for what, seen, most in (
             ("parameters", parameters, limits.greatest_parameters),
             ("sampling rate", rate, limits.greatest_sampling_rate),
@@ -249,7 +266,7 @@ class Policy(Section):
             ("rounds", spec.rounds, limits.greatest_rounds),
         ):
             if seen > most:
-                yield f"{what}: {seen:g}, at most {most:g}"
+                yield f"{what}: {_figure(seen)}, at most {most:g}"
 
     def _objections_to_privacy(self, spec: RunSpec, shares: tuple[Share, ...]) -> Iterator[str]:
         if not isinstance(spec.privacy, DpSgd) and not self.allow_no_privacy:
@@ -258,10 +275,10 @@ class Policy(Section):
             yield "it protects images alone, the unit is to be at least the patient"
         if spec.evaluation.federated and not self.limits.federated_evaluation:
             yield "it asks for a federated evaluation; federated_evaluation is false"
-        for share in shares:
-            noise, least = share.mechanism.noise_multiplier, self.limits.least_noise_multiplier
+        least = self.limits.least_noise_multiplier
+        for part, noise in _noises(spec, shares):
             if noise < least:
-                yield f"noise multiplier of {share.part}: {noise:g}, at least {least:g}"
+                yield f"noise multiplier of {part}: {noise:g}, at least {least:g}"
 
     def _objections_to_data(self, spec: RunSpec) -> Iterator[str]:
         if self.data is None:
@@ -318,7 +335,7 @@ class Policy(Section):
             return
         again = (part, round_number) in known.attempts
         extra = _cost(share.mechanism, 1, self._order) if again else 0.0
-        self._check_total(book, extra)
+        self._check_total(book, extra, rounding=_ROUNDING if again else _SET_ASIDE)
         self._check_pace(book, now, share.mechanism)
 
     def lapsed(self, book: Book, now: datetime) -> list[str]:
@@ -330,11 +347,11 @@ class Policy(Section):
     def _order(self) -> float:
         return self.budget.at_order if self.budget else 2.0
 
-    def _check_total(self, book: Book, more: float) -> None:
+    def _check_total(self, book: Book, more: float, rounding: float = _ROUNDING) -> None:
         if self.budget is None:
             return
         total = self.budget.epsilon_of(book.divergence(self._order) + more)
-        if total > self.budget.epsilon * _ROUNDING:
+        if total > self.budget.epsilon * rounding:
             raise Refusal(
                 RefusalCode.BUDGET,
                 f"epsilon would reach {total:.3f} of {self.budget.epsilon:g} for life "
@@ -373,6 +390,24 @@ def read_policy(path: Path) -> Policy:
 
 def _cost(mechanism: SubsampledGaussian, rounds: int, order: float) -> float:
     return rounds * accounting.divergence(mechanism, order)
+
+
+def _noises(spec: RunSpec, shares: tuple[Share, ...]) -> Iterator[tuple[Part, float]]:
+    """The noise of each part of a run: as it was found for a site, or else as it is written."""
+    if shares:
+        yield from ((share.part, share.mechanism.noise_multiplier) for share in shares)
+        return
+    if isinstance(spec.privacy, DpSgd) and spec.privacy.noise_multiplier is not None:
+        yield "training", spec.privacy.noise_multiplier
+    if spec.evaluation.federated is not None:
+        yield "evaluation", spec.evaluation.federated.noise_multiplier
+
+
+def _figure(number: float) -> str:
+    try:
+        return f"{number:g}"
+    except OverflowError:  # a coordinator may write any whole number
+        return "beyond 1e308"
 
 
 def _window(text: str) -> tuple[time, time]:
