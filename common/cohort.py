@@ -294,6 +294,11 @@ class Cohort:
         Raises:
             CohortError: naming the first image whose pixels are not those that intake stored.
         """
+        for _ in self.verified():
+            pass
+
+    def verified(self) -> Iterator[int]:
+        """The same, image by image: the number of each as it was found to be as it was stored."""
         with closing(_connect(self.path)) as database:
             stored = database.execute("SELECT row, sha256 FROM image ORDER BY row")
             for row, expected in stored:
@@ -303,6 +308,7 @@ class Cohort:
                         f"{self.path / IMAGES_FILE}: image {row} has SHA-256 {seen}, stored was "
                         f"{expected}; the file is damaged or was changed: take in again"
                     )
+                yield int(row)
 
     @cached_property
     def _stored(self) -> NDArray[np.uint16]:

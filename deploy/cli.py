@@ -6,6 +6,7 @@ import logging
 import os
 import shlex
 import signal
+from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
 from typing import Annotated
@@ -19,6 +20,7 @@ os.environ.update(QUIET)  # law 8: before anything of Flower is imported
 
 from common.errors import CloisterError  # noqa: E402
 from deploy.cli_intake import intake_app  # noqa: E402
+from deploy.cli_node import node_app  # noqa: E402
 from deploy.workers import fork_server  # noqa: E402
 
 app = typer.Typer(
@@ -33,9 +35,28 @@ app = typer.Typer(
 )
 spec_app = typer.Typer(no_args_is_help=True, help="Look at a run's description before it runs.")
 app.add_typer(intake_app, name="intake")
+app.add_typer(node_app, name="node")
 app.add_typer(spec_app, name="spec")
 
 console = Console()
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        console.print(f"cloister {version('cloister')}", highlight=False)
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    _: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_show_version, is_eager=True, help="Show the version, and end."
+        ),
+    ] = False,
+) -> None:
+    """What holds for the whole command line."""
 
 
 @app.command()
