@@ -29,7 +29,7 @@ _SMALLEST_NOISE, _LARGEST_NOISE = 0.2, 1e5
 _MEANINGLESS = 100.0
 _MOST_KINDS = 128
 _FEW_KINDS = 16
-_FINEST_GRID, _GRID = 1e-4, 5e-4  # of privacy losses
+_GRID = 5e-4  # of privacy losses
 _AT_ONCE = 1000  # steps: dp-accounting raises a size to this power, as an exact whole number
 _ORDERS = (*(n / 4 for n in range(8, 32)), *range(8, 17), 20, 24, 28, 32, 48, 64, 96, 128, 256)
 
@@ -286,23 +286,28 @@ def _epsilon(mechanisms: tuple[SubsampledGaussian, ...], delta: float) -> float:
 
 def _losses(mechanism: SubsampledGaussian, grid: float) -> _Losses:
     """The distribution of the privacy loss of all the mechanism's steps, rounded upward."""
-    one = privacy_loss_distribution.from_gaussian_mechanism(
-        mechanism.noise_multiplier,
-        sampling_prob=mechanism.sampling_rate,
-        value_discretization_interval=grid,
-    )
+    one = _losses_of_a_step(mechanism.sampling_rate, mechanism.noise_multiplier, grid)
     often, rest = divmod(mechanism.steps, _AT_ONCE)
     parts = [one.self_compose(_AT_ONCE).self_compose(often)] if often else []
     return reduce(_Losses.compose, parts + ([one.self_compose(rest)] if rest else []))
 
 
+@lru_cache(maxsize=64)
+def _losses_of_a_step(rate: float, noise: float, grid: float) -> _Losses:
+    return privacy_loss_distribution.from_gaussian_mechanism(
+        noise, sampling_prob=rate, value_discretization_interval=grid
+    )
+
+
 def _grid(mechanisms: tuple[SubsampledGaussian, ...]) -> float:
     """How far apart the privacy losses stand that PLD counts with; it is pessimistic for any.
 
-    What it adds grows with the grid over a step's own spread of losses, so a small spread takes a
-    finer one. Many different mechanisms take a coarser one, and so about as long as a few.
+    What it adds grows with the grid over a step's own spread of losses: a small spread takes a
+    grid of a half or a quarter. Many different mechanisms take one of twice the width or more, and
+    so about as long as a few.
     """
     steps = sum(mechanism.steps for mechanism in mechanisms)
     spread = math.sqrt(sum(divergence(mechanism, 2) for mechanism in mechanisms) / steps)
-    grid = min(max(spread / 8, _FINEST_GRID), _GRID)
-    return grid * max(1.0, len(mechanisms) / _FEW_KINDS)
+    finer = math.ceil(math.log2(_GRID / min(max(spread / 8, _GRID / 4), _GRID)))
+    coarser = math.ceil(math.log2(max(1.0, len(mechanisms) / _FEW_KINDS)))
+    return _GRID * 2.0 ** (coarser - finer)
