@@ -26,6 +26,10 @@ _MARKS = {
 }
 
 
+_WAITS = {"approval": "a person's approval", "later": "its time"}
+_MARKS |= {what: (f"waits for {what}", "yellow") for what in _WAITS.values()}
+
+
 class LiveObserver:
     """Shows a run while it goes on; on anything but a terminal, one plain line a round."""
 
@@ -62,6 +66,13 @@ class LiveObserver:
         self._sites = dict.fromkeys(sites, "")
         self._progress.add_task(f"{spec.name}: round", total=spec.rounds, completed=finished_rounds)
 
+    def sites_wait(self, waiting: Mapping[str, str]) -> None:
+        """See `server.rounds.Observer`."""
+        self._sites = {name: _WAITS.get(code, code) for name, code in sorted(waiting.items())}
+        if self._live is None and waiting:
+            told = ", ".join(f"{name} ({what})" for name, what in self._sites.items())
+            self._console.print(f"the run waits for {told}", highlight=False, markup=False)
+
     def round_opened(self, number: int) -> None:
         """See `server.rounds.Observer`."""
         self._sites = dict.fromkeys(self._sites, "training")
@@ -95,7 +106,8 @@ class LiveObserver:
         }
 
     def _picture(self) -> Group:
-        return Group(self._progress, self._site_line(), self._table())
+        table = [self._table()] if self._rows else []
+        return Group(self._progress, self._site_line(), *table)
 
     def _site_line(self) -> Text:
         line = Text()

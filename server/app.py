@@ -1,8 +1,9 @@
 """The Flower ServerApp: wiring only. It reads the run from the run's configuration and conducts it.
 
 In the field ``server.app:app`` keeps its runs below ``CLOISTER_COORDINATOR_HOME``, evaluates on
-the cohort that lies there, and protects as the sites do. The simulation wires the same function
-to a folder and an observer of its own (`register`).
+the cohort that lies there, keeps the sites' witnesses there for all runs, and protects as the
+sites do. The simulation wires the same function to a folder and an observer of its own
+(`register`).
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from common.files import locked
 from common.spec import RunSpec
 from server.evaluation import CentralEvaluator
 from server.rounds import Conduct, FederatedRun
+from server.witness import WITNESS_FILE
 
 app = ServerApp()
 
@@ -70,7 +72,8 @@ def _installed_station(_: Context, spec: RunSpec) -> Station:
             "cohort and the runs"
         )
     folder = Path(home) / "runs" / (spec.run_id or spec.name)
-    return Station(folder, Path(home) / "evaluation", Conduct())
+    conduct = Conduct(witnesses=Path(home) / WITNESS_FILE)
+    return Station(folder, Path(home) / "evaluation", conduct)
 
 
 register(app, _installed_station)

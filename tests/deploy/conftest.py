@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +73,8 @@ class Watching:
 
     def run_opened(self, spec: RunSpec, sites: list[str], finished_rounds: int) -> None:
         self.sites, self.finished_rounds = sites, finished_rounds
+
+    def sites_wait(self, waiting: Mapping[str, str]) -> None: ...
 
     def round_opened(self, number: int) -> None:
         self._then(number, "")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -29,11 +29,16 @@ def row(number: int, status: str = "ok", value: float | None = 0.8125) -> dict[s
 def shown(make_spec: Callable[..., RunSpec]) -> Callable[..., str]:
     """What stands on the console after these rounds."""
 
-    def show(*rows: dict[str, Any], terminal: bool) -> str:
+    def show(
+        *rows: dict[str, Any], terminal: bool, waiting: Sequence[Mapping[str, str]] = ()
+    ) -> str:
         screen = io.StringIO()
         console = Console(file=screen, force_terminal=terminal, width=100, color_system=None)
         with LiveObserver(console).showing() as observer:
-            observer.run_opened(make_spec(rounds=20), ["north", "south"], 0)
+            for changed in waiting:
+                observer.sites_wait(changed)
+            if rows:
+                observer.run_opened(make_spec(rounds=20), ["north", "south"], 0)
             for made in rows:
                 observer.round_opened(made["round"])
                 for name, site in made["sites"].items():
@@ -60,6 +65,24 @@ def test_a_terminal_shows_progress_sites_and_the_last_rounds(shown: Any, status:
     assert ("✓" if status == "ok" else status) in last
     assert "0.812 (0.700–0.900)" in last
     assert last.count("1.25") == 8
+
+
+WAITING = {"south": "approval", "[red]west": "later"}
+
+
+def test_elsewhere_a_line_says_who_is_waited_for(shown: Any):
+    said = shown(row(1), terminal=False, waiting=[WAITING, {}]).splitlines()
+    assert said[0] == "the run waits for [red]west (its time), south (a person's approval)"
+    assert said[1].startswith("round ")
+
+
+def test_a_terminal_shows_who_is_waited_for(shown: Any):
+    picture = shown(terminal=True, waiting=[{"east": "later"}, WAITING])
+    last = picture[picture.rindex("[red]west") :]
+    assert last.startswith("[red]west waits for its time  south waits for a person's approval")
+    assert "round" not in last  # nor is an empty table drawn
+    begun = shown(row(1), terminal=True, waiting=[WAITING])
+    assert "waits" not in begun[begun.rindex("small: round") :]
 
 
 @pytest.mark.parametrize("terminal", [True, False])
