@@ -150,9 +150,7 @@ def _check_node(node: NodeFolder, found: State) -> bool:
     if takes:
         _say("This node takes part in runs within these limits.", style="bold green")
     else:
-        _say(
-            "It takes part in nothing before what is marked ✗ is settled.", style="bold red"
-        )
+        _say("It takes part in nothing before what is marked ✗ is settled.", style="bold red")
     return takes
 
 

@@ -20,7 +20,8 @@ from deploy.node_budget import Figures, RunShare, allowed
 
 _SPENT, _ASIDE, _CARRIED, _LIMIT = "#0072B2", "#E69F00", "#CC79A7", "#D55E00"
 _INK, _LINES = "#1F2D36", "#E3E6E4"
-_MOST_RUNS = 12
+_MOST_RUNS, _FEWEST_ROWS = 12, 5
+_BELOW: dict[str, Any] = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.14), "ncols": 3}
 _STYLE: dict[Any, Any] = {
     "font.family": ["DejaVu Sans"],
     "font.size": 10,
@@ -94,19 +95,17 @@ def _by_run(axes: Axes, figures: Figures) -> None:
     spent = [run.spent for run in runs]
     axes.barh(rows, spent, color=_SPENT, label="spent")
     aside = [run.aside for run in runs]
-    axes.barh(
-        rows, aside, left=spent, color=_ASIDE, hatch="//", edgecolor="white", label="set aside"
-    )
+    lines: dict[str, Any] = {"hatch": "//", "edgecolor": "white", "linewidth": 0}
+    axes.barh(rows, aside, left=spent, color=_ASIDE, label="set aside", **lines)
     if figures.carried:
         axes.barh([len(runs) - 1], [figures.carried], color=_CARRIED, hatch="..", label="carried")
     axes.set_yticks(list(rows), names)
-    axes.invert_yaxis()
-    axes.set_title("by run")
-    axes.set_xlabel("part of the whole budget")
+    axes.set_ylim(max(len(runs), _FEWEST_ROWS) - 0.4, -0.6)  # the first on top, none too thick
+    axes.set_title("by run, in parts of the whole budget")
     axes.xaxis.set_major_formatter(PercentFormatter(1.0))
     axes.grid(axis="x")
     if runs:
-        axes.legend(loc="lower right")
+        axes.legend(**_BELOW)
     else:
         axes.text(0.5, 0.5, "nothing yet", ha="center", transform=axes.transAxes)
 
@@ -135,7 +134,7 @@ def _over_time(axes: Axes, figures: Figures, points: Sequence[Point]) -> None:
         if figures.aside:
             level = now + figures.aside
             axes.axhline(level, color=_ASIDE, linestyle=":", label="with what is set aside")
-        ticks: Any = AutoDateLocator(maxticks=6)  # type: ignore[no-untyped-call]
+        ticks: Any = AutoDateLocator(minticks=3, maxticks=8)  # type: ignore[no-untyped-call]
         axes.xaxis.set_major_locator(ticks)
         axes.xaxis.set_major_formatter(ConciseDateFormatter(ticks))  # type: ignore[no-untyped-call]
     axes.axhline(1.0, color=_LIMIT, linestyle="--", label="the budget")
@@ -143,4 +142,4 @@ def _over_time(axes: Axes, figures: Figures, points: Sequence[Point]) -> None:
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     axes.set_title("over time")
     axes.grid(axis="y")
-    axes.legend(loc="best")
+    axes.legend(**_BELOW)
