@@ -345,7 +345,8 @@ class Book:
         self._waiting.add(entry.number)
 
     def _committed(self, entry: Entry) -> None:
-        self.check_waiting(entry.refers)
+        if entry.refers not in self._waiting:
+            raise LedgerError(f"entry {entry.number}: commits {entry.refers}, no waiting attempt")
         digest, part, number = self._attempts[entry.refers]
         released = self.runs[digest].released
         if (part, number) in released:
