@@ -119,7 +119,9 @@ class Ledger:
         date = stamp(place.clock.date())
         opened = Entry(first, Kind.OPENED, note=note(site=site, by=by), time=date)
         Chain.create(place.database, place.key, opened)
-        cls.salvaged(place).ledger.tell()
+        made = cls.salvaged(place).ledger
+        made.tell()
+        made.disconnect()
         return cls(place)
 
     @classmethod
