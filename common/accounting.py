@@ -303,11 +303,11 @@ def _grid(mechanisms: tuple[SubsampledGaussian, ...]) -> float:
     """How far apart the privacy losses stand that PLD counts with; it is pessimistic for any.
 
     What it adds grows with the grid over a step's own spread of losses: a small spread takes a
-    grid of a half or a quarter. Many different mechanisms take one of twice the width or more, and
-    so about as long as a few.
+    half of the grid, down to an eighth. Many different mechanisms take one of twice the width or
+    more, and so about as long as a few.
     """
     steps = sum(mechanism.steps for mechanism in mechanisms)
     spread = math.sqrt(sum(divergence(mechanism, 2) for mechanism in mechanisms) / steps)
-    finer = math.ceil(math.log2(_GRID / min(max(spread / 8, _GRID / 4), _GRID)))
+    finer = math.ceil(math.log2(_GRID / min(max(spread / 4, _GRID / 8), _GRID)))
     coarser = math.ceil(math.log2(max(1.0, len(mechanisms) / _FEW_KINDS)))
     return _GRID * 2.0 ** (coarser - finer)

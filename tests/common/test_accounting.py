@@ -5,25 +5,35 @@ from __future__ import annotations
 import itertools
 import math
 import re
+import time
 import tracemalloc
 from collections.abc import Callable
 from dataclasses import replace
+from decimal import Decimal, localcontext
 from functools import lru_cache
 from pathlib import Path
 
+import numpy as np
 import pytest
 from dp_accounting import NeighboringRelation
 from dp_accounting.pld import PLDAccountant, privacy_loss_distribution
+from dp_accounting.rdp import RdpAccountant
 from opacus.accountants import GaussianAccountant, IAccountant, PRVAccountant, RDPAccountant
+from opacus.accountants.analysis.rdp import compute_rdp
+from scipy.integrate import quad
 from scipy.optimize import brentq
 from scipy.stats import norm
 
 from common import accounting
 from common.accounting import (
     SubsampledGaussian,
+    divergence,
+    divergence_within,
     epsilon,
     epsilon_at_order,
     epsilon_by_renyi,
+    epsilon_of,
+    filter_order,
     noise_for,
     planned,
     sampling_rate,
@@ -62,14 +72,14 @@ def by_opacus(accountant: IAccountant, mechanisms: list[SubsampledGaussian], del
 
 
 @lru_cache
-def optimistic(rate: float, noise: float, steps: int, delta: float) -> float:
+def optimistic(rate: float, noise: float, steps: int, delta: float, *, grid: float = GRID) -> float:
     """A lower bound on the truth: every privacy loss rounded down to the grid."""
     one = privacy_loss_distribution.from_gaussian_mechanism(
         noise,
         sampling_prob=rate,
         pessimistic_estimate=False,
         use_connect_dots=False,
-        value_discretization_interval=GRID,
+        value_discretization_interval=grid,
     )
     return float(one.self_compose(steps).get_epsilon_for_delta(delta))
 
@@ -236,6 +246,257 @@ def test_a_fixed_order_adds_up_and_is_never_below_the_best_order() -> None:
 def test_a_mechanism_that_is_none_cannot_be_made(wrong: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):
         replace(of(0.1, 1.0, 10), **wrong)  # type: ignore[arg-type]
+
+
+# --- many steps and many mechanisms ----------------------------------------------------------
+
+
+def on_a_grid(mechanism: SubsampledGaussian, grid: float) -> float:
+    """By dp-accounting's own accountant; the finer, the nearer to the truth from above."""
+    accountant = PLDAccountant(value_discretization_interval=grid)
+    accountant.compose(mechanism.event, mechanism.steps)
+    return float(accountant.get_epsilon(1e-5))
+
+
+@pytest.mark.parametrize(
+    "mechanism", [of(1e-3, 2.0, 50_000), of(3e-4, 1.5, 100_000), of(1e-2, 10.0, 20_000)]
+)
+def test_small_steps_are_counted_finely(mechanism: SubsampledGaussian) -> None:
+    truth, ours = on_a_grid(mechanism, 1e-5), epsilon([mechanism], 1e-5)
+    assert truth - 1e-6 <= ours <= 1.01 * truth
+    assert on_a_grid(mechanism, 5e-4) - truth > 3 * (ours - truth)  # on one grid for all
+
+
+@pytest.mark.parametrize("steps", [999, 1000, 1001, 2500])
+def test_steps_taken_by_the_thousand_cost_what_they_cost_at_once(steps: int) -> None:
+    accountant = PLDAccountant(value_discretization_interval=5e-4)
+    accountant.compose(of(0.02, 1.2).event, steps)
+    assert epsilon([of(0.02, 1.2, steps)], 1e-5) == pytest.approx(
+        accountant.get_epsilon(1e-5), abs=1e-6
+    )
+
+
+def test_ten_million_steps_are_counted_in_seconds() -> None:
+    """Against the limit of many small steps: one Gaussian mechanism of sigma / (q sqrt(T))."""
+    started = time.process_time()
+    figure = epsilon([of(0.001, 8.0, 10**7)], 1e-5)
+    assert time.process_time() - started < 10
+    limit = exact_epsilon_of_gaussian(8.0 / (0.001 * math.sqrt(10**7)), 1, 1e-5)
+    assert limit < figure < 1.04 * limit
+
+
+def test_a_hundred_thousand_attempts_cost_what_their_sum_costs() -> None:
+    kinds = [of(0.004, 4.0, 3), of(0.002, 3.0, 5), of(0.001, 2.0, 1)]
+    attempts = [kinds[number % 3] for number in range(100_000)]
+    counts = [33_334, 33_333, 33_333]
+    started = time.process_time()
+    figure = epsilon(attempts, 1e-5)
+    assert time.process_time() - started < 10
+    assert figure == epsilon(
+        [m.of_steps(m.steps * n) for m, n in zip(kinds, counts, strict=True)], 1e-5
+    )
+
+
+def alike(kinds: int) -> list[SubsampledGaussian]:
+    """Different mechanisms that are nearly one: 600 steps of q = 0.02, sigma 1.2 and a little."""
+    return [of(0.02, 1.2 + number * 1e-7, 600 // kinds) for number in range(kinds)]
+
+
+@pytest.mark.parametrize(("kinds", "waste"), [(1, 0.001), (20, 0.001), (120, 0.005)])
+def test_many_different_mechanisms_are_counted_coarsely_and_upward(
+    kinds: int, waste: float
+) -> None:
+    figure = epsilon(alike(kinds), 1e-5)
+    one = epsilon(alike(1), 1e-5)
+    assert optimistic(0.02, 1.2 + 1e-4, 600, 1e-5) <= figure
+    assert one - 1e-6 <= figure <= one * (1 + waste)
+    assert figure < epsilon_by_renyi(alike(1), 1e-5)
+
+
+def test_beyond_the_most_mechanisms_renyi_is_the_answer() -> None:
+    mechanisms = [of(0.02, 1.2 + number * 1e-7, 4) for number in range(150)]
+    figure = epsilon(mechanisms, 1e-5)
+    assert figure == epsilon_by_renyi(mechanisms, 1e-5)
+    assert figure == pytest.approx(by_opacus(RDPAccountant(), alike(1), 1e-5), rel=2e-3)
+    assert figure > epsilon(alike(1), 1e-5)
+
+
+def test_the_figure_is_never_above_renyi_however_small_the_steps() -> None:
+    """PLD would be, where a step moves the privacy loss by less than any grid shows."""
+    mechanism = of(1e-6, 1.0, 10**9)
+    bound = epsilon_by_renyi([mechanism], 1e-5)
+    assert epsilon([mechanism], 1e-5) == bound
+    assert on_a_grid(of(3e-4, 1.5, 100_000), 5e-4) > epsilon_by_renyi(
+        [of(3e-4, 1.5, 100_000)], 1e-5
+    )
+
+
+# --- the filter ------------------------------------------------------------------------------
+
+MECHANISMS = [
+    (1e-6, 1.0),
+    (1e-5, 0.8),
+    (1e-4, 1.0),
+    (1e-3, 0.6),
+    (0.01, 1.0),
+    (0.05, 0.75),
+    (0.25, 0.5),
+    (0.25, 0.2),
+    (0.9, 4.0),
+]
+ORDERS = [2.0, 3.0, 8.0, 16.0, 64.0, 256.0]
+PARTIAL_ORDERS = [2.25, 2.5, 3.75, 5.25, 7.5, 10.25, 15.75]
+ROUNDING = 1e-16  # of a step: a budget of a million steps is off by less than 1e-9
+
+
+def exact_divergence(rate: float, noise: float, order: int) -> float:
+    """Mironov, Talwar and Zhang 2019, section 3.3: the binomial sum, with sixty digits."""
+    with localcontext() as context:
+        context.prec = 60
+        q, variance = Decimal(rate), Decimal(noise) ** 2
+        total = sum(
+            math.comb(order, k)
+            * q**k
+            * (1 - q) ** (order - k)
+            * (Decimal(k * k - k) / (2 * variance)).exp()
+            for k in range(order + 1)
+        )
+        return float(Decimal(total).ln() / (order - 1))
+
+
+def divergence_from_its_definition(rate: float, noise: float, order: float) -> float:
+    """The moment of the likelihood ratio, integrated; the mixture is the first distribution."""
+
+    def integrand(x: float) -> float:
+        ratio = np.logaddexp(math.log1p(-rate), math.log(rate) + (2 * x - 1) / (2 * noise**2))
+        return float(math.exp(order * ratio - x * x / (2 * noise**2)))
+
+    edges = [-12 * noise, 0.0, order / 2, order, order + 12 * noise]
+    parts = [quad(integrand, low, high, limit=500)[0] for low, high in itertools.pairwise(edges)]
+    return math.log(sum(parts) / (noise * math.sqrt(2 * math.pi))) / (order - 1)
+
+
+@pytest.mark.parametrize("order", [*ORDERS, *PARTIAL_ORDERS])
+@pytest.mark.parametrize(("noise", "steps"), [(0.5, 1), (3.0, 7), (40.0, 1000)])
+def test_without_sampling_the_divergence_is_its_closed_form(
+    noise: float, steps: int, order: float
+) -> None:
+    expected = steps * order / (2 * noise**2)
+    assert divergence(of(1.0, noise, steps), order) == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize(("rate", "noise"), MECHANISMS)
+@pytest.mark.parametrize("order", ORDERS)
+def test_the_divergence_at_a_whole_order_is_the_binomial_sum(
+    rate: float, noise: float, order: float
+) -> None:
+    exact = exact_divergence(rate, noise, int(order))
+    assert divergence(of(rate, noise), order) == pytest.approx(exact, rel=1e-8, abs=ROUNDING)
+
+
+@pytest.mark.parametrize(
+    ("rate", "noise"), [row for row in MECHANISMS if row[0] > 1e-4 and row[1] >= 0.5]
+)
+@pytest.mark.parametrize("order", PARTIAL_ORDERS)
+def test_the_divergence_between_whole_orders_is_its_integral_or_a_little_more(
+    rate: float, noise: float, order: float
+) -> None:
+    """dp-accounting adds up the absolute values of an alternating series there."""
+    exact = divergence_from_its_definition(rate, noise, order)
+    assert exact * (1 - 1e-7) <= divergence(of(rate, noise), order) <= exact * 1.02
+
+
+def test_the_integral_is_the_binomial_sum_where_both_are_known() -> None:
+    """The two references agree with each other; a sign or a missing term would show."""
+    for order in (2, 3, 8):
+        exact = exact_divergence(0.05, 0.75, order)
+        assert divergence_from_its_definition(0.05, 0.75, order) == pytest.approx(exact, rel=1e-9)
+        assert exact < order / (2 * 0.75**2)  # sampling does protect
+
+
+@pytest.mark.parametrize(("rate", "noise"), MECHANISMS)
+@pytest.mark.parametrize("order", [*ORDERS, *PARTIAL_ORDERS])
+def test_what_is_read_off_the_accountant_is_what_it_holds(
+    rate: float, noise: float, order: float
+) -> None:
+    accountant = RdpAccountant(orders=[order])
+    accountant.compose(of(rate, noise).event)
+    ours, held = divergence(of(rate, noise), order), float(accountant._rdp[0])
+    assert ours == pytest.approx(held, rel=1e-9, abs=ROUNDING / 1e4)
+
+
+@pytest.mark.parametrize(("rate", "noise"), MECHANISMS)
+@pytest.mark.parametrize("order", [*ORDERS, *PARTIAL_ORDERS])
+def test_the_divergence_is_not_below_that_of_opacus(
+    rate: float, noise: float, order: float
+) -> None:
+    other = float(compute_rdp(q=rate, noise_multiplier=noise, steps=1, orders=order))
+    ours = divergence(of(rate, noise), order)
+    assert ours >= other * (1 - 1e-6) - 1e-14
+    if order.is_integer():
+        assert ours == pytest.approx(other, rel=1e-6, abs=1e-14)
+
+
+def test_the_divergence_grows_with_the_rate_the_steps_the_order_and_less_noise() -> None:
+    rates, noises = [1e-5, 1e-3, 0.01, 0.1, 0.5, 1.0], [8.0, 2.0, 1.0, 0.6, 0.3]
+    for order, noise in itertools.product([2.0, 2.25, 7.5, 8.0, 40.0], noises):
+        assert_rising([divergence(of(rate, noise), order) for rate in rates])
+    for order, rate in itertools.product([2.0, 2.25, 7.5, 8.0, 40.0], rates):
+        assert_rising([divergence(of(rate, noise), order) for noise in noises])
+        assert_rising([divergence(of(rate, 1.0, steps), order) for steps in (1, 2, 30, 10**6)])
+    for rate, noise in itertools.product(rates, noises):
+        assert_rising([divergence(of(rate, noise), float(order)) for order in range(2, 65)])
+
+
+def assert_rising(figures: list[float]) -> None:
+    assert all(math.isfinite(figure) and figure > 0 for figure in figures)
+    assert all(less < more for less, more in itertools.pairwise(figures)), figures
+
+
+@pytest.mark.parametrize("delta", [1e-3, 1e-4, 1e-5, 1e-7])
+@pytest.mark.parametrize("budget", [0.3, 1.0, 2.0, 3.0, 5.0, 8.0, 12.0, 20.0])
+def test_the_order_lets_a_budget_go_as_far_as_any_order_does(budget: float, delta: float) -> None:
+    """Against every order on a fine grid: the steps of a Gaussian mechanism that are allowed."""
+
+    def noise_of_the_one_step(order: float) -> float:
+        """The least noise that fits; the conversion is written out (Canonne et al. 2020)."""
+        room = budget - math.log((order - 1) / order) + math.log(delta * order) / (order - 1)
+        return math.sqrt(order / (2 * room)) if room > 0 else math.inf
+
+    chosen = filter_order(budget, delta)
+    least = min(noise_of_the_one_step(n / 200) for n in range(202, 256 * 200))
+    assert least <= noise_of_the_one_step(chosen) <= 1.01 * least
+    assert 2 <= chosen <= 256
+    step = of(1.0, noise_of_the_one_step(chosen) * (1 + 1e-9))
+    assert epsilon_at_order([step], delta, chosen) == pytest.approx(budget, rel=1e-6)
+    assert epsilon([step], delta) < budget
+
+
+def test_a_fixed_order_costs_ten_to_fifteen_percent_over_pld() -> None:
+    """PRIVACY.md 9: what the filter wastes on runs as they are, at the budget's own order."""
+    order = filter_order(3.0, 1e-5)
+    for mechanism in (of(0.01, 1.0, 2500), of(0.032, 1.2, 330), of(0.1, 2.2, 190)):
+        wasted = epsilon_at_order([mechanism], 1e-5, order) / epsilon([mechanism], 1e-5)
+        assert 1.08 < wasted < 1.2
+
+
+def test_what_a_budget_allows_is_what_its_epsilon_is_turned_back_into() -> None:
+    for budget, delta, order in itertools.product((0.5, 3.0, 20.0), (1e-4, 1e-6), (2.0, 7.5, 64.0)):
+        room = divergence_within(budget, delta, order)
+        if room > 0:
+            assert epsilon_of(room, delta, order) == pytest.approx(budget, rel=1e-12)
+            assert epsilon_of(room * 1.001, delta, order) > budget
+    assert divergence_within(0.05, 1e-5, 2.0) < 0
+    assert epsilon_of(0.0, 1e-5, 8.0) == 0
+
+
+def test_every_order_that_a_budget_takes_counts_every_mechanism() -> None:
+    """None is infinite, as dp-accounting's is below 2: a run would be refused for no reason."""
+    orders = {filter_order(e / 10, d) for e in range(1, 400) for d in (1e-3, 1e-5, 1e-7)}
+    assert min(orders) == 2
+    for order, (rate, noise) in itertools.product(sorted(orders), MECHANISMS):
+        assert math.isfinite(divergence(of(rate, noise), order))
+    assert divergence(of(0.05, 0.75), 1.25) == math.inf
 
 
 # --- the noise for a target ------------------------------------------------------------------
