@@ -13,8 +13,8 @@ from typing import NamedTuple
 from client.book import Book, Limit, RunBook, Step
 from common import accounting
 
-MOST_MECHANISMS = 4
-"""Distinct ones up to which PLD is reckoned without being asked: a tenth of a second each."""
+MOST_MECHANISMS = 16
+"""Distinct ones up to which PLD is reckoned without being asked: some hundredths of a second each."""
 
 _DAYS, _MONTHS = 31, 36
 

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import click
 import pytest
@@ -18,37 +18,7 @@ from common.accounting import SubsampledGaussian
 from deploy import cli
 
 Write = Callable[..., Path]
-
-
-class Said(NamedTuple):
-    """What a command left: its exit code and its two streams."""
-
-    code: int
-    out: str
-    err: str
-
-
-@pytest.fixture
-def cloister(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Callable[..., Said]:
-    """`cloister("spec", "explain", path)`: the whole command line, in this process."""
-    monkeypatch.setenv("COLUMNS", "100")
-    monkeypatch.setenv("NO_COLOR", "1")
-
-    def run(*arguments: object) -> Said:
-        monkeypatch.setattr(sys, "argv", ["cloister", *map(str, arguments)])
-        capsys.readouterr()
-        code: object = 0
-        try:
-            cli.main()
-        except SystemExit as end:
-            code = end.code or 0
-        out, err = capsys.readouterr()
-        assert isinstance(code, int)
-        return Said(code, out, err)
-
-    return run
+Cloister = Callable[..., Any]
 
 
 def commands(group: click.Command, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
@@ -67,7 +37,7 @@ def test_the_commands_are_found():
 
 
 @pytest.mark.parametrize("path", EVERY, ids=" ".join)
-def test_every_command_says_what_it_is_for(cloister: Callable[..., Said], path: tuple[str, ...]):
+def test_every_command_says_what_it_is_for(cloister: Cloister, path: tuple[str, ...]):
     said = cloister(*path, "--help")
     assert said.code == 0
     assert "Usage: cloister" in said.out
@@ -76,13 +46,13 @@ def test_every_command_says_what_it_is_for(cloister: Callable[..., Said], path: 
     assert said.err == ""
 
 
-@pytest.mark.parametrize("path", [(), ("spec",), ("intake",)])
-def test_a_group_alone_shows_its_commands(cloister: Callable[..., Said], path: tuple[str, ...]):
+@pytest.mark.parametrize("path", [(), ("spec",), ("intake",), ("node",)])
+def test_a_group_alone_shows_its_commands(cloister: Cloister, path: tuple[str, ...]):
     said = cloister(*path)
     assert "Commands" in said.out
 
 
-def test_every_network_of_the_registry_is_listed(cloister: Callable[..., Said]):
+def test_every_network_of_the_registry_is_listed(cloister: Cloister):
     said = cloister("models")
     assert said.code == 0
     assert "small-cnn" in said.out.split()
@@ -92,9 +62,7 @@ def test_every_network_of_the_registry_is_listed(cloister: Callable[..., Said]):
 # --- What a run will cost -----------------------------------------------------------------------
 
 
-def test_a_run_is_explained_with_its_price_at_each_site(
-    cloister: Callable[..., Said], write_run: Write
-):
+def test_a_run_is_explained_with_its_price_at_each_site(cloister: Cloister, write_run: Write):
     said = cloister("spec", "explain", write_run(), "--declared-size", 40)
     assert said.code == 0
     for text in (
@@ -113,20 +81,20 @@ def test_a_run_is_explained_with_its_price_at_each_site(
         assert f"{4 / size:.4f}" in line
 
 
-def test_a_robust_rule_is_not_said_to_weigh(cloister: Callable[..., Said], write_run: Write):
+def test_a_robust_rule_is_not_said_to_weigh(cloister: Cloister, write_run: Write):
     median = '[aggregation]\nstrategy = "median"\n[federation]\nquorum = 3\n[evaluation]'
     said = cloister("spec", "explain", write_run(changes=[("[evaluation]", median)]))
     assert "aggregation by median, all sites alike" in " ".join(said.out.split())
 
 
-def test_a_run_without_privacy_is_explained_as_one(cloister: Callable[..., Said], write_run: Write):
+def test_a_run_without_privacy_is_explained_as_one(cloister: Cloister, write_run: Write):
     table = 'mechanism = "dp-sgd"\nnoise_multiplier = 1.0\ndelta = 1e-4'
     said = cloister("spec", "explain", write_run(changes=[(table, 'mechanism = "none"')]))
     assert "NO differential privacy: updates leave the sites as they are" in said.out
     assert "ε" not in said.out
 
 
-def test_a_run_without_sites_asks_for_their_sizes(cloister: Callable[..., Said], write_run: Write):
+def test_a_run_without_sites_asks_for_their_sizes(cloister: Cloister, write_run: Write):
     said = cloister("spec", "explain", write_run(""))
     assert said.code == 0
     assert "--declared-size" in said.out
@@ -136,7 +104,7 @@ def test_a_run_without_sites_asks_for_their_sizes(cloister: Callable[..., Said],
 
 
 def test_a_mistake_is_one_message_with_everything_that_it_names(
-    cloister: Callable[..., Said], write_run: Write
+    cloister: Cloister, write_run: Write
 ):
     run_file = write_run("")
     for arguments in (("simulate", run_file), ("spec", "explain", run_file.with_name("[b].toml"))):
@@ -151,9 +119,7 @@ def test_a_mistake_is_one_message_with_everything_that_it_names(
     assert "[b].toml" in cloister("spec", "explain", "[b].toml").err
 
 
-def test_a_message_with_marks_in_it_is_shown_as_it_is(
-    cloister: Callable[..., Said], write_run: Write
-):
+def test_a_message_with_marks_in_it_is_shown_as_it_is(cloister: Cloister, write_run: Write):
     run_file = write_run(changes=[("batch_size = 4", 'batch_size = "[/red] [bold]"')])
     said = cloister("simulate", run_file)
     assert said.code == 2
@@ -177,7 +143,7 @@ def test_a_message_with_marks_in_it_is_shown_as_it_is(
     ids=" ".join,
 )
 def test_what_cannot_be_done_is_said_without_a_stack(
-    cloister: Callable[..., Said], arguments: tuple[str, ...], said: str
+    cloister: Cloister, arguments: tuple[str, ...], said: str
 ):
     result = cloister(*arguments)
     assert result.code == 2
@@ -185,7 +151,7 @@ def test_what_cannot_be_done_is_said_without_a_stack(
     assert "Traceback" not in result.err
 
 
-def test_a_folder_that_is_no_run_has_no_report(cloister: Callable[..., Said], tmp_path: Path):
+def test_a_folder_that_is_no_run_has_no_report(cloister: Cloister, tmp_path: Path):
     said = cloister("report", tmp_path)
     assert said.code == 2
     assert said.err.startswith("error: ")
@@ -193,7 +159,7 @@ def test_a_folder_that_is_no_run_has_no_report(cloister: Callable[..., Said], tm
 
 
 def test_runs_that_cannot_be_written_are_said_without_a_stack(
-    cloister: Callable[..., Said], write_run: Write, tmp_path: Path
+    cloister: Cloister, write_run: Write, tmp_path: Path
 ):
     (tmp_path / "file").write_text("not a folder")
     said = cloister("simulate", write_run(), "--runs", tmp_path / "file")
@@ -214,7 +180,7 @@ def test_a_process_of_its_own_ends_with_the_same_code_and_message(tmp_path: Path
 
 
 def test_a_run_shows_its_rounds_its_cost_and_where_its_report_is(
-    cloister: Callable[..., Said], write_run: Write, tmp_path: Path
+    cloister: Cloister, write_run: Write, tmp_path: Path
 ):
     run_file, runs = write_run(), tmp_path / "runs"
     said = cloister("simulate", run_file, "--runs", runs, "--workers", 0)
