@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,13 +19,16 @@ import pytest
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
+from client.keyfile import NodeKey
+from client.ledger import Ledger, Place
+from common.clock import Clock
 from common.cohort import Cohort
 from common.errors import CohortError, ModelError, RunError, SpecError
 from common.files import locked
 from deploy.local_engine import ClientAppAt, LocalGrid
 from deploy.simulation import Simulation, load, prepare, read_simulation, simulate
 from server.evaluation import CentralEvaluator
-from server.rounds import Clock, Conduct, FederatedRun
+from server.rounds import Conduct, FederatedRun
 
 Write = Callable[..., Path]
 Arrays = dict[str, NDArray[np.float32]]
@@ -318,6 +322,66 @@ def test_a_run_is_conducted_by_one_process_at_a_time(
     assert not (folder / "sites").exists()  # and no site was charged
     simulate(folder, workers=0, observer=watching())
     assert len(rows_of(folder)) == 3
+
+
+# --- The sites' ledgers -------------------------------------------------------------------------
+
+
+def ledger_of(folder: Path, site: str) -> Ledger:
+    place = folder / "sites" / site
+    return Ledger(Place(place, NodeKey.read(place / "node.key")))
+
+
+def stop_after(number: int) -> Callable[[int, str], None]:
+    """For an observer: somebody presses Ctrl-C when this round has been answered."""
+
+    def then(seen: int, site: str) -> None:
+        if (seen, site) == (number, "south"):
+            raise KeyboardInterrupt
+
+    return then
+
+
+def test_a_finished_run_is_over_at_its_sites_and_one_that_was_stopped_is_not(
+    write_run: Write, tmp_path: Path, watching: Any
+):
+    folder = prepare(write_run(), tmp_path / "runs")
+    with pytest.raises(KeyboardInterrupt):
+        simulate(folder, workers=0, observer=watching(stop_after(2)))
+    run = load(folder)[0].digest
+    for site in ("north", "south"):
+        assert ledger_of(folder, site).book.run(run).state == "open"
+        assert list((folder / "sites" / site / "releases").glob("*.sealed"))
+    simulate(folder, workers=0, observer=watching())
+    for site in ("north", "south"):
+        assert ledger_of(folder, site).book.run(run).state == "closed"
+        assert not list((folder / "sites" / site / "releases").glob("*.sealed"))
+    simulate(folder, workers=0, observer=watching())  # it stays over, and is no error
+    assert len(rows_of(folder)) == 3
+
+
+@pytest.mark.slow
+def test_a_site_whose_ledger_was_made_anew_is_declined_when_the_run_goes_on(
+    write_run: Write, tmp_path: Path, watching: Any
+):
+    folder = prepare(write_run(), tmp_path / "runs")
+    with pytest.raises(KeyboardInterrupt):
+        simulate(folder, workers=0, observer=watching(stop_after(2)))
+    shutil.rmtree(folder / "sites" / "south")
+    simulate(folder, workers=1, observer=watching())  # another process: this one would notice
+    assert [set(row) for row in statuses(folder)] == [{"north", "south"}, {"north"}, {"north"}]
+    declined = json.loads((folder / "environment.json").read_text())["declined"]
+    assert list(declined) == ["2"]
+    assert "site 'south': its ledger is at entry" in declined["2"]
+
+
+def test_a_simulation_is_never_paced_and_says_so(write_run: Write, run: Any):
+    folder = run(write_run(changes=[("rounds = 3", "rounds = 1")]))
+    sites = json.loads((folder / "privacy.json").read_text())["sites"]
+    assert [site["paced"] for site in sites.values()] == [False, False]
+    told = "Replies of every site left when they were ready: how long training took says something"
+    assert told in (folder / "report.html").read_text()
+    assert told in (folder / "model_card.md").read_text()
 
 
 # --- Killed -------------------------------------------------------------------------------------
