@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import numpy as np
 import pytest
@@ -24,17 +24,20 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from client import training
-from client.gate import Gate
+from client.book import Book
+from client.gate import Gate, Site
 from client.ledger import Attempt, Ledger
 from client.policy import Policy
 from client.training import LocalTrainer, PatientOptimizer
 from common.accounting import SubsampledGaussian, epsilon, planned
 from common.errors import RefusalCode
-from common.messages import RefusalReply, Release, TrainTask
+from common.messages import Invitation, NodeCard, RefusalReply, Release, TrainTask
 from common.noise import Keystream
 from common.spec import RunSpec
 
 PATIENTS, DECLARED, BATCH, STEPS, ROUNDS = 150, 200, 20, 4, 12
+SIDES = {"height": 64, "width": 64}
+COHORT = "c" * 64  # as `make_ledger` admits
 UNLIKELY, IMPOSSIBLE = 1e-5, 1e-12  # p-values: see test_noise.py in common
 
 
@@ -67,11 +70,11 @@ class Seen:
 
 
 class Node:
-    """A site's gate on a folder, which can be opened again as after a restart."""
+    """A site's gate on a ledger, which can be opened again as after a restart."""
 
-    def __init__(self, folder: Path, cohort: Any, make_trainer: Any) -> None:
-        self.folder = folder
-        self.cohort, self.make_trainer = cohort, make_trainer
+    def __init__(self, policy: Policy, cohort: Any, make_trainer: Any, open_ledger: Any) -> None:
+        self.policy, self.cohort = policy, cohort
+        self.make_trainer, self.open_ledger = make_trainer, open_ledger
         self.gate = self.opened()
 
     def opened(self, ledger: type[Ledger] = Ledger, keystream: Any = seeded) -> Gate:
@@ -79,31 +82,49 @@ class Node:
             trainer: LocalTrainer = self.make_trainer(spec, self.cohort, DECLARED)
             return trainer
 
-        return Gate(
-            policy=Policy(site="north", declared_size=DECLARED, budget=None, cohort="cohort"),
-            ledger=ledger(self.folder),
-            trainer_for=trainer_for,
-            keystream=keystream,
-        )
+        site = Site(self.policy, self.open_ledger(ledger), COHORT)
+        return Gate(site, trainer_for=trainer_for, keystream=keystream)
+
+    def joins(self, spec: RunSpec) -> None:
+        assert isinstance(self.gate.invite(Invitation(spec)), NodeCard)
 
     @property
     def booked(self) -> list[SubsampledGaussian]:
         """As someone else reads it from the disk."""
-        return Ledger(self.folder).spent()
+        book: Book = self.open_ledger().book
+        return book.spent()
 
 
 @pytest.fixture
-def node(tmp_path: Path, make_spec: Any, make_trainer: Any, array_cohort: Any) -> Node:
+def policy_of(make_policy: Any, make_spec: Any) -> Callable[[str], Policy]:
+    """Of a site whose images have the size of those here, by their unit."""
+    digest = make_spec(input=SIDES).input.preprocessing_digest
+
+    def policy(unit: str) -> Policy:
+        data = {"unit": unit, "shape": [1, 64, 64], "preprocessing": digest}
+        budget = {"epsilon": 100.0, "delta": 1e-5}
+        parts = {"declared_size": DECLARED, "least_unit": unit, "data": data, "budget": budget}
+        return cast("Policy", make_policy(**parts))
+
+    return policy
+
+
+@pytest.fixture
+def node(
+    policy_of: Any, make_trainer: Any, array_cohort: Any, make_ledger: Any, open_ledger: Any
+) -> Node:
     images = np.random.default_rng(2).random((PATIENTS, 1, 64, 64), dtype=np.float32)
     cohort = array_cohort(images, np.arange(PATIENTS) % 2)
-    return Node(tmp_path / "ledger", cohort, make_trainer)
+    policy = policy_of("patient")
+    make_ledger(policy).disconnect()
+    return Node(policy, cohort, make_trainer, open_ledger)
 
 
 @pytest.fixture
 def spec(make_spec: Callable[..., RunSpec], linear_network: str) -> RunSpec:
     made = make_spec(
         model={"name": linear_network},
-        input={"height": 64, "width": 64},
+        input=SIDES,
         rounds=ROUNDS,
         local={"batch_size": BATCH, "steps": STEPS},
         privacy={"noise_multiplier": 1.3, "clip_norm": 0.7, "delta": 1e-4},
@@ -132,6 +153,7 @@ def conduct(node: Node, task_of: Any, watch_steps: Any) -> Callable[[RunSpec], S
 
     def run(spec: RunSpec) -> Seen:
         seen = Seen(reads=node.cohort.reads)
+        node.joins(spec)
         weights = task_of(spec).weights
         with watch_steps() as seen.steps:
             for number in range(1, spec.rounds + 1):
@@ -166,7 +188,9 @@ def test_what_was_booked_is_what_was_drawn(node, conduct, spec) -> None:
     assert min(disagreement(node.booked, seen, spec).values()) > UNLIKELY
 
 
-def test_noise_for_a_target_is_booked_as_it_was_drawn(node, conduct, spec) -> None:
+def test_noise_for_a_target_is_booked_as_it_was_drawn(node, conduct, spec, policy_of) -> None:
+    node.policy = policy_of("image")
+    node.gate = node.opened()
     privacy = {"mechanism": "dp-sgd", "target_epsilon": 2.0, "delta": 1e-4, "unit": "image"}
     changed = spec.model_dump(mode="json") | {"privacy": privacy, "rounds": 3}
     aimed = RunSpec.from_json(json.dumps(changed))
@@ -230,6 +254,7 @@ def test_a_step_that_was_not_booked_is_found(node, conduct, spec) -> None:
 def test_an_accountant_made_anew_each_round_would_show_less(node, task_of, spec) -> None:
     """Where the account is not kept over the rounds, each looks like the first."""
     kept, anew = [], []
+    node.joins(spec)
     weights = task_of(spec).weights
     for number in range(1, 5):
         release = node.gate.train(TrainTask(spec, number, weights))
@@ -259,6 +284,8 @@ def dies_before_it_trains(*, run_id: str, round_number: int) -> NoReturn:
     "parts", [{"ledger": DiesBeforeItCommits}, {"keystream": dies_before_it_trains}], ids=str
 )
 def test_a_process_that_is_killed_in_an_attempt_has_spent_it(node, task_of, spec, parts) -> None:
+    node.joins(spec)
+
     def child() -> None:
         torch.set_num_threads(1)
         node.opened(**parts).train(task_of(spec))
@@ -273,6 +300,7 @@ def test_a_process_that_is_killed_in_an_attempt_has_spent_it(node, task_of, spec
 
 
 def test_an_attempt_is_on_disk_before_anything_is_drawn(node, task_of, spec) -> None:
+    node.joins(spec)
     seen: list[list[SubsampledGaussian]] = []
 
     def look(*, run_id: str, round_number: int) -> Keystream:
@@ -286,6 +314,7 @@ def test_an_attempt_is_on_disk_before_anything_is_drawn(node, task_of, spec) -> 
 
 def test_each_attempt_has_randomness_of_its_own(node, task_of, spec) -> None:
     """A second attempt with the first one's noise would give it away by a difference."""
+    node.joins(spec)
     drawn: list[bytes] = []
 
     def look(*, run_id: str, round_number: int) -> Keystream:
@@ -308,6 +337,7 @@ def test_a_trainer_that_failed_is_not_used_again(node, task_of, spec) -> None:
     """A failure between forward and backward leaves activations in the network's hooks, on which
     every later attempt would fail, each of them booked.
     """
+    node.joins(spec)
     right = node.cohort.labels
     node.cohort.labels = right + 7  # a class that there is not: the loss fails
     assert node.gate.train(task_of(spec)).code is RefusalCode.INCIDENT
@@ -329,6 +359,7 @@ def content(reply: Any) -> bytes:
 
 
 def test_the_same_task_has_the_same_release_at_no_cost(node, task_of, spec, watch_steps) -> None:
+    node.joins(spec)
     first = node.opened(keystream=fresh).train(task_of(spec))
     booked = node.booked
     with watch_steps() as steps:
@@ -340,7 +371,7 @@ def test_the_same_task_has_the_same_release_at_no_cost(node, task_of, spec, watc
         assert {name: array.tobytes() for name, array in reply.update.items()} == {
             name: array.tobytes() for name, array in first.update.items()
         }
-    assert len({content(reply) for reply in again}) == 1
+    assert {content(reply) for reply in again} == {content(first)}
 
 
 def fresh(*, run_id: str, round_number: int) -> Keystream:
@@ -348,6 +379,7 @@ def fresh(*, run_id: str, round_number: int) -> Keystream:
 
 
 def test_the_same_round_with_other_content_is_refused(node, task_of, spec) -> None:
+    node.joins(spec)
     assert isinstance(node.gate.train(task_of(spec)), Release)
     booked = node.booked
     for gate in (node.gate, node.opened()):
@@ -358,10 +390,13 @@ def test_the_same_round_with_other_content_is_refused(node, task_of, spec) -> No
     assert isinstance(node.gate.train(task_of(spec, 2, shift=1e-3)), Release)
 
 
-def test_a_release_whose_bytes_are_gone_is_refused_not_made_again(node, task_of, spec) -> None:
+def test_a_release_whose_bytes_are_gone_is_refused_not_made_again(
+    node, task_of, spec, tmp_path: Path
+) -> None:
+    node.joins(spec)
     assert isinstance(node.gate.train(task_of(spec)), Release)
     booked = node.booked
-    for file in (node.folder / "releases").iterdir():
+    for file in (tmp_path / "ledger" / "releases").iterdir():
         file.unlink()
     for gate in (node.gate, node.opened()):
         assert gate.train(task_of(spec)).code is RefusalCode.REPLAY
@@ -369,6 +404,7 @@ def test_a_release_whose_bytes_are_gone_is_refused_not_made_again(node, task_of,
 
 
 def test_a_round_that_is_long_past_is_refused(node, task_of, spec) -> None:
+    node.joins(spec)
     for number in (1, 2, 3):
         assert isinstance(node.gate.train(task_of(spec, number)), Release)
     booked = node.booked
