@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import os
-import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -16,7 +13,6 @@ from numpy.typing import NDArray
 from pydicom.dataset import Dataset
 
 from client.intake.builder import ImageRecord
-from client.intake.deid.profile import Profile
 from client.intake.deid.seam import SafePixels
 from client.intake.deidentify import Deidentifier, text_of
 from client.intake.display import brightness
@@ -24,6 +20,7 @@ from client.intake.keys import SiteKey
 from client.intake.labels import LabelEntry, LabelTable, read_labels
 from client.intake.part10 import BoundedFile, DicomFile, Directory, FrameDecoder, Geometry, Limits
 from client.intake.pixels import to_shape
+from client.intake.quiet import quiet
 from client.intake.source import Kept, NotUsed, Step
 from common.cohort import PIXEL, Unit
 from common.errors import IntakeError
@@ -85,7 +82,7 @@ class FileReader:
         """
         found: dict[str, Any] = {}
         try:
-            with _quiet(), BoundedFile(path, self.limits.read_bytes) as stream:
+            with quiet(), BoundedFile(path, self.limits.read_bytes) as stream:
                 file = DicomFile.parse(stream, self.limits)
                 return self._read(file, found, without_patient)
         except Directory:
@@ -190,9 +187,8 @@ class DicomFolder:
         key: SiteKey,
         *,
         split: str = "",
-        profile: Profile | None = None,
     ) -> Self:
-        """A folder with its label table, for a run.
+        """A folder with its label table, for a run, under the strictest profile.
 
         Args:
             folder: searched at any depth.
@@ -200,15 +196,13 @@ class DicomFolder:
             spec: the run.
             key: of the pseudonyms.
             split: put on every image; if empty, the label table's split is.
-            profile: of de-identification; the strictest if not given.
 
         Raises:
             IntakeError: if there is no such folder.
             ConfigError: if the label table is wrong.
         """
         table = read_labels(labels, spec.task)
-        deidentify = SafePixels(key, profile or Profile())
-        return cls(folder, FileReader(spec.input, table, deidentify, split), key)
+        return cls(folder, FileReader(spec.input, table, SafePixels(key), split), key)
 
     def __len__(self) -> int:
         return len(self._files)
@@ -244,20 +238,6 @@ class DicomFolder:
 
     def _place(self, path: Path) -> str:
         return self.key.pseudonym("order", os.fspath(path.relative_to(self.folder)))
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep pydicom from printing and logging the values that it dislikes: they name patients."""
-    log = logging.getLogger("pydicom")
-    level = log.level
-    log.setLevel(logging.CRITICAL + 1)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        log.setLevel(level)
 
 
 def walk(folder: Path) -> Iterator[Path]:

@@ -180,6 +180,13 @@ class DicomFile:
 class FrameDecoder:
     """Decodes single frames of a file; memory is that of one frame.
 
+    Args:
+        file: just parsed.
+        element: its pixel data.
+        geometry: what its header claims.
+        unused_bits: leave the bits that the header does not describe as they are, for whoever
+            masks them; else they are what the standard wants.
+
     Raises:
         IntakeError: if pixels of this kind cannot be decoded here, or are not all there.
     """
@@ -187,6 +194,7 @@ class FrameDecoder:
     file: DicomFile
     element: PixelElement
     geometry: Geometry
+    unused_bits: bool = False
 
     def __post_init__(self) -> None:
         syntax = self.file.syntax
@@ -212,6 +220,8 @@ class FrameDecoder:
         options: dict[str, Any] = {"pixel_keyword": element.keyword}
         if element.representation:
             options["pixel_vr"] = element.representation
+        if self.unused_bits:
+            options["correct_unused_bits"] = False
         options = as_pixel_options(file.header, transfer_syntax_uid=file.syntax, **options)
         if file.syntax.is_encapsulated:
             self._check_claim(frame, options.get("extended_offsets"))

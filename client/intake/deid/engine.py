@@ -25,7 +25,8 @@ from client.intake.deid.walk import Account, Walk
 from client.intake.deidentify import text_of
 from client.intake.keys import SiteKey
 from client.intake.part10 import DicomFile
-from common.errors import IntakeError
+from client.intake.quiet import quiet
+from common.errors import DataError, IntakeError
 
 Check = Callable[[Dataset, Profile], None]
 _PREAMBLE = bytes(128)
@@ -107,6 +108,17 @@ class Engine:
             IntakeError: to keep nothing of it; the text is the reason and says nothing of a
                 patient.
         """
+        try:
+            with quiet():
+                return self._clean(file)
+        except DataError:
+            raise
+        except Exception as error:  # noqa: BLE001
+            # Parsers and codecs raise whatever the bytes of a broken file drive them to, and
+            # quote them: of their errors only the kind may be told.
+            raise IntakeError(f"cannot be read ({type(error).__name__})") from None
+
+    def _clean(self, file: DicomFile) -> Cleaned:
         header = file.header
         for check in self.checks.values():
             check(header, self.profile)

@@ -28,6 +28,8 @@ Mask = NDArray[np.bool_]
 
 _SMALLEST_SIDE = 24
 _GREYS = 255.0
+_CLEAR, _CLEAREST = 35.0, 70.0
+"""Least contrast of text by itself; the second for pieces of one value, which noise has too."""
 _BODY = 15
 """Side of the structuring element in pixels: wider than a stroke, narrower than most anatomy."""
 _FAINTEST = 22.0
@@ -137,7 +139,7 @@ def _by_one_value(plane: NDArray[Any], grey: Grey) -> list[_Line]:
     for value in _spikes(plane):
         mask = plane == value
         if mask.mean() < 0.3:
-            lines += _lines(mask, np.where(mask, edges, 0))
+            lines += _lines(mask, np.where(mask, edges, 0), least=_CLEAREST)
     return lines
 
 
@@ -150,7 +152,7 @@ def _spikes(plane: NDArray[Any]) -> Iterator[Any]:
     yield from (values[place] for place in sorted(chosen) if counts[place] > 20)
 
 
-def _lines(mask: Mask, relief: Grey) -> Iterator[_Line]:
+def _lines(mask: Mask, relief: Grey, least: float = _CLEAR) -> Iterator[_Line]:
     everything = _pieces(mask, relief)
     pieces = everything.chosen(_glyphlike(everything))
     if not 3 <= len(pieces.top) <= _MOST_PIECES:
@@ -160,7 +162,7 @@ def _lines(mask: Mask, relief: Grey) -> Iterator[_Line]:
         ends = (line.top.min(), line.left.min(), line.bottom.max(), line.right.max())
         box = Box(*map(int, ends))
         if _is_text(line, box) and (noise := _noise(line, box, relief)) <= _LESS_QUIET:
-            certain = noise <= _QUIET and _is_certain(line)
+            certain = noise <= _QUIET and _is_certain(line, least)
             yield _Line(_extended(box, line, everything), certain)
 
 
@@ -259,8 +261,8 @@ def _is_text(line: _Pieces, box: Box) -> bool:
     )
 
 
-def _is_certain(line: _Pieces) -> bool:
-    """Whether it would be text even in an image that has no other."""
+def _is_certain(line: _Pieces, least: float) -> bool:
+    """Whether it would be text even in an image that has no other, at this contrast at least."""
     height = (line.bottom - line.top).astype(np.float64)
     typical = float(np.median(height))
     alike = float((abs(height / typical - 1) <= 0.25).mean())
@@ -269,7 +271,7 @@ def _is_certain(line: _Pieces) -> bool:
         and alike >= 0.5
         and _on_one_line(line, typical) >= 0.65
         and _under_one_line(line, typical) >= 0.4
-        and float(np.median(line.contrast)) >= 1.6 * _FAINTEST
+        and float(np.median(line.contrast)) >= least
     )
 
 

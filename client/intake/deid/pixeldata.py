@@ -7,6 +7,7 @@ uncompressed. A codestream may hold more bits than the header gives it: it is de
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,6 +28,7 @@ from client.intake.part10 import DicomFile, FrameDecoder, Geometry, Limits, Pixe
 from common.errors import IntakeError
 
 _PALETTE = "PALETTE COLOR"
+_COLOUR_BY_PIXEL = {"PhotometricInterpretation": "RGB", "PlanarConfiguration": 0}
 _MOST_BYTES = 2**31
 Finder = Callable[[NDArray[Any]], list[Box]]
 
@@ -79,21 +81,21 @@ class PixelCleaner:
         element = file.pixel_element()
         geometry = file.geometry(self.limits)
         _check_described(file.header, element)
-        decode = FrameDecoder(file, element, geometry)
+        _check_size(file.header, geometry)
+        decode = FrameDecoder(file, element, geometry, unused_bits=True)
         outside = self.outside(file.header, geometry.rows, geometry.columns)
-        frames, boxes, blanked = [], 0, outside is not None
+        frames, boxes = [], 0
         for number in range(geometry.frames):
-            stored = decode(number)
+            stored = self.mask(decode(number), file.header)
             found = self._text(stored, file.header)
-            boxes, blanked = boxes + len(found), blanked or bool(found)
+            boxes += len(found)
             frames.append(_blanked(stored, file.header, found, outside))
-            if sum(frame.nbytes for frame in frames[-1:]) * geometry.frames > _MOST_BYTES:
-                raise IntakeError(f"its {geometry.frames} frames would take too much memory")
-        if not blanked and (kept := self._compressed(file, element, geometry)) is not None:
-            return CleanPixels(file.syntax, encapsulate(kept), {}, 0, False)
-        data, attributes = self._native(frames, file.header)
-        if file.syntax.is_encapsulated or outside is not None:
-            attributes |= {"PlanarConfiguration": 0} if frames[0].ndim == 3 else {}
+        if not boxes and outside is None:
+            kept = self._compressed(file, element, geometry)
+            if kept is not None:
+                return CleanPixels(file.syntax, encapsulate(kept), {}, 0, False)
+        attributes = _COLOUR_BY_PIXEL if frames[0].ndim == 3 else {}
+        data = _native(frames, file.header)
         return CleanPixels(ExplicitVRLittleEndian, data, attributes, boxes, outside is not None)
 
     def _text(self, stored: NDArray[Any], header: Dataset) -> list[Box]:
@@ -119,17 +121,15 @@ class PixelCleaner:
             kept.append(clean.data)
         return kept
 
-    def _native(self, frames: list[NDArray[Any]], header: Dataset) -> tuple[bytes, dict[str, Any]]:
-        """Uncompressed, little endian, colour by pixel (PS3.5 8.1, 8.2)."""
-        attributes: dict[str, Any] = {}
-        if frames[0].ndim == 3:
-            attributes = {"PhotometricInterpretation": "RGB", "PlanarConfiguration": 0}
-        if text_of(header, "BitsAllocated") == "1":
-            bits = np.concatenate([frame.ravel() for frame in frames])
-            data = np.packbits(bits, bitorder="little").tobytes()
-        else:
-            data = b"".join(_little(self.mask(frame, header)) for frame in frames)
-        return data + bytes(len(data) % 2), attributes
+
+def _native(frames: list[NDArray[Any]], header: Dataset) -> bytes:
+    """Uncompressed, little endian, colour by pixel, of even length (PS3.5 8.1, 8.2)."""
+    if text_of(header, "BitsAllocated") == "1":
+        bits = np.concatenate([frame.ravel() for frame in frames])
+        data = np.packbits(bits, bitorder="little").tobytes()
+    else:
+        data = b"".join(map(_little, frames))
+    return data + bytes(len(data) % 2)
 
 
 def _check_described(header: Dataset, element: PixelElement) -> None:
@@ -148,10 +148,21 @@ def _check_described(header: Dataset, element: PixelElement) -> None:
         )
 
 
+def _check_size(header: Dataset, geometry: Geometry) -> None:
+    size = math.prod(geometry) * int(text_of(header, "BitsAllocated") or 8) // 8
+    if size > _MOST_BYTES:
+        raise IntakeError(
+            f"its {geometry.frames} frames take {size} bytes; at most {_MOST_BYTES} are cleaned"
+        )
+
+
 def _encoded(file: DicomFile, element: PixelElement, geometry: Geometry) -> Iterator[bytes]:
-    for number in range(geometry.frames):
+    tables = [file.header.get(f"ExtendedOffsetTable{what}") for what in ("", "Lengths")]
+    offsets = (tables[0], tables[1]) if all(tables) else None
+    count = geometry.frames
+    for number in range(count):
         file.stream.seek(element.start)
-        yield get_frame(file.stream, number, number_of_frames=geometry.frames)
+        yield get_frame(file.stream, number, number_of_frames=count, extended_offsets=offsets)
 
 
 def masked(stored: NDArray[Any], header: Dataset) -> NDArray[Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from io import BytesIO
 
@@ -71,7 +72,8 @@ class Walk:
 
     def __call__(self, unverified: Dataset) -> Dataset:
         """The new data set, without pixels; of `unverified` only ambiguous VRs change."""
-        correct_ambiguous_vr(unverified, unverified.original_encoding[1] is not False)
+        with suppress(AttributeError, KeyError, ValueError):
+            correct_ambiguous_vr(unverified, unverified.original_encoding[1] is not False)
         return self._level(unverified, 0)
 
     def _level(self, level: Dataset, depth: int) -> Dataset:
@@ -91,9 +93,7 @@ class Walk:
         element = read_again(scope.level, tag)
         if element is None:
             self.account.note(Rule.UNREADABLE, tag)
-            known = not tag.is_private and dictionary_has_tag(tag)
-            element = DataElement(tag, dictionary_VR(tag) if known else "UN", None)
-            return self.treatments[Rule.UNREADABLE](scope, element)
+            return self.treatments[Rule.UNREADABLE](scope, _as_bytes(scope.level, tag))
         rule = rule_of(scope, element)
         self.account.note(rule, tag)
         return self.treatments[rule](scope, element)
@@ -122,11 +122,23 @@ def read_again(level: Dataset, tag: BaseTag) -> DataElement | None:
     try:
         raw = level.get_item(tag)
         if isinstance(raw, RawDataElement) and raw.VR == "UN" and raw.value is not None:
-            return _from_unknown(level, raw)
-        return level[tag]
+            return _settled(_from_unknown(level, raw))
+        return _settled(level[tag])
     except Exception:  # noqa: BLE001
         # Parsers raise whatever the bytes of a broken element drive them to.
         return None
+
+
+def _settled(element: DataElement) -> DataElement | None:
+    """An element of one representation; None if the rest of its data set leaves it open."""
+    return None if " or " in element.VR else element
+
+
+def _as_bytes(level: Dataset, tag: BaseTag) -> DataElement:
+    """What cannot be read, as the bytes that it is."""
+    raw = level.get_item(tag)
+    data = raw.value if isinstance(raw, RawDataElement) else b""
+    return DataElement(tag, "OB", data)
 
 
 def _from_unknown(level: Dataset, raw: RawDataElement) -> DataElement:
