@@ -65,6 +65,7 @@ def describe(record: RunRecord) -> dict[str, Any]:
         "evaluation": {
             name: _part(record.final[name]) if name in record.final else None for name in PARTS
         },
+        "federated_evaluation": record.federated and record.federated.model_dump(mode="json"),
         "limitations": list(wording.limitations(record)),
         "versions": dict(record.environment.versions),
     }
@@ -222,6 +223,24 @@ def _performance_lines(card: Mapping[str, Any]) -> Iterator[str]:
         for metric, title in wording.METRIC_TITLES.items()
     ]
     yield from _table(("Metric", *parts), rows)
+    yield from _federated_lines(card["federated_evaluation"])
+
+
+def _federated_lines(federated: Mapping[str, Any] | None) -> Iterator[str]:
+    if federated is None:
+        return
+    answered = sum(status == "ok" for status in federated["sites"].values())
+    yield ""
+    yield (
+        f"At the own held-out patients of {wording.counted(answered, 'site')}, from noised counts "
+        f"(about {federated['patients']:.0f}); the intervals are those of the noise alone:"
+    )
+    yield ""
+    names = wording.METRIC_TITLES
+    yield from _table(
+        ("Metric", "Value"),
+        [(names[metric], _estimate(found)) for metric, found in federated["metrics"].items()],
+    )
 
 
 def _version_lines(card: Mapping[str, Any]) -> Iterator[str]:

@@ -1,8 +1,9 @@
 """What a run leaves on disk for people and programs to read: see `docs/run-folder.md`.
 
 ``spec.json`` the run; ``metrics.jsonl`` one line a round; ``privacy.json`` what each site spent;
-``environment.json`` versions and times; ``model.safetensors`` and ``evaluation.npz`` the result;
-``report.html`` and the model card for people.
+``environment.json`` versions and times; ``federated.json`` the federated evaluation, if any;
+``model.safetensors`` and ``evaluation.npz`` the result; ``report.html`` and the model card for
+people.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from common.messages import Arrays
 from common.spec import DpSgd, RunSpec
 from server.card import write_card
 from server.evaluation import EarlyStopping, EvaluationResult
+from server.federated import FEDERATED_FILE, FederatedResult
 from server.report import write_report
 
 _VERSIONS = ("cloister", "flwr", "torch", "opacus", "dp-accounting", "numpy")
@@ -81,6 +83,7 @@ class RunJournal:
         self._started, self._opened = _now(), time.monotonic()
         self.declined: dict[str, str] = {}
         self.sites: dict[str, SiteEntry] = {}
+        self._counted: Mapping[str, str] = {}
         folder.mkdir(parents=True, exist_ok=True)
         write_durably(folder / "spec.json", spec.canonical_json.encode())
         lines = "".join(json.dumps(row) + "\n" for row in history)
@@ -94,7 +97,14 @@ class RunJournal:
         A round that no record speaks of, because the process was killed or the quorum did not
         come, was trained all the same.
         """
-        line = json.dumps({"round": round_number, "sites": sorted(sites)})
+        self._ask({"round": round_number, "sites": sorted(sites)})
+
+    def ask_counts(self, sites: Collection[str]) -> None:
+        """The same before the sites are asked for the counts of a federated evaluation."""
+        self._ask({"evaluation": True, "sites": sorted(sites)})
+
+    def _ask(self, asked: Mapping[str, Any]) -> None:
+        line = json.dumps(asked)
         with (self._folder / _ASKED).open("a", encoding="utf-8") as file:
             file.write(line + "\n")
             file.flush()
@@ -130,6 +140,19 @@ class RunJournal:
         write_card(self._folder)
         write_report(self._folder)
 
+    @property
+    def has_federated(self) -> bool:
+        """Whether the federated evaluation's result is here."""
+        return (self._folder / FEDERATED_FILE).exists()
+
+    def federate(self, result: FederatedResult) -> None:
+        """Write the federated evaluation's result, what it cost, and the pages for people again."""
+        self._write(FEDERATED_FILE, result.to_json())
+        self._counted = result.sites
+        self._write("privacy.json", self._privacy())
+        write_card(self._folder)
+        write_report(self._folder)
+
     def _privacy(self) -> dict[str, Any]:
         """What each site spent, as far as the coordinator knows; its own ledger has the last word.
 
@@ -137,7 +160,7 @@ class RunJournal:
         came, and one of a round that was asked again after a crash.
         """
         spent = {name: self._spent(name) for name in sorted(self.sites)}
-        together = [mechanism for mechanism, _ in spent.values() if mechanism is not None]
+        together = [m for taken, _ in spent.values() for m in taken]
         privacy = self._spec.privacy
         private = isinstance(privacy, DpSgd)
         delta = privacy.delta if isinstance(privacy, DpSgd) else None
@@ -148,16 +171,20 @@ class RunJournal:
             "all_sites_delta": delta,
         }
 
-    def _spent(self, name: str) -> tuple[SubsampledGaussian | None, int]:
-        """The mechanism with the steps that were taken, and in how many rounds."""
+    def _spent(self, name: str) -> tuple[list[SubsampledGaussian], int]:
+        """What was taken: training with its steps, then counts; and in how many rounds."""
         planned = self.sites[name].mechanism
-        asked = sum(name in json.loads(line)["sites"] for line in self._asked)
+        asked = [line for line in map(json.loads, self._asked) if name in line["sites"]]
         seen = [row["sites"].get(name, {}).get("status") for row in self._history]
-        rounds = max(0, asked - seen.count("refused"))
+        rounds = max(0, sum("round" in line for line in asked) - seen.count("refused"))
         steps = rounds * self._spec.local.steps
-        return planned.of_steps(steps) if planned and steps else None, rounds
+        taken = [planned.of_steps(steps)] if planned and steps else []
+        counted = accounting.evaluation_of(self._spec)
+        times = sum("evaluation" in line for line in asked)
+        times -= self._counted.get(name, "").startswith("refused")
+        return [*taken, *([counted.of_steps(times)] if counted and times > 0 else [])], rounds
 
-    def _site(self, name: str, mechanism: SubsampledGaussian | None, rounds: int) -> dict[str, Any]:
+    def _site(self, name: str, taken: list[SubsampledGaussian], rounds: int) -> dict[str, Any]:
         entry, privacy = self.sites[name], self._spec.privacy
         shared = {
             "declared_size": entry.declared_size,
@@ -167,13 +194,14 @@ class RunJournal:
         }
         if not isinstance(privacy, DpSgd):
             return shared | dict.fromkeys(_FIGURES) | {"mechanism": "none", "steps": 0}
+        training = taken[0] if rounds else None
         return shared | {
             "mechanism": "Poisson-subsampled Gaussian",
-            "sampling_rate": mechanism.sampling_rate if mechanism else None,
-            "noise_multiplier": mechanism.noise_multiplier if mechanism else None,
+            "sampling_rate": training.sampling_rate if training else None,
+            "noise_multiplier": training.noise_multiplier if training else None,
             "clip_norm": privacy.clip_norm,
-            "steps": mechanism.steps if mechanism else 0,
-            "epsilon": accounting.epsilon([mechanism] if mechanism else [], privacy.delta),
+            "steps": training.steps if training else 0,
+            "epsilon": accounting.epsilon(taken, privacy.delta),
             "delta": privacy.delta,
         }
 

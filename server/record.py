@@ -24,6 +24,7 @@ from common.errors import RunError, SpecError
 from common.spec import RunSpec
 from common.tasks.metrics import Estimate, Predictions
 from server.evaluation import PARTS, PartName, PartResult, score_part
+from server.federated import FEDERATED_FILE
 
 SPEC_FILE = "spec.json"
 ENVIRONMENT_FILE = "environment.json"
@@ -122,6 +123,20 @@ class Privacy(_Read):
     all_sites_delta: float | None = None
 
 
+class Federated(_Read):
+    """``federated.json``: see `server.federated.FederatedResult`."""
+
+    sites: dict[str, str]
+    patients: float
+    deviation: float
+    metrics: dict[str, Estimate]
+
+    @property
+    def answered(self) -> tuple[str, ...]:
+        """The sites whose counts are in it."""
+        return tuple(sorted(name for name, status in self.sites.items() if status == "ok"))
+
+
 @dataclass(frozen=True)
 class RunRecord:
     """A run directory, read and checked.
@@ -132,6 +147,7 @@ class RunRecord:
         rounds: in their order, at least one.
         privacy: what was spent.
         final: the published model's result on each part of the central cohort that there is.
+        federated: what the sites' own held-out patients say; None if nobody was asked.
         model_digest: SHA-256 of ``model.safetensors`` in hex; None if there is no such file.
     """
 
@@ -140,6 +156,7 @@ class RunRecord:
     rounds: tuple[Round, ...]
     privacy: Privacy
     final: Mapping[PartName, PartResult]
+    federated: Federated | None
     model_digest: str | None
 
     @classmethod
@@ -156,6 +173,7 @@ class RunRecord:
             rounds=_read_rounds(directory / METRICS_FILE),
             privacy=_parse(directory / PRIVACY_FILE, Privacy),
             final=_read_final(directory / EVALUATION_FILE, spec),
+            federated=_read_federated(directory / FEDERATED_FILE),
             model_digest=_digest(directory / MODEL_FILE),
         )
         if not record.sites:
@@ -247,6 +265,10 @@ def _read_part(
     predictions = Predictions(spec.task.kind, probabilities, labels, patients, threshold)
     unit = str(arrays.get(f"{prefix}unit", np.array("patient")))
     return score_part(spec, name, predictions, "image" if unit == "image" else "patient")
+
+
+def _read_federated(path: Path) -> Federated | None:
+    return _parse(path, Federated) if path.exists() else None
 
 
 def _digest(path: Path) -> str | None:

@@ -82,6 +82,7 @@ def render(record: RunRecord) -> str:
         confusion=_confusion(record),
         titles=wording.METRIC_TITLES,
         by_class=_class_rows(record),
+        federated=record.federated,
         curve_pictures=_curve_pictures(record),
         round_pictures=_round_pictures(record),
         strip=_strip(record),

@@ -20,16 +20,16 @@ What it promises:
 from __future__ import annotations
 
 import logging
-import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
-from flwr.app import Message, RecordDict
+from flwr.app import RecordDict
 from flwr.serverapp import Grid
+from numpy.typing import NDArray
 from torch import nn
 
 from common import accounting, models
@@ -46,12 +46,14 @@ from common.errors import (
 )
 from common.messages import (
     CLOSE,
+    COUNT,
     INVITE,
     LARGEST_WEIGHT,
     TRAIN,
     Arrays,
     Closed,
     Closing,
+    EvaluationTask,
     Invitation,
     NodeCard,
     RefusalReply,
@@ -64,12 +66,14 @@ from common.spec import RunSpec
 from server.aggregation import GlobalModel, aggregator_for, check_update
 from server.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from server.evaluation import CentralEvaluator, EarlyStopping
+from server.federated import result_of, table_of
 from server.journal import RunJournal, SiteEntry
+from server.post import Post, names_of
 from server.witness import WITNESS_FILE, WitnessBook
 
 log = logging.getLogger("cloister.rounds")
 
-_LONGEST_SLEEP, _SLEEP_SHARE = 0.25, 0.01
+_LONGEST_SLEEP = 0.25
 _ASK_AGAIN, _ASK_AGAIN_SHARE = 15.0, 0.1  # seconds, and of the deadline
 _PATIENCE = 60.0  # with a node that is asked again: it may have been restarted meanwhile
 _CLOSING_SECONDS = 5.0
@@ -254,6 +258,7 @@ class FederatedRun:
             RunError: if fewer sites than the quorum say yes, or answer a round before its
                 deadline; or if the sites' witnesses cannot be read or kept.
         """
+        sites: Mapping[str, Site] = {}
         if not self._finished:
             sites = self._invite(grid)
             self._observer.run_opened(self._spec, sorted(sites), len(self._state.history))
@@ -261,7 +266,8 @@ class FederatedRun:
                 self._round(grid, number, sites)
                 if self._finished:
                     break
-        self._conclude()
+        weights = self._conclude()
+        self._evaluate_at_sites(grid, sites, weights)
         self._close(grid)
 
     @property
@@ -482,6 +488,56 @@ class FederatedRun:
             yield from post.answers()
             post.rest()
 
+    def _evaluate_at_sites(self, grid: Grid, sites: Mapping[str, Site], weights: Arrays) -> None:
+        """Ask for counts of the sites' held-out patients, if the run does and they are not here.
+
+        A site that gives none is in the result by name with the reason. If too few sites are
+        there, the result is written without them, and resuming the run asks again.
+        """
+        if self._spec.evaluation.federated is None or self._journal.has_federated:
+            return
+        try:
+            sites = sites or self._invite(grid)
+        except RunError as error:
+            log.warning("no federated evaluation: %s; resume the run to ask again", error)
+            return
+        names = {site.node_id: name for name, site in sites.items()}
+        tables: dict[str, NDArray[np.float64]] = {}
+        refused = dict.fromkeys(sites, "no answer before the deadline")
+        deadline = self._clock.now() + self._spec.federation.deadline_seconds
+        self._journal.ask_counts(sites)
+        for node_id, reply in self._ask(grid, COUNT, self._counting(sites, weights), deadline):
+            try:
+                tables[names[node_id]] = self._table(reply)
+                del refused[names[node_id]]
+            except PeerError as error:
+                refused[names[node_id]] = str(error)
+        self._journal.federate(result_of(self._spec, tables, refused))
+
+    def _counting(self, sites: Mapping[str, Site], weights: Arrays) -> dict[int, RecordDict]:
+        """The task of each node, with its site's witness; all share one record of the weights."""
+        kept = self._witnesses.read()
+        shared = EvaluationTask(self._spec, weights).to_records()["weights"]
+        tasks = {}
+        for name, site in sites.items():
+            records = EvaluationTask(self._spec, {}, kept.get(name, "")).to_records()
+            records["weights"] = shared
+            tasks[site.node_id] = records
+        return tasks
+
+    def _table(self, reply: RecordDict | None) -> NDArray[np.float64]:
+        """One site's counts.
+
+        Raises:
+            PeerError: saying why there are none.
+        """
+        if reply is None:
+            raise PeerError("failed: the node answered with an error, or not at all")
+        answer = read_reply(reply)
+        if isinstance(answer, RefusalReply):
+            raise PeerError(f"refused: {answer.code.value} {answer.incident}".rstrip())
+        return table_of(answer, self._spec)
+
     def _close(self, grid: Grid) -> None:
         """Tell all who are there that the run is over, and wait a moment for them.
 
@@ -509,7 +565,7 @@ class FederatedRun:
             self._state.best = dict(self._state.model.evaluated)
         return result.to_json()
 
-    def _conclude(self) -> None:
+    def _conclude(self) -> Arrays:
         """Write the final model and what it reaches: the best by validation, else the last."""
         arrays = (
             self._state.best
@@ -518,6 +574,7 @@ class FederatedRun:
         )
         result = self._evaluator.evaluate(self._loaded(arrays))
         self._journal.conclude(arrays, result, self._state.stopping)
+        return arrays
 
     def _loaded(self, arrays: Arrays) -> nn.Module:
         with torch.no_grad():
@@ -541,77 +598,6 @@ class FederatedRun:
                 "sites": self._journal.sites_to_json(),
             },
         )
-
-
-class Post:
-    """Messages to nodes, and their answers: each once, as it comes, until the deadline.
-
-    One reply is held at a time, as far as the Grid's own `pull_messages` goes.
-    """
-
-    def __init__(self, grid: Grid, clock: Clock, deadline: float) -> None:
-        self._grid, self._clock, self._deadline = grid, clock, deadline
-        self._started = clock.now()
-        self._unsent: list[int] = []
-        self._sent: dict[str, tuple[int, float]] = {}
-        self._quiet = False
-
-    def send(
-        self, kind: str, requests: Mapping[int, RecordDict], *, patience: float = math.inf
-    ) -> None:
-        """Send each node its request, and wait at most `patience` seconds for the answer to it."""
-        if not requests:
-            return
-        now = self._clock.now()
-        end = min(self._deadline, now + patience)
-        messages = [
-            self._grid.create_message(records, kind, node, group_id="", ttl=max(1.0, end - now))
-            for node, records in requests.items()
-        ]
-        identities = list(self._grid.push_messages(messages)) or [""] * len(messages)
-        for identity, node in zip(identities, requests, strict=True):
-            if identity:
-                self._sent[identity] = node, end
-            else:
-                self._unsent.append(node)
-
-    @property
-    def open(self) -> bool:
-        """Whether an answer can still come."""
-        waits = bool(self._sent) and self._clock.now() < self._deadline
-        return waits or bool(self._unsent)
-
-    def answers(self) -> Iterator[tuple[int, RecordDict | None]]:
-        """What has come since the last time.
-
-        None for a node whose message could not be sent, that answers with an error, or with
-        which the patience, not the deadline, is at its end.
-        """
-        unsent, self._unsent = self._unsent, []
-        yield from ((node, None) for node in unsent)
-        self._quiet = not unsent
-        if not self._sent:
-            return
-        for reply in self._grid.pull_messages(list(self._sent)):
-            node, _ = self._sent.pop(reply.metadata.reply_to_message_id, (None, 0.0))
-            if node is not None:
-                self._quiet = False
-                yield node, _content(reply)
-        now = self._clock.now()
-        for identity in [i for i, (_, end) in self._sent.items() if end <= now < self._deadline]:
-            yield self._sent.pop(identity)[0], None
-
-    def rest(self) -> None:
-        """Sleep a moment, unless something has just come or nothing is waited for."""
-        if self._quiet and self._sent:
-            passed = self._clock.now() - self._started
-            self._clock.sleep(min(_LONGEST_SLEEP, max(0.001, _SLEEP_SHARE * passed)))
-
-
-def names_of(grid: Grid) -> Callable[[int], str]:
-    """How people call a node: by the name under which it was enrolled, where it has one."""
-    names = {node.node_id: node.name for node in grid.get_nodes()}
-    return lambda node_id: names.get(node_id) or f"node {node_id}"
 
 
 def _says_closed(reply: RecordDict | None, digest: str) -> bool:
@@ -643,7 +629,3 @@ def _restored(spec: RunSpec, start: Arrays, found: Checkpoint | None) -> RunStat
         stopping=EarlyStopping.from_json(found.notes["stopping"]),
         history=[dict(row) for row in found.history],
     )
-
-
-def _content(reply: Message) -> RecordDict | None:
-    return reply.content if reply.has_content() else None

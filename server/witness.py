@@ -80,7 +80,7 @@ class WitnessBook:
             f"site {site!r}: its ledger is at entry {entry_of(shown)}, but was seen at entry "
             f"{entry_of(before)} before, and does not lead there: it was put back, or made anew. "
             "Have its security officer look with `cloister node audit` and go on with `cloister "
-            f"node recover`, and give both the witness {before}. If the site was set up anew on "
+            f"node recover`, each with --witness {before}. If the site was set up anew on "
             f"purpose, take {site!r} out of {self.path}"
         )
 

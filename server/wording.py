@@ -113,6 +113,8 @@ def setting(value: Any) -> str:
             return "yes" if value else "no"
         case list() | tuple():
             return ", ".join(map(setting, value))
+        case dict():
+            return ", ".join(f"{key} {setting(entry)}" for key, entry in value.items())
         case float():
             return f"{value:g}"
     return str(value)
@@ -182,16 +184,16 @@ def claim(record: RunRecord) -> tuple[str, ...]:
 
 
 def pacing(spend: Spend) -> str:
-    """Whether a site's replies were held to a slot."""
-    return "held to a slot" if spend.paced else "as they came"
+    """Whether a site's replies were held to a slot, in a word."""
+    return "paced" if spend.paced else "unpaced"
 
 
 def timing(record: RunRecord) -> tuple[str, ...]:
     """What the times of the replies say, in a sentence for each kind of site."""
     said = {
-        True: "were held to a slot: as long as training fits into it, how long it took says "
-        "nothing about the cohort.",
-        False: "left when they were ready: how long training took says something about the cohort.",
+        True: "were paced, each held to a slot: as long as training fits into it, how long it "
+        "took says nothing about the cohort.",
+        False: "were not paced: how long training took says something about the cohort.",
     }
     sites = sorted(record.privacy.sites.items())
     named = {kind: [name for name, spend in sites if spend.paced is kind] for kind in said}

@@ -379,7 +379,7 @@ def test_a_simulation_is_never_paced_and_says_so(write_run: Write, run: Any):
     folder = run(write_run(changes=[("rounds = 3", "rounds = 1")]))
     sites = json.loads((folder / "privacy.json").read_text())["sites"]
     assert [site["paced"] for site in sites.values()] == [False, False]
-    told = "Replies of every site left when they were ready: how long training took says something"
+    told = "Replies of every site were not paced: how long training took says something"
     assert told in (folder / "report.html").read_text()
     assert told in (folder / "model_card.md").read_text()
 

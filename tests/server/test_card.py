@@ -58,11 +58,11 @@ def test_both_forms_say_of_each_site_whether_its_replies_were_paced(build_run, p
     privacy = json.loads(files.json.read_text())["privacy"]
     assert {name for name, site in privacy["sites"].items() if site["paced"]} == {"Southbank"}
     held, free = privacy["timing"]
-    assert "Southbank were held to a slot" in held
-    assert "St Brigid and Westmoor left when they were ready: how long training took says" in free
+    assert "Southbank were paced" in held
+    assert "St Brigid and Westmoor were not paced: how long training took says" in free
     text = files.markdown.read_text()
-    assert re.search(r"^\| Southbank \|.* held to a slot \|$", text, re.MULTILINE)
-    assert re.search(r"^\| Westmoor \|.* as they came \|$", text, re.MULTILINE)
+    assert re.search(r"^\| Southbank \|.* paced \|$", text, re.MULTILINE)
+    assert re.search(r"^\| Westmoor \|.* unpaced \|$", text, re.MULTILINE)
     assert f"- {free}" in text
 
 

@@ -100,23 +100,18 @@ def test_privacy_names_everything_that_was_spent(build_run):
     assert "Patients of the central evaluation cohort are not covered" in text
 
 
-FREE = "left when they were ready: how long training took says something about the cohort."
-HELD = "were held to a slot: as long as training fits into it, how long it took says nothing"
+FREE = "were not paced: how long training took says something about the cohort."
+HELD = "were paced, each held to a slot: as long as training fits into it, how long it took says"
 ALL = ("Northgate University Hospital", "Southbank", "St Brigid", "Westmoor")
 
 
 @pytest.mark.parametrize("protection", ["protected", "seeded", "none"])
 def test_it_says_of_each_site_whether_its_replies_were_paced(build_run, protection):
     text = read(build_run(protection=protection, rounds=2, paced=("Southbank", "Westmoor"))).text
-    assert f"Replies of Southbank and Westmoor {HELD} about the cohort." in text
+    assert f"Replies of Southbank and Westmoor {HELD} nothing about the cohort." in text
     assert f"Replies of Northgate University Hospital and St Brigid {FREE}" in text
     rows = text[text.index("Replies Northgate") : text.index("Replies of")]
-    assert re.findall(r"held to a slot|as they came", rows) == [
-        "as they came",
-        "held to a slot",
-        "as they came",
-        "held to a slot",
-    ]
+    assert re.findall(r"\b(?:un)?paced", rows) == ["unpaced", "paced", "unpaced", "paced"]
 
 
 @pytest.mark.parametrize(("paced", "said", "unsaid"), [((), FREE, HELD), (ALL, HELD, FREE)])

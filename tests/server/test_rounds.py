@@ -390,8 +390,8 @@ def test_whether_replies_were_paced_is_recorded_for_each_site_over_the_whole_run
     recorded = {name: site["paced"] for name, site in run.file("privacy.json")["sites"].items()}
     assert recorded == {"a": True, "b": False, "c": False}  # one answer in its time tells
     page = (run.folder / "report.html").read_text()
-    assert "Replies of a were held to a slot" in page
-    assert "Replies of b and c left when they were ready" in page
+    assert "Replies of a were paced" in page
+    assert "Replies of b and c were not paced" in page
 
 
 # --- One site of three does wrong ---------------------------------------------------------------
