@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from importlib.metadata import version
 from pathlib import Path
 
@@ -50,7 +50,8 @@ class Asked:
     def digest(self) -> str:
         """SHA-256 over all of it."""
         epsilon = None if self.epsilon is None else f"{self.epsilon:.4f}"
-        shown = [self.version, self.spec.digest, self.cohort, epsilon]
+        does = [(part, astuple(mechanism), rounds) for part, mechanism, rounds in self.shares]
+        shown = [self.version, self.spec.digest, self.cohort, epsilon, does]
         return hashlib.sha256(json.dumps(shown).encode()).hexdigest()
 
 
