@@ -325,6 +325,15 @@ def masked(proto: Any, asked: Message) -> bytes:
     return content
 
 
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Two threads wait longer for each other than so small a network takes to train."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture
 def make_node(
     tmp_path: Path, make_spec: Spec, make_policy: Any, write_cohort: Any, global_weights: Any
