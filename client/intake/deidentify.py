@@ -14,9 +14,13 @@ from typing import Protocol
 
 import numpy as np
 from pydicom.dataset import Dataset
+from pydicom.uid import UID
 
+from client.intake.deid.vocabulary import terms
 from client.intake.keys import SiteKey
 from client.intake.pixels import Floats
+
+_SHORT = 5
 
 
 @dataclass(frozen=True)
@@ -79,6 +83,21 @@ def text_of(dataset: Dataset, keyword: str) -> str:
         return ""
     parts = [value] if isinstance(value, str | int | float) else list(value)
     return "\\".join(map(str, parts)).strip(" \0\t\r\n")
+
+
+def quoted(text: str) -> str:
+    """A value as a reason may show it: a technical term, a short number, or not at all.
+
+    In a file that is broken or hostile any attribute may hold a name.
+    """
+    short = text.removeprefix("-").isdecimal() and len(text) <= _SHORT
+    return repr(text) if not text or short or text in terms() else "a text that is not shown here"
+
+
+def registered_name(uid: str) -> str:
+    """The standard's name for a UID, in quotes; whatever else stands in its place is not shown."""
+    name = UID(uid).name
+    return repr(name) if name != uid else "one that the standard does not register"
 
 
 def _digest(pixels: Floats) -> str:

@@ -263,6 +263,6 @@ def _labels_without_image(labels: LabelTable, used: set[int]) -> Iterator[NotUse
 
 
 def _brief(error: Exception) -> str:
-    """The kind of an error and the first line of its text."""
-    lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0][:200]}".rstrip(": ")
+    """The kind of an error; its text only from the system, for others quote what they read."""
+    told = isinstance(error, OSError) and error.strerror
+    return f"{type(error).__name__}: {told}" if told else type(error).__name__

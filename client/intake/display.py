@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from pydicom.dataset import Dataset
 from pydicom.pixels.processing import apply_color_lut
 
-from client.intake.deidentify import text_of
+from client.intake.deidentify import quoted, text_of
 from client.intake.pixels import Floats, clipped, shown, stretch
 from common.errors import IntakeError
 
@@ -64,8 +64,8 @@ def brightness(stored: NDArray[Any], header: Dataset, frame: int, rule: Rule) ->
     if photometric in _GREY and stored.ndim == 2:
         return _grey(stored, attributes, rule, inverted=photometric == "MONOCHROME1")
     raise IntakeError(
-        f"its photometric interpretation is {photometric!r}, of pixels of shape {stored.shape}; "
-        f"expected one of {', '.join((*_GREY, 'PALETTE COLOR', *_COLOUR))}"
+        f"its photometric interpretation is {quoted(photometric)}, of pixels of shape "
+        f"{stored.shape}; expected one of {', '.join((*_GREY, 'PALETTE COLOR', *_COLOUR))}"
     )
 
 
@@ -132,7 +132,7 @@ def _windowed(values: Floats, centre: float, width: float, function: str) -> Flo
         return clipped(1 / (1 + np.exp(np.clip(-4 * (values - centre) / width, -80, 80))))
     if function in ("LINEAR", "LINEAR_EXACT", "SIGMOID"):
         return None
-    raise IntakeError(f"its VOI LUT function is {function!r}; expected LINEAR or SIGMOID")
+    raise IntakeError(f"its VOI LUT function is {quoted(function)}; expected LINEAR or SIGMOID")
 
 
 def _padding(stored: NDArray[Any], header: Dataset) -> NDArray[np.bool_]:

@@ -32,7 +32,7 @@ from pydicom.uid import (
 )
 
 from client.intake.codestream import claimed_size
-from client.intake.deidentify import text_of
+from client.intake.deidentify import quoted, registered_name, text_of
 from common.errors import IntakeError
 
 _PREFIX_AT, _PREFIX = 128, b"DICM"
@@ -202,7 +202,7 @@ class FrameDecoder:
             get_decoder(syntax)
         except NotImplementedError as error:
             raise IntakeError(
-                f"its transfer syntax is {syntax.name!r}, which cannot be decoded here"
+                f"its transfer syntax is {registered_name(syntax)}, which cannot be decoded here"
             ) from error
         if not syntax.is_encapsulated:
             self._check_complete()
@@ -300,10 +300,10 @@ def _count(header: Dataset, keyword: str, default: int | None = None) -> int:
     if not text and default is not None:
         return default
     if not text.isdecimal() or int(text) < 1:
-        raise IntakeError(f"its {keyword} is {text!r}; expected a number of at least 1")
+        raise IntakeError(f"its {keyword} is {quoted(text)}; expected a number of at least 1")
     return int(text)
 
 
 def _class_name(header: Dataset) -> str:
     uid = text_of(header, "SOPClassUID")
-    return UID(uid).name if uid else "no SOP class"
+    return registered_name(uid).strip("'") if uid else "no SOP class"

@@ -7,9 +7,8 @@ radiotherapy objects, waveforms, segmentations and whatever the standard comes t
 from __future__ import annotations
 
 from pydicom.dataset import Dataset
-from pydicom.uid import UID
 
-from client.intake.deidentify import text_of
+from client.intake.deidentify import registered_name, text_of
 from common.errors import IntakeError
 
 _STORAGE = "1.2.840.10008.5.1.4.1.1."
@@ -48,9 +47,7 @@ def check_class(header: Dataset) -> None:
     uid = text_of(header, "SOPClassUID")
     if uid in ALLOWED:
         return
-    name = UID(uid).name
-    what = name if name != uid else "one that the standard does not register"
+    seen = registered_name(uid) if uid else "missing"
     raise IntakeError(
-        f"its SOP class is {what if uid else 'missing'}; expected one of the classes of images "
-        "that are taken in"
+        f"its SOP class is {seen}; expected one of the classes of images that are taken in"
     )

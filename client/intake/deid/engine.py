@@ -16,6 +16,8 @@ from pydicom.uid import UID
 from client.intake.deid.burned_in import risk_of
 from client.intake.deid.classes import check_class
 from client.intake.deid.faces import shows_face
+from client.intake.deid.findtext import find_text
+from client.intake.deid.graphics import clean_overlays
 from client.intake.deid.pixeldata import CleanPixels, PixelCleaner
 from client.intake.deid.profile import Profile
 from client.intake.deid.rules import Rule
@@ -126,6 +128,10 @@ class Engine:
         account = Account()
         clean = self._walk(header, account)(header)
         _put_pixels(clean, pixels, account)
+        if self.profile.clean_graphics:
+            account.counts["overlays: box blanked", "OverlayData"] += clean_overlays(
+                clean, find_text
+            )
         stamp(clean, self.profile, face=shows_face(header))
         meta = self.file_meta(clean, pixels.syntax)
         dataset = FileDataset("", clean, preamble=_PREAMBLE, file_meta=meta)

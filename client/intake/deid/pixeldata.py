@@ -23,7 +23,7 @@ from client.intake.deid.burned_in import Box, outside_regions
 from client.intake.deid.codestrip import stripped
 from client.intake.deid.findtext import find_text
 from client.intake.deid.profile import Profile
-from client.intake.deidentify import text_of
+from client.intake.deidentify import quoted, text_of
 from client.intake.part10 import DicomFile, FrameDecoder, Geometry, Limits, PixelElement
 from common.errors import IntakeError
 
@@ -143,7 +143,7 @@ def _check_described(header: Dataset, element: PixelElement) -> None:
     stored, high = (text_of(header, name) for name in ("BitsStored", "HighBit"))
     if not (stored.isdecimal() and high.isdecimal() and int(high) == int(stored) - 1):
         raise IntakeError(
-            f"its pixels have {stored or 'no'} bits stored and high bit {high or 'none'}; "
+            f"its BitsStored is {quoted(stored)}, its HighBit {quoted(high)}; "
             "expected the high bit to be one less"
         )
 

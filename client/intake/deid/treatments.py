@@ -13,6 +13,7 @@ from pydicom.dataelem import DataElement
 from pydicom.sequence import Sequence
 
 from client.intake.deid import values
+from client.intake.deid.graphics import KEYWORDS
 from client.intake.deid.lookup import colour_profile, cut_table
 from client.intake.deid.profile import PrivateElement
 from client.intake.deid.rules import CODE_KEYWORDS, OF_ACTION, Rule, Scope, code_of
@@ -104,10 +105,7 @@ def keep(scope: Scope, element: DataElement) -> DataElement | None:
 
 
 def clean(scope: Scope, element: DataElement) -> DataElement | None:
-    """Dates on another day, of texts the technical words (C); what nothing cleans is as in Basic.
-
-    An overlay's bitmap stands here only until the detector has looked at it.
-    """
+    """Dates on another day, of texts the technical words (C); all else is as in Basic."""
     row = standard_table().find(element.tag)
     if element.VR == "SQ":
         return clean_sequence(scope, element)
@@ -115,20 +113,19 @@ def clean(scope: Scope, element: DataElement) -> DataElement | None:
         return _clean_overlay(element)
     if row.is_date:
         return _move(scope, element, row)
-    if element.VR in values.TEXTS:
+    if element.VR in values.TEXTS and element.tag.group >> 8 != 0x50:
         return _new(element, [words_of(str(value)) for value in values.values_of(element)])
-    if element.VR == "CS":
-        return keep_terms(scope, element)
     return _as_in_basic(scope, element, row)
 
 
 def _clean_overlay(element: DataElement) -> DataElement | None:
-    """Numbers and the bitmap of an overlay (PS3.3 C.9.2), none of its texts."""
-    if element.VR in ("US", "SS", "OB", "OW"):
-        return DataElement(element.tag, element.VR, element.value)
-    if element.keyword in ("OverlayType", "OverlaySubtype"):
-        return _new(element, values.kept_terms(values.values_of(element)))
-    return None
+    """What an overlay's bitmap needs; the bitmap itself is cleaned when the walk is over."""
+    if element.keyword not in KEYWORDS:
+        return None
+    if element.VR in ("CS", "IS"):
+        known = values.kept_terms if element.VR == "CS" else values.whole_numbers
+        return _new(element, known(values.values_of(element)))
+    return DataElement(element.tag, element.VR, element.value)
 
 
 def _move(scope: Scope, element: DataElement, row: Row) -> DataElement | None:

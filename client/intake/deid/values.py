@@ -82,6 +82,12 @@ def is_well_formed(representation: str, values: Sequence[Any]) -> bool:
     return form is None or all(form(str(value).strip(" \0")) for value in values)
 
 
+def whole_numbers(values: Iterable[Any]) -> list[str]:
+    """Numbers of frames and the like, of at most five digits; others become empty."""
+    texts = [str(value).strip(" \0") for value in values]
+    return [text if text.isdecimal() and len(text) <= 5 else "" for text in texts]
+
+
 def kept_terms(values: Iterable[Any]) -> list[str]:
     """Those values that are terms of the list, one for one; the others become empty."""
     texts = [str(value).strip(" \0") for value in values]
