@@ -33,6 +33,7 @@ ONLY_IN = {
         "deploy/simulation*.py",
         "server/app.py",
         "server/coordinator.py",
+        "server/post.py",
         "server/rounds.py",
     ),
     "opacus": ("client/training.py",),
