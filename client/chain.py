@@ -100,6 +100,7 @@ class Chain:
         partial.touch(mode=0o600)
         try:
             with closing(sqlite3.connect(partial)) as database:
+                database.execute("PRAGMA journal_mode=WAL")  # from now on; opening changes nothing
                 database.executescript(_SCHEMA)
                 database.execute(_WRITE, _Keys(key).sealed(first, _BEGIN, _BEGIN))
                 database.commit()
@@ -315,7 +316,6 @@ def _connect(path: Path) -> sqlite3.Connection:
         (version,) = database.execute("PRAGMA user_version").fetchone()
         if version != FORMAT:
             raise LedgerError(f"{path}: format {version}, this version reads {FORMAT}; {WAY_OUT}")
-        database.execute("PRAGMA journal_mode=WAL")
         database.execute("PRAGMA synchronous=FULL")
     except sqlite3.Error as error:
         database.close()

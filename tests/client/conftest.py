@@ -1,10 +1,13 @@
-"""A site under observation: its trainer, and each step as the optimiser sees it."""
+"""A site under observation: its trainer, each step as the optimiser sees it, and its ledger."""
 
 from __future__ import annotations
 
+import shutil
+import sqlite3
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,9 +17,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.optim import optimizer as torch_optimizer
 
+from client.book import Limit
+from client.keyfile import NodeKey
+from client.ledger import Ledger, Place, Signed, TaskKey
 from client.training import Compute, LocalTrainer
-from common.accounting import planned
+from client.witness import Witness, Witnesses
+from common.accounting import Share, SubsampledGaussian, planned
 from common.cohort import Cohort
+from common.errors import LedgerError
 from common.spec import RunSpec
 
 
@@ -84,3 +92,75 @@ def make_trainer() -> Callable[..., LocalTrainer]:
         )
 
     return make
+
+
+# --- A ledger that has seen everything ----------------------------------------------------------
+
+LIVED_KEY = NodeKey(bytes(range(32)))
+LIVED_RUNS = tuple(letter * 64 for letter in "abcd")
+LIVED_MECHANISM = SubsampledGaussian(0.1, 1.5, 4, "patient")
+
+
+@pytest.fixture(scope="session")
+def _lived(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Made once: every ledger has to be written to disk, entry by entry."""
+    home = tmp_path_factory.mktemp("lived")
+    place = Place(home / "ledger", LIVED_KEY, home / "ledger.witness")
+    ledger, signed = Ledger.create(place, site="north", by="x"), Signed("a person", "a reason")
+    ledger.set_budget(Limit(3.0, 1e-5, 8.0), signed)
+    ledger.admit("c" * 64, signed)
+    first, second, third, fourth = LIVED_RUNS
+    ledger.decide(first, approved=True, approval="d" * 64, signed=signed, name="first")
+    ledger.decide(second, approved=False, approval="d" * 64, signed=signed, name="second")
+    for run in (first, third, fourth):
+        ledger.earmark(run, [Share("training", LIVED_MECHANISM, 5)], name="run", run_id=run[:8])
+    for number in (1, 2):
+        task = TaskKey(first, "training", number, str(number) * 64)
+        attempt = ledger.reserve(task, LIVED_MECHANISM, cohort="c" * 64)
+        ledger.commit(attempt, f"release {number}".encode() * 20)
+    ledger.reserve(TaskKey(first, "training", 3, "3" * 64), LIVED_MECHANISM, cohort="c" * 64)
+    ledger.lapse(third)
+    ledger.close(fourth, signed)
+    witness = Witnesses(LIVED_KEY).token(Witness(99, "f" * 64))
+    with pytest.raises(LedgerError):
+        ledger.check_witness(witness)
+    ledger.carry(0.25, signed)
+    ledger.admit("e" * 64, signed)
+    ledger.disconnect()
+    return home
+
+
+@pytest.fixture
+def lived(_lived: Path, tmp_path: Path) -> Place:
+    """Where a ledger lies that holds an entry of every kind, in a folder of its own.
+
+    Its first run has rounds 1 and 2 released and round 3 reserved; its third lapsed, its fourth is
+    closed; it was halted by a witness of entry 99, and carried on at 100.
+    """
+    home = tmp_path / "lived"
+    shutil.copytree(_lived, home)
+    return Place(home / "ledger", LIVED_KEY, home / "ledger.witness")
+
+
+@contextmanager
+def _hand(place: Place) -> Iterator[sqlite3.Connection]:
+    with closing(sqlite3.connect(place.database)) as database:
+        database.execute("PRAGMA synchronous=OFF")  # it is in a hurry
+        found = "SELECT name, sql FROM sqlite_schema WHERE type = 'trigger'"
+        triggers = database.execute(found).fetchall()
+        for name, _ in triggers:
+            database.execute(f"DROP TRIGGER {name}")
+        yield database
+        for _, sql in triggers:
+            database.execute(sql)
+        database.commit()
+        database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+
+
+@pytest.fixture
+def hand() -> Callable[[Place], AbstractContextManager[sqlite3.Connection]]:
+    """`with hand(place) as database:` writes where only a node may, and covers its tracks.
+
+    It takes the triggers away and puts them back; it has everything but the key.
+    """
+    return _hand
