@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Collection
 from hashlib import sha256
 from pathlib import Path
@@ -16,6 +17,7 @@ from common.files import write_durably
 
 _FORMAT = b"CLREL1"
 _NONCE = 12
+_OURS = re.compile(r"([0-9]{8,})\.sealed(\.[0-9]+\.partial)?")
 
 
 class KeptReleases:
@@ -63,8 +65,8 @@ class KeptReleases:
     def drop(self, attempts: Collection[int]) -> None:
         """Forget these, and what a crash left of writing them; other files stay."""
         for path in self._folder.glob("*.sealed*"):
-            number = path.name.partition(".")[0]
-            if number.isdecimal() and int(number) in attempts:
+            found = _OURS.fullmatch(path.name)
+            if found and int(found[1]) in attempts:
                 path.unlink(missing_ok=True)
 
     def _path(self, attempt: int) -> Path:
