@@ -7,8 +7,10 @@ of text and faces; then the pixels; then the header.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import BinaryIO
 
 from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
 from pydicom.uid import UID
@@ -26,7 +28,7 @@ from client.intake.deid.treatments import TREATMENTS, Treatment
 from client.intake.deid.walk import Account, Walk
 from client.intake.deidentify import text_of
 from client.intake.keys import SiteKey
-from client.intake.part10 import DicomFile
+from client.intake.part10 import DicomFile, Directory, Limits
 from client.intake.quiet import quiet
 from common.errors import DataError, IntakeError
 
@@ -55,6 +57,12 @@ def check_patient(header: Dataset, _profile: Profile) -> None:
         raise IntakeError("its patient identifier is blank; expected one in (0010,0020)")
 
 
+def check_instance(header: Dataset, _profile: Profile) -> None:
+    """Refuse what has no name of its own: nothing could be written under it."""
+    if not text_of(header, "SOPInstanceUID"):
+        raise IntakeError("its SOP Instance UID is blank; expected one in (0008,0018)")
+
+
 def check_text(header: Dataset, profile: Profile) -> None:
     """Refuse what the header says has text in its pixels, unless the detector is trusted."""
     reason = risk_of(header)
@@ -77,6 +85,7 @@ def check_faces(header: Dataset, profile: Profile) -> None:
 CHECKS: Mapping[str, Check] = {
     "class": lambda header, _profile: check_class(header),
     "patient": check_patient,
+    "instance": check_instance,
     "text": check_text,
     "faces": check_faces,
 }
@@ -110,15 +119,21 @@ class Engine:
             IntakeError: to keep nothing of it; the text is the reason and says nothing of a
                 patient.
         """
-        try:
-            with quiet():
-                return self._clean(file)
-        except DataError:
-            raise
-        except Exception as error:  # noqa: BLE001
-            # Parsers and codecs raise whatever the bytes of a broken file drive them to, and
-            # quote them: of their errors only the kind may be told.
-            raise IntakeError(f"cannot be read ({type(error).__name__})") from None
+        with _told_by_kind(), quiet():
+            return self._clean(file)
+
+    def clean_stream(self, stream: BinaryIO, limits: Limits | None = None) -> Cleaned:
+        """Parse a file and de-identify it.
+
+        Args:
+            stream: an opened file, bounded by whoever opens it (`BoundedFile`).
+            limits: what the file may ask for.
+
+        Raises:
+            IntakeError: as `clean`; for what is no DICOM file, and for a DICOMDIR, too.
+        """
+        with _told_by_kind(), quiet():
+            return self._clean(DicomFile.parse(stream, limits or Limits()))
 
     def _clean(self, file: DicomFile) -> Cleaned:
         header = file.header
@@ -148,6 +163,22 @@ class Engine:
             treatments=self.treatments,
             account=account,
         )
+
+
+@contextmanager
+def _told_by_kind() -> Iterator[None]:
+    """Parsers and codecs raise whatever the bytes of a broken file drive them to, and quote them.
+
+    Of their errors only the kind may be told.
+    """
+    try:
+        yield
+    except DataError:
+        raise
+    except Directory:
+        raise IntakeError("it is a DICOMDIR, which lists files and is none") from None
+    except Exception as error:  # noqa: BLE001
+        raise IntakeError(f"cannot be read ({type(error).__name__})") from None
 
 
 def _put_pixels(clean: Dataset, pixels: CleanPixels, account: Account) -> None:

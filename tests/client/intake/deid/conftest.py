@@ -14,7 +14,6 @@ from pydicom.dataset import Dataset, FileDataset
 from client.intake.deid.engine import Cleaned, Engine
 from client.intake.deid.profile import Profile
 from client.intake.keys import SiteKey
-from client.intake.part10 import DicomFile, Limits
 
 KEY = SiteKey(bytes(range(32)))
 
@@ -38,7 +37,7 @@ def run(data: bytes | Dataset, engine: Engine | None = None, **profile: Any) -> 
     """De-identify a file, given as bytes or as a data set."""
     engine = engine or Engine(Profile(**profile), KEY)
     source = data if isinstance(data, bytes) else to_bytes(data)
-    cleaned = engine.clean(DicomFile.parse(BytesIO(source), Limits()))
+    cleaned = engine.clean_stream(BytesIO(source))
     written = to_bytes(cleaned.dataset)
     return Result(cleaned, written, dcmread(BytesIO(written)))
 

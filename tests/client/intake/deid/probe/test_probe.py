@@ -111,7 +111,7 @@ def test_without_cleaning_descriptors_leak(probes: Probes, clean: Any, engine: E
     assert first_leak(probes, clean, without)
 
 
-@pytest.mark.parametrize("check", CHECKS)
+@pytest.mark.parametrize("check", sorted(CHECKS.keys() - {"instance"}))
 def test_without_a_check_something_passes_that_should_wait(
     probes: Probes, clean: Any, engine: Engine, check: str
 ) -> None:

@@ -1,0 +1,38 @@
+"""Writing a de-identified object: whole under its own name, or not at all."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from pathlib import Path
+
+from client.intake.deid.engine import Cleaned
+from client.intake.quiet import quiet
+from common.errors import IntakeError
+
+
+def save(cleaned: Cleaned, folder: Path) -> Path:
+    """Write an object into a folder under a name made of its new UID, mode 0600.
+
+    An object that is there already under that name is replaced: it is the same one.
+
+    Raises:
+        IntakeError: if it cannot be encoded or the disk refuses; nothing is left.
+    """
+    target = folder / cleaned.name
+    partial = folder / f".{cleaned.name}.{secrets.token_hex(8)}"
+    try:
+        descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with quiet(), os.fdopen(descriptor, "wb") as file:
+            cleaned.dataset.save_as(file, enforce_file_format=True)
+            file.flush()
+            os.fsync(file.fileno())
+        os.rename(partial, target)
+    except OSError as error:
+        raise IntakeError(f"{target}: cannot be written ({error.strerror})") from None
+    except Exception as error:  # noqa: BLE001
+        # An encoder quotes the value that it cannot encode.
+        raise IntakeError(f"{target}: cannot be encoded ({type(error).__name__})") from None
+    finally:
+        partial.unlink(missing_ok=True)
+    return target
