@@ -40,21 +40,17 @@ app = ClientApp()
 def register(client_app: ClientApp, gate_of: GateOf) -> None:
     """Answer the requests of the protocol on `client_app` by the gate of the context."""
 
-    @client_app.evaluate("count")
-    def count(message: Message, context: Context) -> Message:
-        return Message(answer(message.content, lambda: gate_of(context)), reply_to=message)
+    def reply(message: Message, context: Context) -> Message:
+        asked = message.content if message.has_content() else RecordDict()
+        return Message(answer(asked, lambda: gate_of(context)), reply_to=message)
 
-    @client_app.query("invite")
-    def invite(message: Message, context: Context) -> Message:
-        return Message(answer(message.content, lambda: gate_of(context)), reply_to=message)
-
-    @client_app.query("close")
-    def close(message: Message, context: Context) -> Message:
-        return Message(answer(message.content, lambda: gate_of(context)), reply_to=message)
-
-    @client_app.train("step")
-    def step(message: Message, context: Context) -> Message:
-        return Message(answer(message.content, lambda: gate_of(context)), reply_to=message)
+    for kind in (
+        client_app.query("invite"),
+        client_app.train("step"),
+        client_app.evaluate("count"),
+        client_app.query("close"),
+    ):
+        kind(reply)
 
 
 def answer(records: RecordDict, gate_of: Callable[[], Gate]) -> RecordDict:

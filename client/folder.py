@@ -89,14 +89,28 @@ class NodeFolder:
         """Make the key and an empty ledger with this policy's budget.
 
         Raises:
-            ConfigError, LedgerError: if one of them is there already.
+            ConfigError: if one of them is there already, or was once; nothing has changed then.
         """
+        self._check_new()
         NodeKey.create(self.path / KEY_FILE)
         ledger = Ledger.create(self.place, site=self.policy.site, by=by)
         budget = self.policy.budget
         if budget is not None:
             ledger.set_budget(budget.limit, Signed(by, "the node was set up"))
         return ledger
+
+    def _check_new(self) -> None:
+        """A budget that begins anew beside what another ledger spent would be no budget."""
+        folder, key = self.path / LEDGER, self.path / KEY_FILE
+        there = [path for path in (folder, key) if path.exists()]
+        if self.witness.exists() and self.witness.stat().st_size:
+            there.append(self.witness)
+        if there:
+            raise ConfigError(
+                f"{', '.join(map(str, there))}: there already, of this node or of another; put "
+                "back what is missing beside it, or sign for what was spent with `cloister node "
+                "recover`; a new node takes a folder and a witness file of its own"
+            )
 
 
 def check_budget(policy: Policy, booked: Limit | None) -> None:

@@ -14,6 +14,7 @@ from client.policy import Policy
 from client.training import Compute, LocalTrainer, best_device
 from common.accounting import SubsampledGaussian
 from common.cohort import Cohort
+from common.errors import CohortError
 from common.messages import Arrays
 from common.noise import Keystream
 from common.spec import RunSpec
@@ -38,6 +39,18 @@ class NodeHome(NodeFolder):
         """What happened in each round, for the hospital itself."""
         return Diary(self.path / "runs")
 
+    def check_cohort(self, digest: str) -> None:
+        """Check that the cohort on the disk, where pixels are read, is the one that was opened.
+
+        Raises:
+            CohortError: if it is another one.
+        """
+        if cohort_digest(self.cohort_path) != digest:
+            raise CohortError(
+                f"{self.cohort_path}: another cohort lies there than when the node was started; "
+                "look at it with `cloister node check`, admit it, and start the node again"
+            )
+
     def gate(self) -> Gate:
         """The gate of this node, for its worker process.
 
@@ -48,11 +61,12 @@ class NodeHome(NodeFolder):
         """
         ledger, policy = self.ledger(), self.policy
         check_budget(policy, ledger.book.limit)
-        compute = compute_of(policy)
+        compute, admitted = compute_of(policy), cohort_digest(self.cohort_path)
         whole = Cohort.open(self.cohort_path)
         cohort, held_out = whole.with_split("", "train"), whole.with_split("test")
 
         def trainer_for(spec: RunSpec, mechanism: SubsampledGaussian | None) -> LocalTrainer:
+            self.check_cohort(admitted)
             cohort.check_fits(spec)
             return LocalTrainer(
                 spec,
@@ -62,7 +76,7 @@ class NodeHome(NodeFolder):
                 compute=compute,
             )
 
-        site = Site(policy, ledger, cohort_digest(self.cohort_path), self.requests, self.diary)
+        site = Site(policy, ledger, admitted, self.requests, self.diary)
         return Gate(site, trainer_for=trainer_for, counter=counter_of(held_out, compute))
 
 
