@@ -13,8 +13,8 @@ What it promises:
 - **One model in memory.** Updates are folded in as they come (robust rules excepted).
 - **Killed at any point**, a run goes on after its last finished round with the same weights.
 - **A ledger that was put back is noticed**, here or at its own node (`server.witness`).
-- **What ended is said.** After the result is on disk, and not before, the sites are told that the
-  run is over, so that nothing stays set aside for it there.
+- **What ended is said.** After the result is on disk and nothing is left to ask, the sites are
+  told that the run is over, so that nothing stays set aside for it there.
 """
 
 from __future__ import annotations
@@ -267,8 +267,8 @@ class FederatedRun:
                 if self._finished:
                     break
         weights = self._conclude()
-        self._evaluate_at_sites(grid, sites, weights)
-        self._close(grid)
+        if self._evaluated_at_sites(grid, sites, weights):
+            self._close(grid)
 
     @property
     def _finished(self) -> bool:
@@ -488,19 +488,22 @@ class FederatedRun:
             yield from post.answers()
             post.rest()
 
-    def _evaluate_at_sites(self, grid: Grid, sites: Mapping[str, Site], weights: Arrays) -> None:
+    def _evaluated_at_sites(self, grid: Grid, sites: Mapping[str, Site], weights: Arrays) -> bool:
         """Ask for counts of the sites' held-out patients, if the run does and they are not here.
 
-        A site that gives none is in the result by name with the reason. If too few sites are
-        there, the result is written without them, and resuming the run asks again.
+        A site that gives none is in the result by name with the reason.
+
+        Returns:
+            Whether nothing is left to ask; False if too few sites are there: the result stands
+            without their counts, and resuming the run asks again.
         """
         if self._spec.evaluation.federated is None or self._journal.has_federated:
-            return
+            return True
         try:
             sites = sites or self._invite(grid)
         except RunError as error:
             log.warning("no federated evaluation: %s; resume the run to ask again", error)
-            return
+            return False
         names = {site.node_id: name for name, site in sites.items()}
         tables: dict[str, NDArray[np.float64]] = {}
         refused = dict.fromkeys(sites, "no answer before the deadline")
@@ -513,6 +516,7 @@ class FederatedRun:
             except PeerError as error:
                 refused[names[node_id]] = str(error)
         self._journal.federate(result_of(self._spec, tables, refused))
+        return True
 
     def _counting(self, sites: Mapping[str, Site], weights: Arrays) -> dict[int, RecordDict]:
         """The task of each node, with its site's witness; all share one record of the weights."""

@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from client.keyfile import NodeKey
+from client.ledger import Ledger, Place
 from common.errors import RunError
-from deploy.simulation import prepare, simulate
+from deploy.simulation import load, prepare, simulate
 
 pytestmark = pytest.mark.slow
 
@@ -50,6 +52,11 @@ def test_ray_gives_the_weights_of_the_local_engine(
     assert json.loads((local / "privacy.json").read_text()) == json.loads(
         (on_ray / "privacy.json").read_text()
     )
+    for folder in (local, on_ray):  # and the sites have heard the end
+        for site in ("north", "south"):
+            place = folder / "sites" / site
+            ledger = Ledger(Place(place, NodeKey.read(place / "node.key")))
+            assert ledger.book.run(load(folder)[0].digest).state == "closed"
 
 
 @pytest.mark.usefixtures("ray")

@@ -28,6 +28,7 @@ from common.errors import RefusalCode, RunError
 from common.messages import (
     Closed,
     Closing,
+    Counts,
     EvaluationTask,
     Invitation,
     NodeCard,
@@ -37,13 +38,14 @@ from common.messages import (
     read_request,
 )
 from common.spec import RunSpec
+from common.tasks import counts
 from server.evaluation import CentralEvaluator
 from server.rounds import Conduct, FederatedRun
 
 Arrays = dict[str, NDArray[np.float32]]
 Request = Invitation | TrainTask | EvaluationTask | Closing
 
-INVITED, CLOSED = 0, -1
+INVITED, CLOSED, COUNTED = 0, -1, -2
 """What stands for a round in a site's script, and in what was asked, where there is none."""
 
 # --- Doubles ----------------------------------------------------------------------------------
@@ -71,7 +73,8 @@ ERROR = Say(records=None)
 def number_of(request: Request) -> int:
     if isinstance(request, TrainTask):
         return request.round_number
-    return CLOSED if isinstance(request, Closing) else INVITED
+    kinds = {Invitation: INVITED, Closing: CLOSED, EvaluationTask: COUNTED}
+    return kinds[type(request)]
 
 
 def witness(entry: int, head: str = "a") -> str:
@@ -97,7 +100,7 @@ class Site:
     given: list[str] = field(default_factory=list)
 
     def hear(self, request: Request) -> Say:
-        if isinstance(request, TrainTask):
+        if isinstance(request, TrainTask | EvaluationTask):
             self.given.append(request.witness)
         told = self.script.get(number_of(request), Site.honest)
         return told(self, request)
@@ -107,6 +110,8 @@ class Site:
             return Say(self.card(request.spec).to_records())
         if isinstance(request, Closing):
             return Say(Closed(digest=request.digest).to_records())
+        if isinstance(request, EvaluationTask):
+            return Say(self.counts(request.spec).to_records())
         return Say(self.release(request).to_records())
 
     def card(self, spec: RunSpec) -> NodeCard:
@@ -118,6 +123,11 @@ class Site:
             paced=self.paced,
             witness=self.witness,
         )
+
+    def counts(self, spec: RunSpec) -> Counts:
+        mechanism = accounting.evaluation_of(spec)
+        assert mechanism is not None
+        return Counts(spec.digest, mechanism, np.ones(counts.shape(spec), dtype=np.float32))
 
     def release(self, task: TrainTask) -> Release:
         whole = accounting.planned(task.spec, self.declared_size)
@@ -1024,6 +1034,34 @@ def test_a_run_that_can_be_resumed_is_not_over(conducted: Any):
         run.run_on(grid := run.grid(sites("a", "b")), Watching(stop_after=2))
     assert CLOSED not in {number for _, number in grid.asked}
     assert run.run(*sites("a", "b")).asked == [("a", CLOSED), ("b", CLOSED)]
+
+
+FEDERATED = {"federated": {"noise_multiplier": 2.0, "bins": 10}}
+
+
+def test_the_sites_are_asked_for_their_counts_before_they_are_told_that_the_run_is_over(
+    conducted: Any,
+):
+    run = conducted(rounds=1, evaluation=FEDERATED)
+    site = Site("a", witness=witness(7))
+    grid = run.run(site, Site("b"))
+    assert [n for name, n in grid.asked if name == "a"] == [INVITED, 1, COUNTED, CLOSED]
+    assert site.given == ["", witness(7)]
+    assert run.file("federated.json")["sites"] == {"a": "ok", "b": "ok"}
+
+
+def test_a_run_whose_counts_are_still_to_be_asked_for_is_not_over(conducted: Any):
+    def stop(*_: Any) -> Say:
+        raise KeyboardInterrupt
+
+    run = conducted(rounds=1, evaluation=FEDERATED)
+    with pytest.raises(KeyboardInterrupt):
+        run.run(*sites("a", "b", script={COUNTED: stop}))
+    too_few = run.run(Site("a"))
+    assert too_few.asked == [("a", INVITED)]  # a closed run could not be counted any more
+    asked = [number for name, number in run.run(*sites("a", "b")).asked if name == "a"]
+    assert asked == [INVITED, COUNTED, CLOSED]
+    assert run.file("federated.json")["sites"] == {"a": "ok", "b": "ok"}
 
 
 # --- Stopping and going on ----------------------------------------------------------------------
