@@ -14,7 +14,7 @@ from client.book import Book, Limit, RunBook, Step
 from common import accounting
 
 MOST_MECHANISMS = 16
-"""Distinct ones up to which PLD is reckoned without being asked: some hundredths of a second each."""
+"""Distinct ones up to which PLD is reckoned unasked: some hundredths of a second each."""
 
 _DAYS, _MONTHS = 31, 36
 

@@ -37,7 +37,7 @@ _SHORT = 12
 
 def bullets(lines: Iterable[str], mark: str = "•", style: str = "") -> Table:
     """Lines with a mark before each; what is too long goes on under itself."""
-    grid = Table.grid(padding=(0, 1))
+    grid = _grid()
     for line in lines:
         grid.add_row(Text(f"  {mark}", style=style), Text(line, style=style))
     return grid
@@ -53,7 +53,7 @@ def paragraphs(found: Iterable[Paragraph]) -> Iterator[RenderableType]:
 def findings(heading: str, found: Iterable[Finding]) -> Iterator[RenderableType]:
     """What was looked at, and whether it is as it should be."""
     yield Text(heading, style="bold")
-    grid = Table.grid(padding=(0, 1))
+    grid = _grid()
     for good, text in found:
         grid.add_row(Text("  ✓" if good else "  ✗", style="green" if good else "red"), Text(text))
     yield grid
@@ -61,7 +61,7 @@ def findings(heading: str, found: Iterable[Finding]) -> Iterator[RenderableType]
 
 def facts(rows: Iterable[tuple[str, str]]) -> Table:
     """Names and values, one a line."""
-    grid = Table.grid(padding=(0, 2))
+    grid = _grid(2)
     for name, value in rows:
         grid.add_row(Text(f"  {name}", style="dim"), Text(value))
     return grid
@@ -75,6 +75,14 @@ def data_as_it_is(node: NodeFolder) -> Iterator[RenderableType]:
         return
     yield Text("[data] as the cohort has it:", style="bold")
     yield data_table(meta)
+
+
+def _grid(space: int = 1) -> Table:
+    """Two columns without lines; a path that is too long goes on below."""
+    grid = Table.grid(padding=(0, space))
+    grid.add_column(no_wrap=True)
+    grid.add_column(overflow="fold")
+    return grid
 
 
 # --- One run ------------------------------------------------------------------------------------

@@ -175,7 +175,8 @@ hours = []  # such as ["20:00-06:00"], in this machine's time; empty: always
 {data}
 [release]
 pace = 0.5  # a reply leaves when this part of a round's deadline has passed
-least_slot = 30.0  # seconds
+least_slot = 30.0  # seconds; many short ones would tell the time after all
+greatest_slot = 86400.0  # seconds; meanwhile the node does nothing else
 
 [machine]
 device = "auto"

@@ -206,12 +206,13 @@ def _leaves(policy: Policy) -> Iterator[str]:
         yield (
             f"A reply leaves when {release.pace:.0%} of a round's deadline has passed, or a whole "
             "multiple of that, so that how long training took says nothing. A run with a slot "
-            f"below {release.least_slot:g} s is refused."
+            f"below {release.least_slot:g} s or above {release.greatest_slot:g} s is refused."
         )
     else:
         yield (
             "A reply leaves as soon as it is ready: how long training took can be seen. "
-            f"(least_slot, {release.least_slot:g} s, has no effect.)"
+            f"(least_slot, {release.least_slot:g} s, and greatest_slot, "
+            f"{release.greatest_slot:g} s, have no effect.)"
         )
     yield (
         f"After each entry of its ledger a witness is added to {policy.ledger.witness!r}. Keep "

@@ -45,6 +45,7 @@ CHANGES: dict[str, Any] = {
     "data.preprocessing": "ab" * 32,
     "release.pace": 0.25,
     "release.least_slot": 41.0,
+    "release.greatest_slot": 4321.0,
     "machine.device": "cuda:1",
     "machine.gradient_memory": 999,
     "ledger.witness": "/mnt/log/north",
