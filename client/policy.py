@@ -311,8 +311,9 @@ class Policy(Section):
         for share in shares:
             attempted = known.attempted.get(share.part, 0)
             more += _cost(share.mechanism, max(0, share.rounds - attempted), order)
-        for part, old in known.shares.items():  # what was set aside for it before
-            more -= _cost(old.mechanism, known.remaining(part), order)
+            old = known.shares.get(share.part)
+            if old is not None:  # what was set aside for it before
+                more -= _cost(old.mechanism, known.remaining(share.part), order)
         self._check_total(book, more)
 
     def check_attempt(
@@ -334,7 +335,8 @@ class Policy(Section):
         if share is None:
             return
         again = (part, round_number) in known.attempts
-        extra = _cost(share.mechanism, 1, self._order) if again else 0.0
+        beside = again or not known.remaining(part)  # of what is set aside
+        extra = _cost(share.mechanism, 1, self._order) if beside else 0.0
         self._check_total(book, extra, rounding=_ROUNDING if again else _SET_ASIDE)
         self._check_pace(book, now, share.mechanism)
 
