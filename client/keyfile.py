@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Self
 
 from common.errors import ConfigError
+from common.files import flush_folder
 
 KEY_BYTES = 32
 
@@ -28,6 +29,10 @@ class NodeKey:
     """
 
     secret: bytes = field(repr=False)
+
+    def __post_init__(self) -> None:
+        if len(self.secret) != KEY_BYTES:
+            raise ValueError(f"a key of {len(self.secret)} bytes, expected {KEY_BYTES}")
 
     @classmethod
     def create(cls, path: Path) -> Self:
@@ -72,6 +77,7 @@ def create_key(path: Path) -> bool:
                 file.flush()
                 os.fsync(file.fileno())
             os.link(new, path)
+            flush_folder(path.parent)  # a ledger that outlives its key can never be opened
         except FileExistsError:
             return False  # another process made it in this moment: theirs is used
         finally:
