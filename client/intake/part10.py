@@ -11,6 +11,8 @@ import io
 import os
 import stat
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple
@@ -226,7 +228,8 @@ class FrameDecoder:
         if file.syntax.is_encapsulated:
             self._check_claim(frame, options.get("extended_offsets"))
         file.stream.seek(element.start)
-        array, _ = get_decoder(file.syntax).as_array(file.stream, index=frame, **options)
+        with _without_panic():
+            array, _ = get_decoder(file.syntax).as_array(file.stream, index=frame, **options)
         return array
 
     def _check_claim(self, frame: int, offsets: Any) -> None:
@@ -256,6 +259,17 @@ class FrameDecoder:
             raise IntakeError(
                 f"its pixel data is cut short: {present} bytes, its header describes {expected}"
             )
+
+
+@contextmanager
+def _without_panic() -> Iterator[None]:
+    """A panic of a decoder written in Rust is no `Exception`: it would end the whole intake."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise IntakeError("its compressed image breaks the decoder") from None
 
 
 def _file_meta(stream: BinaryIO) -> Dataset:

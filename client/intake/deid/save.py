@@ -28,11 +28,11 @@ def save(cleaned: Cleaned, folder: Path) -> Path:
             file.flush()
             os.fsync(file.fileno())
         os.rename(partial, target)
-    except OSError as error:
-        raise IntakeError(f"{target}: cannot be written ({error.strerror})") from None
     except Exception as error:  # noqa: BLE001
-        # An encoder quotes the value that it cannot encode.
-        raise IntakeError(f"{target}: cannot be encoded ({type(error).__name__})") from None
+        # Of what an encoder says only the kind: it quotes the value that it cannot encode.
+        system = isinstance(error, OSError) and error.strerror
+        reason = system or f"not encodable, {type(error).__name__}"
+        raise IntakeError(f"{target}: cannot be written ({reason})") from None
     finally:
         partial.unlink(missing_ok=True)
     return target

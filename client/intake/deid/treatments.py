@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from pydicom.datadict import dictionary_has_tag, dictionary_VR
 from pydicom.dataelem import DataElement
 from pydicom.sequence import Sequence
 
@@ -17,7 +18,7 @@ from client.intake.deid.graphics import KEYWORDS
 from client.intake.deid.lookup import colour_profile, cut_table
 from client.intake.deid.profile import PrivateElement
 from client.intake.deid.rules import CODE_KEYWORDS, OF_ACTION, Rule, Scope, code_of
-from client.intake.deid.table import RESOLVED, Row, standard_table
+from client.intake.deid.table import RESOLVED, Action, Row, standard_table
 from client.intake.deid.vocabulary import words_of
 
 Treatment = Callable[[Scope, DataElement], DataElement | None]
@@ -56,6 +57,17 @@ def _emptied(element: DataElement) -> DataElement:
 
 def drop(_scope: Scope, _element: DataElement) -> None:
     """It is not in the new data set."""
+
+
+def empty_unreadable(scope: Scope, element: DataElement) -> DataElement | None:
+    """Nothing of its bytes; if it is the standard's and may stand empty, an empty one."""
+    tag = element.tag
+    if tag.is_private or not dictionary_has_tag(tag):
+        return None
+    row = standard_table().find(tag)
+    if row is not None and scope.profile.action(row) is Action.REMOVE:
+        return None
+    return _emptied(DataElement(tag, dictionary_VR(tag).split(" or ")[0], None))
 
 
 def empty(_scope: Scope, element: DataElement) -> DataElement:
@@ -195,7 +207,7 @@ def replace_colour_profile(_scope: Scope, element: DataElement) -> DataElement:
 
 
 TREATMENTS: Mapping[Rule, Treatment] = {
-    Rule.UNREADABLE: drop,
+    Rule.UNREADABLE: empty_unreadable,
     Rule.STRUCTURE: drop,
     Rule.PRIVATE: keep_safe_private,
     Rule.UNKNOWN: drop,

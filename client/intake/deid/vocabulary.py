@@ -15,7 +15,9 @@ from pydicom.sr import _concepts_dict, _snomed_dict
 from pydicom.uid import UID
 
 NUMBERS_FILE, TERMS_FILE = "numbers.csv", "terms.txt"
-# Other names of SNOMED CT and SNOMED RT in DICOM (PS3.16 8.1).
+_LONGEST = 64
+"""Characters of a code meaning, which is an LO (PS3.5 6.2)."""
+# Names of SNOMED RT in DICOM (PS3.16 8.1).
 _SNOMED_RT = ("SRT", "SNM3", "99SDM")
 
 
@@ -72,7 +74,7 @@ def _meanings() -> dict[tuple[str, str], str]:
 
 def meaning_of(scheme: str, value: str) -> str:
     """The meaning of a code that the standard uses, from the standard; empty for any other."""
-    return _meanings().get((scheme, value), "")
+    return _meanings().get((scheme, value), "")[:_LONGEST]
 
 
 def is_known_uid(uid: str) -> bool:

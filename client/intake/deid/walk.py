@@ -8,6 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from io import BytesIO
 
+from pydicom import config
 from pydicom.datadict import dictionary_has_tag, dictionary_VR, keyword_for_tag
 from pydicom.dataelem import DataElement, RawDataElement
 from pydicom.dataset import Dataset
@@ -21,6 +22,7 @@ from client.intake.deid.rules import CODE_KEYWORDS, Rule, Scope, code_of, is_cod
 from client.intake.deid.treatments import TREATMENTS, Treatment
 from client.intake.keys import SiteKey
 
+_BYTES = frozenset({"OB", "OW", "OL", "OF", "OD", "OV", "UN"})
 _DEEPEST = 24
 """Levels of sequences; what is nested deeper is not kept. No object of PS3.3 has half as many."""
 
@@ -123,10 +125,29 @@ def read_again(level: Dataset, tag: BaseTag) -> DataElement | None:
         raw = level.get_item(tag)
         if isinstance(raw, RawDataElement) and raw.VR == "UN" and raw.value is not None:
             return _settled(_from_unknown(level, raw))
-        return _settled(level[tag])
+        return _settled(_as_the_dictionary_has_it(level[tag]))
     except Exception:  # noqa: BLE001
         # Parsers raise whatever the bytes of a broken element drive them to.
         return None
+
+
+def _as_the_dictionary_has_it(element: DataElement) -> DataElement:
+    """A standard attribute under its own representation, whatever the file calls it.
+
+    Rules look at representations, and a text that is called a date is none.
+
+    Raises:
+        ValueError, TypeError: if its value is not one of that representation.
+    """
+    tag = element.tag
+    if tag.is_private or not dictionary_has_tag(tag) or " or " in element.VR:
+        return element
+    expected = dictionary_VR(tag)
+    if element.VR in expected.split(" or ") or {element.VR, expected} <= _BYTES:
+        return element
+    if "SQ" in (element.VR, expected) or " or " in expected or isinstance(element.value, bytes):
+        raise ValueError("not of its representation")
+    return DataElement(tag, expected, element.value, validation_mode=config.RAISE)
 
 
 def _settled(element: DataElement) -> DataElement | None:

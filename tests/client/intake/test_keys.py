@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import hmac
 import stat
+import uuid
 from pathlib import Path
 
 import pytest
 
-from client.intake.keys import Domain, SiteKey
+from client.intake.keys import MOST_SHIFTED, Domain, SiteKey
 from common.errors import ConfigError
 
 DOMAINS: tuple[Domain, ...] = ("patient", "study", "series", "instance", "order")
@@ -91,3 +92,37 @@ def test_a_folder_is_no_key(tmp_path: Path) -> None:
 
     with pytest.raises(ConfigError, match="cannot be read"):
         SiteKey.from_file(tmp_path)
+
+
+def test_a_uid_stands_for_the_same_original_everywhere() -> None:
+    key = SiteKey(bytes(range(32)))
+
+    one = key.uid("1.2.840.1")
+
+    assert one == key.uid("1.2.840.1") != key.uid("1.2.840.2")
+    assert one != SiteKey.random().uid("1.2.840.1")
+    number = uuid.UUID(int=int(one.removeprefix("2.25.")))
+    assert (number.version, number.variant) == (8, uuid.RFC_4122)
+    assert len(one) <= 64
+
+
+def test_date_shifts_are_within_ten_years_and_never_none() -> None:
+    key = SiteKey(bytes(range(32)))
+
+    shifts = [key.date_shift("", str(number)) for number in range(4000)]
+
+    assert 0 not in shifts
+    assert max(map(abs, shifts)) <= MOST_SHIFTED
+    assert min(shifts) < -3600 < 3600 < max(shifts)
+    assert abs(sum(shifts) / len(shifts)) < 4 * 2109 / 4000**0.5
+    assert key.date_shift("a", "bc") != key.date_shift("ab", "c")
+
+
+def test_every_use_of_the_key_has_its_own_domain() -> None:
+    key = SiteKey(bytes(range(32)))
+    plain = hmac.new(key.secret, b"P", hashlib.sha256).hexdigest()
+
+    pseudonyms = {key.pseudonym(domain, "P") for domain in DOMAINS}
+    uid = f"{int(key.uid('P').removeprefix('2.25.')):032x}"
+
+    assert not {pseudonym[:12] for pseudonym in pseudonyms} & {uid[:12], plain[:12]}

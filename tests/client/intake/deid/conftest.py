@@ -14,6 +14,7 @@ from pydicom.dataset import Dataset, FileDataset
 from client.intake.deid.engine import Cleaned, Engine
 from client.intake.deid.profile import Profile
 from client.intake.keys import SiteKey
+from client.intake.quiet import quiet
 
 KEY = SiteKey(bytes(range(32)))
 
@@ -29,7 +30,8 @@ class Result(NamedTuple):
 def to_bytes(dataset: Dataset) -> bytes:
     """A data set as a file."""
     buffer = BytesIO()
-    dataset.save_as(buffer, enforce_file_format=True)
+    with quiet():
+        dataset.save_as(buffer, enforce_file_format=True)
     return buffer.getvalue()
 
 
