@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import math
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -167,7 +167,7 @@ class Gate:
         result = trainer.train(task.weights, task.round_number, keystream)
         self._warm = task.spec.digest, trainer
         self._log(task, result, self._clock.now() - started)
-        return result.update
+        return _releasable(result.update, models.shapes(task.spec))
 
     def _counted(self, task: EvaluationTask) -> Counts:
         spec, counter = task.spec, self._counter
@@ -311,6 +311,21 @@ def lapse(ledger: Ledger, policy: Policy, clock: Clock) -> None:
     """Take back what is set aside for runs that nobody has asked for in a long time."""
     for run in policy.lapsed(ledger.book, clock.date()):
         ledger.lapse(run)
+
+
+def _releasable(update: Arrays, shapes: Mapping[str, tuple[int, ...]]) -> Arrays:
+    """The update, if it is the network's and nothing beside it.
+
+    Raises:
+        ModelError: naming what is not.
+    """
+    seen = {name: (array.shape, array.dtype) for name, array in update.items()}
+    expected = {name: (shape, np.dtype(np.float32)) for name, shape in shapes.items()}
+    if seen != expected:
+        raise ModelError(f"training gave {seen}, expected {expected}: nothing is released")
+    if not all(np.isfinite(array).all() for array in update.values()):
+        raise ModelError("training gave an update that is not finite: nothing is released")
+    return update
 
 
 def _arrays(release: bytes) -> Arrays:

@@ -285,7 +285,10 @@ class Node:
             def train(self, weights: Any, round_number: int, keystream: Keystream) -> Any:
                 node.time.wait(node.patients)
                 node._fail("training")
-                return super().train(weights, round_number, keystream)
+                result = super().train(weights, round_number, keystream)
+                if node.trouble == "surplus":
+                    return replace(result, update={**result.update, "n": array_of(node.patients)})
+                return result
 
         return Slow(spec, self.cohort, declared_size=DECLARED, mechanism=mechanism, compute=ON_CPU)
 
@@ -415,7 +418,7 @@ def a_process_that_is_started_again_in_the_middle(node: Node) -> None:
 def failures_wherever_they_happen(node: Node) -> None:
     spec = node.run()
     node.invite(spec)
-    for where in ("factory", "keystream", "training", "disk"):
+    for where in ("factory", "keystream", "training", "surplus", "disk"):
         with node.failing(where):
             node.train(spec, 1, "incident")
             node.train(spec, 1, "incident")
