@@ -55,7 +55,7 @@ class Budget(Section):
 
     epsilon: Positive
     delta: OpenFraction
-    order: Annotated[float, Field(ge=1.25, le=256)] | None = None
+    order: Annotated[float, Field(ge=2, le=256)] | None = None
     period: Period | None = None
 
     @model_validator(mode="after")
