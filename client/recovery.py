@@ -70,12 +70,14 @@ class Recovered:
         epsilon: what counts as spent from here on.
         divergence: the same as the filter counts it.
         first: number of the first entry from here on.
+        anew: whether a new ledger began; what was admitted and decided is not known to it.
         moved: what lies aside now.
     """
 
     epsilon: float
     divergence: float
     first: int
+    anew: bool
     moved: tuple[Path, ...]
 
 
@@ -162,13 +164,15 @@ def recover(
         home: the node's folder.
         signed: who takes responsibility, and why.
         spent: the epsilon that the site has spent over its life, all of it, at the budget's delta
-            and order, as the signer says; None: the whole budget.
+            and order (the filter's figure, not the lower one by PLD), as the signer says; None:
+            the whole budget.
         tokens: witnesses from elsewhere, such as the coordinator's record.
         new_key: make a new key, where the old one is lost or has been read by others.
 
     Raises:
-        ConfigError: if there is nothing to recover, if less is signed for than can be read, or
-            if the key is lost and no new one is asked for; nothing has changed then.
+        ConfigError: if there is nothing to recover, if less is signed for than can be read or
+            than a single release costs, or if the key is lost and no new one is asked for;
+            nothing has changed then.
     """
     try:
         with locked(home.path):
@@ -237,6 +241,13 @@ def _total(limit: Limit, book: Book, spent: float | None) -> float:
             f"--spent {spent:g}: what can still be read of the ledger comes to epsilon "
             f"{least:.4f} at delta {limit.delta:g} and order {limit.order:g}; sign for that or more"
         )
+    if spent > 0 and total == 0:
+        begins = -accounting.divergence_within(0.0, limit.delta, limit.order)
+        raise ConfigError(
+            f"--spent {spent:g}: at delta {limit.delta:g} and order {limit.order:g} the first "
+            f"release costs more than epsilon {begins:.4f}; sign for the filter's figure, as "
+            "`cloister node budget` showed it, or for 0 if nothing was ever released"
+        )
     return max(total, read)
 
 
@@ -252,7 +263,7 @@ def _go_on(ledger: Ledger, debt: _Debt) -> Recovered:
     more = max(0.0, debt.total - _readable(ledger.book, debt.limit))
     beyond = max(debt.after, ledger.book.last + 1)  # a gap: older witnesses are signed for
     ledger.carry(more, debt.signed, after=beyond)
-    return Recovered(debt.epsilon, debt.total, ledger.book.last, ())
+    return Recovered(debt.epsilon, debt.total, ledger.book.last, False, ())
 
 
 def _begin_anew(home: NodeFolder, debt: _Debt, new_key: bool) -> Recovered:
@@ -274,7 +285,7 @@ def _begin_anew(home: NodeFolder, debt: _Debt, new_key: bool) -> Recovered:
     made.rename(old.folder)
     flush_folder(home.path)
     Ledger.salvaged(old).ledger.tell()
-    return Recovered(debt.epsilon, debt.total, first, tuple(moved))
+    return Recovered(debt.epsilon, debt.total, first, True, tuple(moved))
 
 
 def _aside(path: Path, mark: str) -> list[Path]:

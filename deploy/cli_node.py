@@ -415,8 +415,9 @@ def recover(
         float | None,
         typer.Option(
             min=0.0,
-            help="The epsilon that this site has spent over its whole life, as you sign for it. "
-            "Without it the whole budget counts as spent.",
+            help="The epsilon that this site has spent over its whole life, as you sign for it: "
+            "the filter's figure, as `budget` showed it, not the lower one by PLD. Without it the "
+            "whole budget counts as spent.",
         ),
     ] = None,
     witness: Annotated[

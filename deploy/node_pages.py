@@ -286,7 +286,7 @@ def standing_page(
         yield Text("The ledger cannot be relied on: this node answers nothing.", style="bold red")
         yield bullets(standing.faults, "✗")
         yield bullets([_way_on(standing)])
-    whole = f"1 to {book.last}" if standing.sound else f"whole up to {book.last or 'none'}"
+    whole = f"whole up to {book.last}" if book.last else "none that can be read"
     yield facts([("entries", whole), ("compared", f"with {standing.witnesses} witness(es)")])
     if standing.sound and standing.ledger is not None:
         yield Text("  newest witness:", style="dim")
@@ -337,6 +337,7 @@ def recovered_page(done: Recovered, limit: str) -> Iterator[RenderableType]:
         [
             f"ε {done.epsilon:.3f} counts as spent, of {limit}.",
             "No run is set aside any more; each has to be invited again.",
+            *(["A new ledger has begun: admit the cohort again."] if done.anew else []),
             *(f"Moved aside, nothing in it was changed: {path}" for path in done.moved),
         ]
     )

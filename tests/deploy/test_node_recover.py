@@ -245,6 +245,19 @@ def test_nobody_signs_for_less_than_can_be_read(cloister: Cloister, lost: Lost):
     assert lost.counted() == pytest.approx(read, rel=1e-3)
 
 
+def test_a_figure_that_no_filter_gives_is_not_taken_for_nothing(cloister: Cloister, lost: Lost):
+    """PLD may say 1.1 where the filter's figure begins at 2: that must not be booked as none."""
+    missing(lost)
+    said = cloister("node", "recover", lost.home, *ADA, "--spent", 1.1)
+    assert said.code == 2
+    assert "the filter's figure" in said.err
+    assert not (lost.home / "ledger").exists()
+    done = cloister("node", "recover", lost.home, *ADA, "--spent", 0)
+    assert done.code == 0
+    assert "admit the cohort again" in done.words
+    assert lost.counted() == 0.0
+
+
 def test_a_ledger_that_can_be_relied_on_is_not_recovered(cloister: Cloister, lost: Lost):
     before = NodeFolder.open(lost.home).ledger().witness
     said = cloister("node", "recover", lost.home, *ADA, "--spent", 0)
