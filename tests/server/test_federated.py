@@ -40,7 +40,9 @@ def honest(spec: RunSpec, fill: float = 3.0) -> Counts:
         ({"table": np.full((1, 2, 10), np.inf, np.float32)}, "not finite"),
     ],
 )
-def test_counts_that_are_not_this_runs_are_refused(spec: RunSpec, change: dict[str, Any], reason: str):
+def test_counts_that_are_not_this_runs_are_refused(
+    spec: RunSpec, change: dict[str, Any], reason: str
+):
     with pytest.raises(UpdateError, match=reason):
         table_of(replace(honest(spec), **change), spec)
     assert table_of(honest(spec), spec).sum() == 60  # the control
