@@ -254,26 +254,34 @@ class _Keys:
     """What seals entries."""
 
     def __init__(self, key: NodeKey) -> None:
-        self._head, self._seal = key.derive("ledger head"), key.derive("ledger seal")
+        self._head, self._seal = Mac(key.derive("ledger head")), Mac(key.derive("ledger seal"))
 
     def sealed(self, entry: Entry, head: str, seal: str) -> tuple[Any, ...]:
         """The row of `entry` after the one that ended in `head` and `seal`."""
         whole = entry._replace(kind=str(entry.kind))
-        row = (*whole, mac(self._head, head, whole[:_BOOKED]))
+        row = (*whole, self._head.of(head, whole[:_BOOKED]))
         return (*row, self.seal(seal, row))
 
     def seal(self, before: str, row: tuple[Any, ...]) -> str:
         """The seal of a row without it."""
-        return mac(self._seal, before, row)
+        return self._seal.of(before, row)
 
 
-def mac(key: bytes, before: str, values: tuple[Any, ...]) -> str:
-    """Keyed BLAKE2b (RFC 7693) over the head before and the values, 256 bits in hex.
+class Mac:
+    """Keyed BLAKE2b (RFC 7693), 256 bits in hex, over lists of values.
 
     Over their Python literal in ASCII, so that no two lists read the same: neither values that
     are cut elsewhere, nor a number and its text, nor nothing and the word for it.
     """
-    return blake2b(ascii((before, *values)).encode(), key=key, digest_size=32).hexdigest()
+
+    def __init__(self, key: bytes) -> None:
+        self._keyed = blake2b(key=key, digest_size=32)
+
+    def of(self, before: str, values: tuple[Any, ...]) -> str:
+        """Over the values and what came before them."""
+        digest = self._keyed.copy()
+        digest.update(ascii((before, *values)).encode())
+        return digest.hexdigest()
 
 
 @contextmanager

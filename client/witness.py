@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, NamedTuple
 
-from client.chain import mac
+from client.chain import Mac
 from client.keyfile import NodeKey
 from common.errors import LedgerError
 
@@ -35,11 +35,11 @@ class Witnesses:
     """Makes and knows the witnesses of one node's key."""
 
     def __init__(self, key: NodeKey) -> None:
-        self._key = key.derive("ledger witness")
+        self._mac = Mac(key.derive("ledger witness"))
 
     def token(self, witness: Witness) -> str:
         """The witness as text, sealed: ``number:head:MAC``."""
-        return f"{witness.number}:{witness.head}:{mac(self._key, witness.head, witness[:1])}"
+        return f"{witness.number}:{witness.head}:{self._mac.of(witness.head, witness[:1])}"
 
     def parsed(self, token: str) -> Witness | None:
         """The witness in a token; None if this node did not make it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import shutil
@@ -18,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from client.book import Entry, Kind
-from client.chain import WAY_OUT, mac
+from client.chain import WAY_OUT, Mac
 from client.keyfile import NodeKey
 from client.ledger import Ledger, Place
 from common.errors import LedgerError
@@ -218,7 +219,17 @@ ENTRIES = st.lists(st.text() | st.integers() | st.floats(allow_nan=False) | st.n
 @given(ENTRIES, ENTRIES)
 def test_two_lists_of_values_have_one_mac_only_if_they_are_one_list(one, two):
     same = repr(one) == repr(two)  # 1 and 1.0 and True are not the same here
-    assert (mac(b"k" * 32, "", tuple(one)) == mac(b"k" * 32, "", tuple(two))) == same
+    mac = Mac(b"k" * 32)
+    assert (mac.of("", tuple(one)) == mac.of("", tuple(two))) == same
+
+
+def test_a_mac_is_keyed_blake2b_and_its_key_and_what_came_before_count():
+    plain = hashlib.blake2b(b"('before', 1, None, '\\xe4')", key=b"k" * 32, digest_size=32)
+    values = (1, None, "\u00e4")
+    mac = Mac(b"k" * 32)
+    for _ in range(2):
+        assert mac.of("before", values) == plain.hexdigest()
+    assert mac.of("other", values) != plain.hexdigest() != Mac(b"l" * 32).of("before", values)
 
 
 @pytest.mark.parametrize("number", [*range(1, 17), 100])
