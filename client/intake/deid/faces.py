@@ -46,13 +46,9 @@ def shows_face(header: Dataset) -> bool:
 
 
 def _speaks_of_head(text: str) -> bool:
-    upper = text.upper()
-    words = set(re.findall(r"\w+", upper.replace("_", " ")))
-    return (
-        _PAIR in upper.replace("_", " ")
-        or not words.isdisjoint(_WORDS)
-        or any(stem in upper for stem in _STEMS)
-    )
+    words = re.findall(r"[^\W_]+", text.upper())
+    spaced = " ".join(words)
+    return _PAIR in spaced or not _WORDS.isdisjoint(words) or any(stem in spaced for stem in _STEMS)
 
 
 def _descriptions(header: Dataset) -> Iterator[str]:

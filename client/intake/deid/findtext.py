@@ -105,14 +105,17 @@ def _shrunk(grey: Grey, times: int) -> Grey:
 
 
 def _stretched(plane: NDArray[Any]) -> Grey:
-    """0 to 255 between the 0.5th and the 99.5th percentile, or the range if they are equal."""
+    """0 to 255 between the 0.5th and the 99.5th percentile, or the range if they are equal.
+
+    What lies beyond is held only at twice that: text is often all there is beyond them.
+    """
     values = np.nan_to_num(plane.astype(np.float32), posinf=0.0, neginf=0.0)
     low, high = np.percentile(values, (0.5, 99.5))
     if high <= low:
         low, high = float(values.min()), float(values.max())
     if high <= low:
         return np.zeros(plane.shape, dtype=np.float32)
-    stretched: Grey = np.clip((values - low) * (_GREYS / (high - low)), 0, _GREYS)
+    stretched: Grey = np.clip((values - low) * (_GREYS / (high - low)), -_GREYS, 2 * _GREYS)
     return stretched
 
 

@@ -8,7 +8,7 @@ uncompressed. A codestream may hold more bits than the header gives it: it is de
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,6 +30,7 @@ from common.errors import IntakeError
 _PALETTE = "PALETTE COLOR"
 _COLOUR_BY_PIXEL = {"PhotometricInterpretation": "RGB", "PlanarConfiguration": 0}
 _MOST_BYTES = 2**31
+_MOST_COVERED = 0.5
 Finder = Callable[[NDArray[Any]], list[Box]]
 
 
@@ -87,7 +88,7 @@ class PixelCleaner:
         frames, boxes = [], 0
         for number in range(geometry.frames):
             stored = self.mask(decode(number), file.header)
-            found = self._text(stored, file.header)
+            found = text_in(_planes(stored, file.header), self.profile, self.find)
             boxes += len(found)
             frames.append(_blanked(stored, file.header, found, outside))
         if not boxes and outside is None:
@@ -97,15 +98,6 @@ class PixelCleaner:
         attributes = _COLOUR_BY_PIXEL if frames[0].ndim == 3 else {}
         data = _native(frames, file.header)
         return CleanPixels(ExplicitVRLittleEndian, data, attributes, boxes, outside is not None)
-
-    def _text(self, stored: NDArray[Any], header: Dataset) -> list[Box]:
-        found = [box for plane in _planes(stored, header) for box in self.find(plane)]
-        if found and not self.profile.clean_pixel_data:
-            raise IntakeError(
-                "there seems to be text in its pixels; clean_pixel_data = true in the profile "
-                "would blank it"
-            )
-        return found
 
     def _compressed(
         self, file: DicomFile, element: PixelElement, geometry: Geometry
@@ -120,6 +112,32 @@ class PixelCleaner:
                 return None
             kept.append(clean.data)
         return kept
+
+
+def text_in(
+    planes: Iterable[NDArray[Any]], profile: Profile, find: Finder = find_text
+) -> list[Box]:
+    """The boxes to blank in an image, given as one plane or more.
+
+    Raises:
+        IntakeError: if there are any and the profile blanks none, or if they are so large that
+            they may be the image itself.
+    """
+    found: list[Box] = []
+    for plane in planes:
+        boxes = find(plane)
+        covered = sum((box.bottom - box.top) * (box.right - box.left) for box in boxes)
+        if covered > _MOST_COVERED * plane.size:
+            raise IntakeError(
+                "what looks like text covers half of its pixels: a person has to look at it"
+            )
+        found += boxes
+    if found and not profile.clean_pixel_data:
+        raise IntakeError(
+            "there seems to be text in its pixels; clean_pixel_data = true in the profile "
+            "would blank it"
+        )
+    return found
 
 
 def _native(frames: list[NDArray[Any]], header: Dataset) -> bytes:

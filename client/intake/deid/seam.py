@@ -14,12 +14,11 @@ from pydicom.dataset import Dataset
 from client.intake.deid.burned_in import outside_regions
 from client.intake.deid.classes import check_class
 from client.intake.deid.engine import check_faces, check_text
-from client.intake.deid.findtext import find_text
+from client.intake.deid.pixeldata import text_in
 from client.intake.deid.profile import Profile
 from client.intake.deidentify import Deidentified, PixelsOnly
 from client.intake.keys import SiteKey
 from client.intake.pixels import Floats
-from common.errors import IntakeError
 
 
 @dataclass(frozen=True)
@@ -43,12 +42,7 @@ class SafePixels:
 
     def _without_text(self, unverified: Dataset, pixels: Floats) -> Floats:
         planes = [pixels] if pixels.ndim == 2 else [pixels.max(axis=2), pixels.min(axis=2)]
-        boxes = [box for plane in planes for box in find_text(plane)]
-        if boxes and not self.profile.clean_pixel_data:
-            raise IntakeError(
-                "there seems to be text in its pixels; clean_pixel_data = true in the profile "
-                "would blank it"
-            )
+        boxes = text_in(planes, self.profile)
         outside = outside_regions(unverified, *pixels.shape[:2])
         if not boxes and outside is None:
             return pixels
