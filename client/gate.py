@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
+from threading import RLock
 from typing import TypeVar
 
 import numpy as np
@@ -86,7 +87,7 @@ class Site:
 
 
 class Gate:
-    """Answers requests for one site.
+    """Answers requests for one site, one at a time.
 
     Args:
         site: what stands behind it.
@@ -111,22 +112,27 @@ class Gate:
         self._keystream = keystream
         self._clock = clock or Clock()
         self._warm: tuple[str, LocalTrainer] | None = None
+        self._turn = RLock()  # two threads in one network would mix two rounds' gradients
 
     def invite(self, invitation: Invitation) -> NodeCard | RefusalReply:
         """Whether this node takes part in the whole run, which is then set aside for it."""
-        return _answered(lambda: self._card(invitation.spec))
+        return self._answered(lambda: self._card(invitation.spec))
 
     def train(self, task: TrainTask) -> Release | RefusalReply:
         """The release of one round, or a refusal; the same task gets the same release again."""
-        return _answered(lambda: self._release(task))
+        return self._answered(lambda: self._release(task))
 
     def count(self, task: EvaluationTask) -> Counts | RefusalReply:
         """Noised counts of the site's held-out patients, or a refusal; booked like a round."""
-        return _answered(lambda: self._counted(task))
+        return self._answered(lambda: self._counted(task))
 
     def close(self, closing: Closing) -> Closed | RefusalReply:
         """The run is over: nothing is set aside for it any more, and no release of it is kept."""
-        return _answered(lambda: self._closed(closing.digest))
+        return self._answered(lambda: self._closed(closing.digest))
+
+    def _answered(self, answer: Callable[[], Answer]) -> Answer | RefusalReply:
+        with self._turn:
+            return _answered(answer)
 
     def _card(self, spec: RunSpec) -> NodeCard:
         policy = self._policy

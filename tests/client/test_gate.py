@@ -7,8 +7,11 @@ import random
 import re
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from threading import get_ident
+from time import sleep
 from typing import Any
 
 import numpy as np
@@ -409,6 +412,34 @@ def test_a_run_that_is_closed_while_it_is_made_ready_is_not_trained(
     )
     assert node.code(task) is RefusalCode.REPLAY
     assert node.spent == []
+
+
+def test_two_threads_of_one_node_do_not_train_on_one_network_at_once(
+    make_node, make_spec: Spec, task: TrainTask
+):
+    at_once: list[int] = []
+    training: set[int] = set()
+
+    class Watched:
+        def __init__(self, trainer: Any) -> None:
+            self._trainer = trainer
+
+        def train(self, *asked: Any) -> Any:
+            training.add(get_ident())
+            at_once.append(len(training))
+            sleep(0.1)
+            training.remove(get_ident())
+            return self._trainer.train(*asked)
+
+    inner = make_node()
+    node = make_node(trainer_for=lambda *asked: Watched(inner.trainer_for(*asked)))
+    node.joins(task.spec)
+    tasks = [TrainTask(task.spec, number, task.weights) for number in (1, 2, 3)]
+    with ThreadPoolExecutor(3) as threads:
+        replies = list(threads.map(node.gate.train, tasks))
+    assert all(isinstance(reply, Release) for reply in replies)
+    assert at_once == [1, 1, 1]
+    assert node.spent == [ONE_ROUND.of_steps(3)]
 
 
 # --- The end of a run -------------------------------------------------------------------------
