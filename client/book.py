@@ -157,6 +157,7 @@ class RunBook:
         attempted: part -> rounds that were attempted at least once.
         released: (part, round) -> the attempt that was released, and the SHA-256 of its bytes.
         steps: what its attempts took: step -> how many.
+        begun: when it was first set aside; empty before.
         last: time of its last entry.
     """
 
@@ -169,6 +170,7 @@ class RunBook:
     attempted: dict[str, int] = field(default_factory=dict)
     released: dict[tuple[str, int], tuple[int, str]] = field(default_factory=dict)
     steps: dict[Step, int] = field(default_factory=dict)
+    begun: str = ""
     last: str = ""
 
     def spent(self) -> list[SubsampledGaussian]:
@@ -320,6 +322,7 @@ class Book:
         if run.state == "closed":
             raise LedgerError(f"entry {entry.number}: earmarks a run that is closed")
         run.run_id, run.state = str(entry.said.get("run_id", "")), "open"
+        run.begun = run.begun or entry.time
         mechanism = entry.mechanism
         if mechanism is not None:
             part: Any = entry.part

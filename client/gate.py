@@ -135,16 +135,21 @@ class Gate:
             return _answered(answer)
 
     def _card(self, spec: RunSpec) -> NodeCard:
-        policy = self._policy
+        policy, asked = self._policy, self._clock.date()
         shares = self._judged(spec)
         self._check_approved(spec, shares)
         lapse(self._ledger, policy, self._clock)
+
+        def allow(book: Book) -> None:
+            policy.check_new_run(book, asked, spec.digest)
+            policy.check_earmark(book, spec.digest, shares)
+
         self._ledger.earmark(
             spec.digest,
             shares,
             name=spec.name,
             run_id=spec.run_id,
-            allow=lambda book: policy.check_earmark(book, spec.digest, shares),
+            allow=allow,
         )
         return NodeCard(
             digest=spec.digest,

@@ -99,6 +99,8 @@ class Limits(Section):
         greatest_rounds: of one run.
         greatest_rounds_a_day: attempts in any 24 hours, of all runs.
         greatest_open_runs: set aside at the same time.
+        greatest_new_runs_a_day: set aside for the first time in any 24 hours; nobody fills the
+            ledger by asking.
         least_patients: in the cohort; a person settles it when the cohort is admitted.
         lapse_days: a run that nobody asks for any more is no longer set aside after so long.
         federated_evaluation: whether noised counts of held-out patients may be released, booked
@@ -117,6 +119,7 @@ class Limits(Section):
     greatest_rounds: Count = 1000
     greatest_rounds_a_day: Count = 200
     greatest_open_runs: Count = 3
+    greatest_new_runs_a_day: Count = 10
     least_patients: Count = 50
     lapse_days: Annotated[int, Field(ge=1, le=3660)] = 30
     federated_evaluation: bool = False
@@ -315,6 +318,17 @@ class Policy(Section):
             if old is not None:  # what was set aside for it before
                 more -= _cost(old.mechanism, known.remaining(share.part), order)
         self._check_total(book, more)
+
+    def check_new_run(self, book: Book, now: datetime, run: str) -> None:
+        """Whether one more run may be set aside without a person.
+
+        Raises:
+            Refusal: ``later``.
+        """
+        since = stamp(now - timedelta(days=1))
+        new = [known for known in book.runs.values() if known.begun >= since]
+        if not book.run(run).begun and len(new) >= self.limits.greatest_new_runs_a_day:
+            raise Refusal(RefusalCode.LATER, f"{len(new)} new runs in the last 24 hours")
 
     def check_attempt(
         self, book: Book, now: datetime, run: str, part: Part, round_number: int

@@ -358,6 +358,7 @@ def _policy(name: str, declared: int) -> Policy:
             greatest_steps_a_round=_MOST,
             greatest_rounds=_MOST,
             greatest_rounds_a_day=_MOST,
+            greatest_new_runs_a_day=_MOST,
             federated_evaluation=True,
             least_patients=1,
         ),
