@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from pydicom.datadict import dictionary_has_tag, dictionary_VR
+from pydicom.datadict import dictionary_has_tag, dictionary_VR, keyword_for_tag
 from pydicom.dataelem import DataElement
 from pydicom.sequence import Sequence
 
@@ -132,7 +132,7 @@ def clean(scope: Scope, element: DataElement) -> DataElement | None:
 
 def _clean_overlay(element: DataElement) -> DataElement | None:
     """What an overlay's bitmap needs; the bitmap itself is cleaned when the walk is over."""
-    if element.keyword not in KEYWORDS:
+    if keyword_for_tag(element.tag) not in KEYWORDS:
         return None
     if element.VR in ("CS", "IS"):
         known = values.kept_terms if element.VR == "CS" else values.whole_numbers
