@@ -82,8 +82,8 @@ def init(
     from deploy.node_setup import NewNode, set_up
 
     new = NewNode(site, declared_size, epsilon, delta, cohort)
-    made = set_up(home, new, by=_by(by))
-    _say(f"{made.path} is a node now: node.toml, node.key, an empty ledger and its witness.")
+    set_up(home, new, by=_by(by))
+    _say(f"{home} is a node now: node.toml, node.key, an empty ledger and its witness.")
     _say("Keep a copy of node.key apart from this machine: without it nothing can be read.")
     _say(f"Next: name operators and networks in {home / 'node.toml'}, then")
     _say(f"      cloister node check {home}")
@@ -370,7 +370,7 @@ def audit(
 
     The first entry that is not as this node wrote it is named. Ends with 1 if anything is wrong.
 
-    Example: `cloister node audit north --witness "$(ssh log tail -1 north.witness)"`
+    Example: `cloister node audit north --witness "$(tail -n 1 /mnt/log/north.witness)"`
     """
     from client import recovery
     from deploy import node_pages

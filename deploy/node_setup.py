@@ -167,6 +167,7 @@ greatest_steps_a_round = 200
 greatest_rounds = 1000
 greatest_rounds_a_day = 200
 greatest_open_runs = 3
+greatest_new_runs_a_day = 10  # set aside without a person
 least_patients = 50
 lapse_days = 30
 federated_evaluation = false

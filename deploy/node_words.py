@@ -132,7 +132,8 @@ def _how_much(policy: Policy) -> Iterator[str]:
     )
     yield (
         f"All runs together get at most {limits.greatest_rounds_a_day} rounds in any 24 hours, "
-        f"and at most {limits.greatest_open_runs} runs are open at the same time."
+        f"and at most {limits.greatest_open_runs} runs are open at the same time; at most "
+        f"{limits.greatest_new_runs_a_day} new ones a day are taken without a person."
     )
     if limits.hours:
         yield f"Rounds are trained in these hours of the machine: {_listed(limits.hours)}."

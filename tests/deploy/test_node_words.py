@@ -34,6 +34,7 @@ CHANGES: dict[str, Any] = {
     "limits.greatest_rounds": 88,
     "limits.greatest_rounds_a_day": 66,
     "limits.greatest_open_runs": 9,
+    "limits.greatest_new_runs_a_day": 17,
     "limits.least_patients": 55,
     "limits.lapse_days": 44,
     "limits.federated_evaluation": True,
