@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import lru_cache
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from flwr.clientapp import ClientApp
 from client.gate import REFUSED, Gate, incident_reply
 from client.home import NodeHome
 from common.errors import ConfigError, LedgerError, MessageError, RefusalCode, VersionError
+from common.files import locked
 from common.messages import (
     Closing,
     EvaluationTask,
@@ -36,27 +38,48 @@ GateOf = Callable[[Context], Gate]
 
 app = ClientApp()
 
+_held: dict[Path, ExitStack] = {}
+
 
 def register(client_app: ClientApp, gate_of: GateOf) -> None:
     """Answer the requests of the protocol on `client_app` by the gate of the context."""
 
-    def reply(message: Message, context: Context) -> Message:
-        asked = message.content if message.has_content() else RecordDict()
-        return Message(answer(asked, lambda: gate_of(context)), reply_to=message)
+    def answering(expected: type[Request]) -> Callable[[Message, Context], Message]:
+        def reply(message: Message, context: Context) -> Message:
+            asked = message.content if message.has_content() else RecordDict()
+            said = answer(asked, lambda: gate_of(context), expected=expected)
+            return Message(said, reply_to=message)
 
-    for kind in (
-        client_app.query("invite"),
-        client_app.train("step"),
-        client_app.evaluate("count"),
-        client_app.query("close"),
+        return reply
+
+    for kind, expected in (
+        (client_app.query("invite"), Invitation),
+        (client_app.train("step"), TrainTask),
+        (client_app.evaluate("count"), EvaluationTask),
+        (client_app.query("close"), Closing),
     ):
-        kind(reply)
+        kind(answering(expected))
 
 
-def answer(records: RecordDict, gate_of: Callable[[], Gate]) -> RecordDict:
-    """The records of the reply to one request; on every path, whatever fails."""
+def answer(
+    records: RecordDict,
+    gate_of: Callable[[], Gate],
+    *,
+    expected: type[Request] | None = None,
+) -> RecordDict:
+    """The records of the reply to one request; on every path, whatever fails.
+
+    Args:
+        records: what was asked.
+        gate_of: opens the gate.
+        expected: the request that came under this kind of message; any, if not said.
+    """
     try:
         request = read_request(records)
+        if expected is not None and not isinstance(request, expected):
+            raise MessageError(
+                f"a {type(request).__name__} came where a {expected.__name__} is expected"
+            )
         return _ask(gate_of(), request).to_records()
     except MessageError as error:
         log.warning(REFUSED, error)
@@ -72,8 +95,25 @@ def answer(records: RecordDict, gate_of: Callable[[], Gate]) -> RecordDict:
 
 @lru_cache(maxsize=1)
 def open_node(home: Path) -> Gate:
-    """The gate of the node installed in `home`."""
-    return NodeHome.open(home).gate()
+    """The gate of the node installed in `home`, which this process then holds to its end.
+
+    With two of them, whether a task asked twice comes back as it was or trained afresh would tell
+    how long training takes (PRIVACY.md 6).
+
+    Raises:
+        ConfigError: if another process answers for it, or the folder is not in order.
+    """
+    with ExitStack() as held:
+        if home not in _held:
+            try:
+                held.enter_context(locked(home))
+            except OSError as error:
+                raise ConfigError(
+                    f"{home}: another process answers for this node, or it is no folder ({error})"
+                ) from error
+        gate = NodeHome.open(home).gate()
+        _held.setdefault(home, held.pop_all())
+    return gate
 
 
 def _ask(gate: Gate, request: Request) -> Reply:

@@ -179,9 +179,9 @@ class Chain:
                 f"{WAY_OUT}"
             )
 
-    def rows(self) -> Iterator[tuple[Any, ...]]:
-        """Everything that lies in the file, whole or not, from the first number on."""
-        return self._database.execute(_READ, (-(2**63),))
+    def rows(self, first: int) -> Iterator[tuple[Any, ...]]:
+        """What lies in the file, whole or not, from the number `first` on."""
+        return self._database.execute(_READ, (max(first, -(2**63) + 1) - 1,))
 
     def head_at(self, number: int) -> str | None:
         """The head of one entry; None if no entry has that number."""

@@ -168,9 +168,9 @@ class Gate:
             return lambda keystream: self._trained(trainer, task, keystream)
 
         key = TaskKey(spec.digest, "training", number, task.digest)
-        share, update = self._once(task, key, prepare)
+        mechanism, update = self._once(task, key, prepare)
         self._ledger.prune(spec.digest, before_round=number - 1)
-        return Release(spec.digest, number, share and share.mechanism, update)
+        return Release(spec.digest, number, mechanism, update)
 
     def _trained(self, trainer: LocalTrainer, task: TrainTask, keystream: Keystream) -> Arrays:
         self._warm = None  # what a failure leaves in a trainer would spoil the next attempt
@@ -196,15 +196,18 @@ class Gate:
         task: TrainTask | EvaluationTask,
         key: TaskKey,
         prepare: Callable[[Share | None], Make],
-    ) -> tuple[Share | None, Arrays]:
-        """The task's stored release, or that of a new attempt: checked, booked, made, kept."""
+    ) -> tuple[SubsampledGaussian | None, Arrays]:
+        """The task's stored release, or that of a new attempt: checked, booked, made, kept.
+
+        With the mechanism that was booked for it, which today's policy may no longer plan.
+        """
         spec = task.spec
         self._ledger.check_witness(task.witness)
         shares = self._judged(spec)
         share = next((share for share in shares if share.part == key.part), None)
         stored = self._ledger.released(key)
         if stored is not None:
-            return share, _arrays(stored)
+            return self._ledger.mechanism_of(key), _arrays(stored)
         self._check_approved(spec, shares)
         check_weights(task.weights, models.shapes(spec))
 
@@ -229,7 +232,7 @@ class Gate:
             number = key.round_number if key.part == "training" else spec.rounds + 1
             release = save(dict(make(self._keystream(run_id=spec.run_id, round_number=number))))
             self._ledger.commit(attempt, release)
-        return share, _arrays(release)
+        return share and share.mechanism, _arrays(release)
 
     def _closed(self, run: str) -> Closed:
         check_sound(self._ledger.book)

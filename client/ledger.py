@@ -161,9 +161,9 @@ class Ledger:
         """
         return self._chain.catch_up()
 
-    def entries(self) -> Iterator[Entry]:
+    def entries(self, first: int = -(2**63)) -> Iterator[Entry]:
         """All entries as they lie in the file; those up to the book's last are whole."""
-        return (Entry._make(row[:-2]) for row in self._chain.rows())
+        return (Entry._make(row[:-2]) for row in self._chain.rows(first))
 
     @property
     def witness(self) -> str:
@@ -211,6 +211,15 @@ class Ledger:
         _check_content(known, task)
         kept = known.released.get((task.part, task.round_number))
         return None if kept is None else self._releases.get(*kept)
+
+    def mechanism_of(self, task: TaskKey) -> SubsampledGaussian | None:
+        """What was booked for the release of this task; None without privacy.
+
+        Raises:
+            KeyError: if it was never committed.
+        """
+        attempt, _ = self.book.run(task.run).released[task.part, task.round_number]
+        return next(entry for entry in self.entries(attempt) if entry.number == attempt).mechanism
 
     # --- Writing --------------------------------------------------------------------------------
 

@@ -205,6 +205,18 @@ def test_a_task_asked_again_has_the_same_bytes_from_disk_at_no_cost(make_node, t
     assert node.entries == kept
 
 
+def test_a_repeated_release_says_what_was_booked_for_it_whatever_is_declared_today(
+    make_node, make_policy: Any, task: TrainTask
+):
+    node = make_node().joins(task.spec)
+    first = content_of(node.answer(task))
+    site = Site(make_policy(declared_size=80), node.ledger, COHORT)
+    later = Gate(site, trainer_for=node.trainer_for)
+    assert content_of(answer(task.to_records(), lambda: later)) == first
+    new = later.train(TrainTask(task.spec, 2, task.weights))
+    assert new == RefusalReply(code=RefusalCode.APPROVAL)  # it is to be invited again first
+
+
 def test_a_trainer_is_kept_between_the_rounds_of_a_run_and_no_longer(
     make_node, make_spec: Spec, task: TrainTask
 ):

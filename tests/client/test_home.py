@@ -20,8 +20,10 @@ from client.home import NodeHome, compute_of
 from client.ledger import Signed
 from common import accounting
 from common.errors import CohortError, ConfigError, LedgerError, RefusalCode
+from common.files import locked
 from common.messages import (
     CLOSE,
+    COUNT,
     INVITE,
     TRAIN,
     Closed,
@@ -319,6 +321,28 @@ def app(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> Iterator[App]:
     node_app.open_node.cache_clear()
     yield App()
     node_app.open_node.cache_clear()
+
+
+def test_one_process_answers_for_a_node(app: App, folder: Folder, task: TrainTask):
+    with locked(folder.path):  # as another worker holds it
+        with pytest.raises(ConfigError, match="another process answers for this node"):
+            node_app.open_node(folder.path)
+        refused = app.ask(Invitation(task.spec))
+        assert isinstance(refused, RefusalReply)
+        assert refused.code is RefusalCode.INCIDENT
+    assert isinstance(app.ask(Invitation(task.spec)), NodeCard)
+    with pytest.raises(BlockingIOError), locked(folder.path):
+        pass
+
+
+def test_a_request_under_another_kind_of_message_is_malformed(
+    app: App, folder: Folder, task: TrainTask
+):
+    assert isinstance(app.ask(Invitation(task.spec)), NodeCard)
+    for kind in (INVITE, CLOSE, COUNT):
+        reply = read_reply(app.send(kind, task.to_records()))
+        assert reply == RefusalReply(code=RefusalCode.MALFORMED)
+    assert isinstance(app.ask(task), Release)
 
 
 def test_the_app_answers_a_whole_run(app: App, folder: Folder, task: TrainTask):
