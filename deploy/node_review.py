@@ -64,15 +64,14 @@ def state(home: NodeFolder) -> State:
     """Look at key, ledger, budget, witness and cohort."""
     if not any((home.path / name).exists() for name in (KEY_FILE, LEDGER)):
         none = Finding(True, "Not set up: no key and no ledger lie beside this file.")
-        data = examine(home) if home.cohort_path.exists() else ()
-        return State(False, Book(), None, (none,), tuple(data), ())
+        seen = tuple(examine(home)) if home.cohort_path.exists() else ()
+        return State(False, Book(), None, (none,), seen, ())
     standing = inspect(home)
     node, book = tuple(_node(home, standing)), standing.book
     data, cohort = list(examine(home)), None
-    if data[0].good or home.cohort_path.exists():
-        with suppress(CohortError):
-            cohort = cohort_digest(home.cohort_path)
-            data.append(_admission(book, cohort))
+    with suppress(CohortError):  # which `examine` has named
+        cohort = cohort_digest(home.cohort_path)
+        data.append(_admission(book, cohort))
     notes = (_SAME_DISK,) if same_disk(home) else ()
     return State(True, book, cohort, node, tuple(data), notes)
 
