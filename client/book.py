@@ -30,6 +30,7 @@ carried, and of each open run the rounds that were set aside and not yet attempt
 from __future__ import annotations
 
 import json
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -155,6 +156,7 @@ class RunBook:
         shares: what is set aside, by part.
         attempts: (part, round) -> the task, which no later attempt may change.
         attempted: part -> rounds that were attempted at least once.
+        numbers: of each attempt's entry -> its part and round.
         released: (part, round) -> the attempt that was released, and the SHA-256 of its bytes.
         steps: what its attempts took: step -> how many.
         begun: when it was first set aside; empty before.
@@ -168,6 +170,7 @@ class RunBook:
     shares: dict[Part, Share] = field(default_factory=dict)
     attempts: dict[tuple[str, int], str] = field(default_factory=dict)
     attempted: dict[str, int] = field(default_factory=dict)
+    numbers: dict[int, tuple[str, int]] = field(default_factory=dict)
     released: dict[tuple[str, int], tuple[int, str]] = field(default_factory=dict)
     steps: dict[Step, int] = field(default_factory=dict)
     begun: str = ""
@@ -230,8 +233,8 @@ class Book:
         self.charges: list[Charge] = []
         self.last = 0
         self._steps: dict[Step, int] = {}
-        self._attempts: dict[int, tuple[str, str, int]] = {}
-        self._waiting: set[int] = set()
+        self._latest: list[str] = []
+        self._waiting: dict[int, str] = {}
 
     # --- Reading --------------------------------------------------------------------------------
 
@@ -263,7 +266,7 @@ class Book:
 
     def attempts_of(self, run: str) -> dict[int, tuple[str, int]]:
         """Number of each attempt at a run -> its part and round, released or not."""
-        return {n: (part, number) for n, (of, part, number) in self._attempts.items() if of == run}
+        return self.run(run).numbers
 
     def check_waiting(self, attempt: int) -> None:
         """Check that an attempt was reserved and not yet committed.
@@ -276,7 +279,8 @@ class Book:
 
     def since(self, time: str) -> list[Charge]:
         """The attempts reserved at `time` or later; the clock may have been put back since."""
-        return [charge for charge in self.charges if charge.time >= time]
+        first = bisect_left(self._latest, time)  # nothing before it is as late
+        return [charge for charge in self.charges[first:] if charge.time >= time]
 
     # --- Writing --------------------------------------------------------------------------------
 
@@ -344,18 +348,19 @@ class Book:
                 counted[step] = counted.get(step, 0) + (entry.steps or 0)
         run.last = entry.time
         self.charges.append(Charge(entry.time, entry.run, step, entry.steps or 0))
-        self._attempts[entry.number] = entry.run, entry.part, entry.round
-        self._waiting.add(entry.number)
+        self._latest.append(max(self._latest[-1], entry.time) if self._latest else entry.time)
+        run.numbers[entry.number] = key
+        self._waiting[entry.number] = entry.run
 
     def _committed(self, entry: Entry) -> None:
         if entry.refers not in self._waiting:
             raise LedgerError(f"entry {entry.number}: commits {entry.refers}, no waiting attempt")
-        digest, part, number = self._attempts[entry.refers]
-        released = self.runs[digest].released
-        if (part, number) in released:
-            raise LedgerError(f"entry {entry.number}: releases round {number} a second time")
-        released[part, number] = entry.refers, entry.release
-        self._waiting.remove(entry.refers)
+        run = self.runs[self._waiting[entry.refers]]
+        key = run.numbers[entry.refers]
+        if key in run.released:
+            raise LedgerError(f"entry {entry.number}: releases round {key[1]} a second time")
+        run.released[key] = entry.refers, entry.release
+        del self._waiting[entry.refers]
 
     def _ended(self, entry: Entry) -> None:
         run = self.runs.get(entry.run)

@@ -355,6 +355,15 @@ def test_every_attempt_at_a_run_is_known_by_its_number_released_or_not():
     assert book.attempts_of("f" * 64) == {}
 
 
+@given(st.lists(st.integers(10, 30)), st.integers(10, 31))
+def test_attempts_since_a_time_are_found_in_whatever_order_the_clock_went(days, since):
+    book = book_of(history(Kind.OPENED, Kind.EARMARKED))
+    for number, day in enumerate(days, start=3):
+        book.apply(entry(number, Kind.RESERVED)._replace(time=f"2026-01-{day}"))
+    found = [charge.time for charge in book.since(f"2026-01-{since}")]
+    assert found == [f"2026-01-{day}" for day in days if day >= since]
+
+
 def test_attempts_since_a_time_are_found_though_the_clock_was_put_back_in_between():
     times = ("2026-01-05", "2026-01-01", "2026-01-06")
     book = book_of(history(Kind.OPENED, Kind.EARMARKED))
