@@ -11,10 +11,12 @@ import math
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from client.training import LocalResult
 from common.errors import ConfigError
+
+if TYPE_CHECKING:  # the desk reads a diary without what trains
+    from client.training import LocalResult
 
 
 @dataclass(frozen=True)

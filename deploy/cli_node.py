@@ -317,6 +317,28 @@ def close(
 
 
 @node_app.command()
+def page(
+    run: DigestArgument,
+    file: Annotated[Path, typer.Argument(help="The page to write.")] = Path("run.html"),
+    home: HomeOption = Path(),
+) -> None:
+    """Write what happened in a run here, round by round: for this hospital alone.
+
+    Losses and numbers of patients never leave with a release; do not send this page outside.
+
+    Example: `cloister node page 3f2a9c run.html --home north`
+    """
+    from client.diary import Diary
+    from deploy.node_run import run_at_site, write_page
+
+    node = _folder(home)
+    book = node.ledger().book
+    digest = _known(book, run)
+    write_page(file, run_at_site(book, digest, Diary(node.path / "runs").read(digest)))
+    console.print(f"The page: {file.resolve().as_uri()}", soft_wrap=True, highlight=False)
+
+
+@node_app.command()
 def budget(
     home: HomeArgument = Path(),
     picture: Annotated[

@@ -22,7 +22,7 @@ _SPENT, _ASIDE, _CARRIED, _LIMIT = "#0072B2", "#E69F00", "#CC79A7", "#D55E00"
 _INK, _LINES = "#1F2D36", "#E3E6E4"
 _MOST_RUNS, _FEWEST_ROWS = 12, 5
 _BELOW: dict[str, Any] = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.14), "ncols": 3}
-_STYLE: dict[Any, Any] = {
+STYLE: dict[Any, Any] = {
     "font.family": ["DejaVu Sans"],
     "font.size": 10,
     "text.color": _INK,
@@ -35,6 +35,7 @@ _STYLE: dict[Any, Any] = {
     "legend.frameon": False,
     "svg.fonttype": "none",
 }
+"""Of every picture at a node's desk."""
 
 
 class Point(NamedTuple):
@@ -68,7 +69,7 @@ def draw(path: Path, site: str, figures: Figures, points: Sequence[Point]) -> No
     if path.suffix.lower() not in (".svg", ".png"):
         raise ConfigError(f"{path}: expected a name that ends in .svg or .png")
     limit = figures.limit
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure = Figure(figsize=(10, 4.4), layout="constrained")
         figure.suptitle(
             f"{site}: privacy budget for life, ε = {limit.epsilon:g} at δ = {limit.delta:g}; "
