@@ -26,8 +26,9 @@ from safetensors.numpy import load, save
 from client.approval import Asked, Requests
 from client.book import Book
 from client.diary import Diary, Page
-from client.ledger import Ledger, Signed, TaskKey, check_open, check_sound, stamp
+from client.ledger import Ledger, Signed, TaskKey, stamp
 from client.policy import Policy
+from client.rules import check_open, check_sound
 from client.training import LocalResult, LocalTrainer, check_weights
 from common import accounting, models
 from common.accounting import Share, SubsampledGaussian
@@ -239,7 +240,7 @@ class Gate:
         self._ledger.close(run, Signed("the coordinator", "the run is over"))
         if self._warm is not None and self._warm[0] == run:
             self._warm = None
-        return Closed(digest=run)
+        return Closed(digest=run, witness=self._ledger.witness)
 
     def _judged(self, spec: RunSpec) -> tuple[Share, ...]:
         """What the run does here, if the policy allows it and this node may answer at all."""

@@ -1,8 +1,8 @@
 """What privacy was spent: written before it is spent, never rewritten, and sealed.
 
 What its entries mean stands in `client.book`, how they lie on the disk in `client.chain`, and what
-finds a ledger that was cut off or put back in `client.witness`. This file holds the rules by which
-a node writes.
+finds a ledger that was cut off or put back in `client.witness`. What a node may write next is
+decided by `client.rules`, and written here in one step with it.
 
 An attempt is *reserved* durably before training and *committed* with the digest of its release
 after; a crash in between leaves it reserved, and what is reserved counts as spent. A second
@@ -13,26 +13,32 @@ the same bytes again, from disk, at no cost (`client.kept`).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple, Self
 
 from client.approval import Asked
-from client.book import Book, Entry, Kind, Limit, RunBook, columns, note
+from client.book import Book, Entry, Kind, Limit, columns, note
 from client.chain import WAY_OUT, Chain, Entries
 from client.kept import KeptReleases
 from client.keyfile import NodeKey
+from client.rules import (
+    Allow,
+    check_content,
+    check_identity,
+    check_open,
+    check_sound,
+    check_unreleased,
+    earmarks,
+)
 from client.witness import Witness, Witnesses, add_witness, check_writable, genuine, last_witnesses
 from common.accounting import Part, Share, SubsampledGaussian
 from common.clock import Clock
 from common.errors import LedgerError, Refusal, RefusalCode
 
 DATABASE = "ledger.sqlite"
-
-Allow = Callable[[Book], None]
-"""Raises a Refusal if what the book says leaves no room."""
 
 
 class Signed(NamedTuple):
@@ -208,7 +214,7 @@ class Ledger:
             Refusal: ``replay``: the round was asked with other content, or the bytes are gone.
         """
         known = self.book.run(task.run)
-        _check_content(known, task)
+        check_content(known, *task[1:])
         kept = known.released.get((task.part, task.round_number))
         return None if kept is None else self._releases.get(*kept)
 
@@ -252,8 +258,8 @@ class Ledger:
 
         def entries(book: Book) -> list[Entry]:
             check_open(book, run)
-            _check_content(book.run(run), task)
-            _check_unreleased(book, run, part, number)
+            check_content(book.run(run), part, number, digest)
+            check_unreleased(book, run, part, number)
             allow(book)
             return [attempt]
 
@@ -274,7 +280,7 @@ class Ledger:
         done = Entry(0, Kind.COMMITTED, run, refers=number, release=digest)
 
         def entries(book: Book) -> list[Entry]:
-            _check_unreleased(book, run, part, round_number)
+            check_unreleased(book, run, part, round_number)
             return [done]
 
         try:
@@ -301,8 +307,8 @@ class Ledger:
         wanted, said = tuple(shares), note(name=name, run_id=run_id)
 
         def entries(book: Book) -> list[Entry]:
-            _check_identity(book, run, run_id)
-            return _earmarks(book, run, wanted, said, allow)
+            check_identity(book, run, run_id)
+            return earmarks(book, run, wanted, said, allow)
 
         self._write(entries)
 
@@ -316,9 +322,9 @@ class Ledger:
         yes = note(approval=asked.digest, name=name, **signed._asdict())
 
         def entries(book: Book) -> list[Entry]:
-            _check_identity(book, run, run_id)
+            check_identity(book, run, run_id)
             said = note(name=name, run_id=run_id)
-            aside = _earmarks(book, run, asked.shares, said, allow)
+            aside = earmarks(book, run, asked.shares, said, allow)
             return [Entry(0, Kind.APPROVED, run, note=yes), *aside]
 
         self._write(entries)
@@ -486,31 +492,6 @@ class Salvage(NamedTuple):
     fault: str
 
 
-def check_open(book: Book, run: str) -> None:
-    """Refuse an attempt at a run that is not set aside.
-
-    Raises:
-        Refusal: ``replay`` if it is over, ``approval`` if it never was set aside, or lapsed.
-        LedgerError: if the node was halted.
-    """
-    check_sound(book)
-    state = book.run(run).state
-    if state == Kind.CLOSED:
-        raise Refusal(RefusalCode.REPLAY, "the run is over at this site")
-    if state != "open":
-        raise Refusal(RefusalCode.APPROVAL, "the run is not set aside at this site; invite first")
-
-
-def check_sound(book: Book) -> None:
-    """Refuse everything after a halt.
-
-    Raises:
-        LedgerError: if the node was halted.
-    """
-    if book.halted:
-        raise LedgerError(f"halted: {book.halted}; {WAY_OUT}")
-
-
 def _kept(place: Place) -> list[Witness]:
     """The newest genuine witnesses of the witness file, if there is one."""
     if place.witness is None:
@@ -520,45 +501,6 @@ def _kept(place: Place) -> list[Witness]:
 
 def _signed(signed: Signed) -> str:
     return note(**signed._asdict())
-
-
-def _check_unreleased(book: Book, run: str, part: Part, round_number: int) -> None:
-    if (part, round_number) in book.run(run).released:
-        raise Refusal(
-            RefusalCode.LATER, f"{part}, round {round_number}: released meanwhile; ask again"
-        )
-
-
-def _check_content(run: RunBook, task: TaskKey) -> None:
-    number = task.round_number
-    if run.attempts.get((task.part, number), task.digest) != task.digest:
-        raise Refusal(RefusalCode.REPLAY, f"round {number} was asked with other content")
-
-
-def _earmarks(
-    book: Book, run: str, wanted: tuple[Share, ...], said: str, allow: Allow
-) -> list[Entry]:
-    """What sets a run aside; nothing if just this is set aside already."""
-    check_sound(book)
-    known = book.run(run)
-    if known.state == Kind.CLOSED:
-        raise Refusal(RefusalCode.REPLAY, "the run is over at this site")
-    if known.state == "open" and tuple(known.shares.values()) == wanted:
-        return []
-    allow(book)
-    if not wanted:
-        return [Entry(0, Kind.EARMARKED, run, note=said)]
-    return [
-        Entry(0, Kind.EARMARKED, run, part, rounds, note=said, **columns(mechanism))
-        for part, mechanism, rounds in wanted
-    ]
-
-
-def _check_identity(book: Book, run: str, run_id: str) -> None:
-    if run_id and any(
-        known.run_id == run_id and digest != run for digest, known in book.runs.items()
-    ):
-        raise Refusal(RefusalCode.REPLAY, f"run {run_id!r} was another one here before")
 
 
 def stamp(date: datetime) -> str:

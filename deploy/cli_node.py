@@ -523,7 +523,7 @@ def _folder_or_file(home: Path) -> NodeFolder:
 
 def _sound(node: NodeFolder) -> Ledger:
     """The ledger, if a person's decision can be booked in it."""
-    from client.ledger import check_sound
+    from client.rules import check_sound
 
     ledger = node.ledger()
     check_sound(ledger.book)

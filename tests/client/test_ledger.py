@@ -307,7 +307,8 @@ from pathlib import Path
 
 import client.ledger
 from client.keyfile import NodeKey
-from client.ledger import Ledger, Place, TaskKey, check_open
+from client.ledger import Ledger, Place, TaskKey
+from client.rules import check_open
 from client.policy import Policy
 from common.accounting import Share, SubsampledGaussian
 from common.clock import Clock
