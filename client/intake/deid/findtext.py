@@ -46,7 +46,7 @@ _QUIET, _LESS_QUIET = 0.25, 0.42
 """Most relief between and around the glyphs, of that in them; the second where text was found."""
 _SHORTEST = 2.6
 _ON_LINE, _OF_ONE_HEIGHT = 0.5, 0.3
-_UNEVEN = (26, 0.24, 0.6)
+_UNEVEN = (24, 0.24, 0.6)
 """From this height on strokes are wide and even; below, their soft edges count for more."""
 _SPIKES = 4
 _MOST_STEPS = 8

@@ -249,3 +249,16 @@ def test_mutated_files_never_crash_or_hang(hospital: Any, read: Any, syntax: str
             outcomes.add(bool(result.images))
             assert result.images or result.reason or result.put_aside or result == FileResult()
     assert outcomes == {True, False}
+
+
+def test_a_decoder_that_panics_is_a_reason(hospital: Any, read: Any) -> None:
+    """Run lengths whose header points behind their end: the decoder's panic is no `Exception`."""
+    offsets = (1).to_bytes(4, "little") + (64).to_bytes(4, "little") + bytes(56)
+    path = hospital.film("x", np.zeros((16, 16), dtype=np.uint8))
+    for cut in (b"", b"\x7f", b"\x81", b"\x02\x00"):
+        transfer(path, RLELossless, offsets + cut)
+
+        result = read(path)
+
+        assert result.reason
+        assert not result.images

