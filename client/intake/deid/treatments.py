@@ -36,6 +36,7 @@ _TYPE_ONE: Mapping[str, Any] = {
     "StackID": "1",
     "OpticalPathIdentifier": "1",
     "DimensionDescriptionLabel": "REMOVED",
+    "TextValue": "REMOVED",
     "UniversalEntityID": "urn:removed",
     "UniversalEntityIDType": "URI",
 }

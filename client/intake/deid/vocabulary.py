@@ -15,6 +15,16 @@ from pydicom.sr import _concepts_dict, _snomed_dict
 from pydicom.uid import UID
 
 NUMBERS_FILE, TERMS_FILE = "numbers.csv", "terms.txt"
+# Headings of `terms.txt` with the words that descriptions are made of. Makers have people's names.
+_DESCRIPTIVE = (
+    "image type",
+    "modalities",
+    "positions and directions",
+    "magnetic resonance",
+    "ultrasound",
+    "body parts",
+)
+_NAMES = frozenset({"MAX", "MAT"})
 _LONGEST = 64
 """Characters of a code meaning, which is an LO (PS3.5 6.2)."""
 # Names of SNOMED RT in DICOM (PS3.16 8.1).
@@ -29,18 +39,31 @@ def largest_numbers() -> dict[str, float]:
 
 
 @cache
+def _sections() -> dict[str, frozenset[str]]:
+    """The words of `terms.txt` by the heading that they stand under."""
+    found: dict[str, list[str]] = {}
+    words: list[str] = []
+    text = (files(__package__) / TERMS_FILE).read_text(encoding="utf-8")
+    for line in text.splitlines():
+        if line.startswith("["):
+            found[line.strip("[]").partition(":")[0]] = words = []
+        elif not line.startswith("#"):
+            words += (word.replace("|", " ") for word in line.split())
+    return {heading: frozenset(words) for heading, words in found.items()}
+
+
+@cache
 def terms() -> frozenset[str]:
     """Every word of `terms.txt`."""
-    text = (files(__package__) / TERMS_FILE).read_text(encoding="utf-8")
-    lines = (line for line in text.splitlines() if not line.startswith(("#", "[")))
-    return frozenset(word.replace("|", " ") for line in lines for word in line.split())
+    return frozenset().union(*_sections().values())
 
 
 @cache
 def _single_words() -> frozenset[str]:
-    """What a word of a description may be: the parts of every term, in upper case."""
-    parts = (part for term in terms() for part in term.upper().replace("_", " ").split())
-    return frozenset(part for part in parts if len(part) > 1)
+    """What a word of a description may be: a part of a term, in upper case, that names nobody."""
+    described = (_sections()[heading] for heading in _DESCRIPTIVE)
+    terms = (term.upper().replace("_", " ") for words in described for term in words)
+    return frozenset(part for term in terms for part in term.split() if len(part) > 1) - _NAMES
 
 
 def words_of(description: str) -> str:

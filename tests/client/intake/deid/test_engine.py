@@ -192,6 +192,9 @@ def test_descriptors_keep_technical_words_alone(film: Film, clean: Clean) -> Non
     assert "SeriesDescription" not in clean(made).again
     assert clean(made, clean_descriptors=True).again.SeriesDescription == "CT THORAX AXIAL"
 
+    named = film(SeriesDescription="Carl Philips, Max White: CHEST")
+    assert clean(named, clean_descriptors=True).again.SeriesDescription == "CHEST"
+
 
 def test_institution_device_and_uids_stay_if_wished(film: Film, clean: Clean) -> None:
     made = film(InstitutionName="North", StationName="CT1", DeviceSerialNumber="SN1")
@@ -225,7 +228,7 @@ def test_acquisition_context_under_clean_structured_content(film: Film, clean: C
 
     assert not clean(made).again.AcquisitionContextSequence
     (kept,) = clean(made, clean_structured_content=True).again.AcquisitionContextSequence
-    assert not kept.TextValue
+    assert kept.TextValue == "REMOVED"
     assert kept.ConceptNameCodeSequence[0].CodeMeaning == "Study"
 
 
