@@ -71,6 +71,7 @@ class Entry(NamedTuple):
         sampling_rate, noise_multiplier, steps, unit: the mechanism of one round.
         divergence: carried: a Renyi divergence at the budget's order.
         refers: committed: the number of its attempt.
+        nonce: 16 random bytes in hex: the same bookings twice are two entries all the same.
         cohort: digest of the cohort's index.
         release: SHA-256 of the released bytes.
         note: JSON: who, why, and the figures of a person's decision.
@@ -89,6 +90,7 @@ class Entry(NamedTuple):
     unit: str = ""
     divergence: float | None = None
     refers: int = 0
+    nonce: str = ""
     cohort: str = ""
     release: str = ""
     note: str = "{}"
@@ -116,7 +118,7 @@ class Entry(NamedTuple):
 
 
 BOOKED = Entry._fields[: Entry._fields.index("cohort")]
-"""The fields that say what was spent; the others tell of it."""
+"""The fields that say what was spent, and the nonce; the others tell of it."""
 
 
 class Step(NamedTuple):

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import gc
 import os
+import secrets
 import sqlite3
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
@@ -43,7 +44,8 @@ CREATE TABLE entry (
     number INTEGER PRIMARY KEY, kind TEXT NOT NULL, run TEXT NOT NULL, part TEXT NOT NULL,
     round INTEGER NOT NULL, task TEXT NOT NULL, sampling_rate REAL, noise_multiplier REAL,
     steps INTEGER, unit TEXT NOT NULL, divergence REAL, refers INTEGER NOT NULL,
-    cohort TEXT NOT NULL, release TEXT NOT NULL, note TEXT NOT NULL, time TEXT NOT NULL,
+    nonce TEXT NOT NULL, cohort TEXT NOT NULL, release TEXT NOT NULL, note TEXT NOT NULL,
+    time TEXT NOT NULL,
     head TEXT NOT NULL, seal TEXT NOT NULL
 );
 CREATE TRIGGER entry_stays BEFORE UPDATE ON entry
@@ -59,6 +61,7 @@ _READ = f"SELECT {', '.join(_FIELDS)} FROM entry WHERE number > ? ORDER BY numbe
 _WRITE = f"INSERT INTO entry VALUES ({', '.join('?' * len(_FIELDS))})"  # noqa: S608
 _RULES = "SELECT type, name, sql FROM sqlite_schema WHERE name NOT LIKE 'sqlite_%' ORDER BY name"
 _BOOKED, _BEGIN = len(BOOKED), "0" * 64
+_NONCE_BYTES = 16
 
 Entries = Callable[[Book], list[Entry]]
 """What is to be booked, seeing everything booked before; the number 0 stands for the next."""
@@ -257,8 +260,12 @@ class _Keys:
         self._head, self._seal = Mac(key.derive("ledger head")), Mac(key.derive("ledger seal"))
 
     def sealed(self, entry: Entry, head: str, seal: str) -> tuple[Any, ...]:
-        """The row of `entry` after the one that ended in `head` and `seal`."""
-        whole = entry._replace(kind=str(entry.kind))
+        """The row of `entry` after the one that ended in `head` and `seal`.
+
+        Its nonce makes the head another each time: a ledger that was put back and books the same
+        tasks again does not come to the same heads, and a witness of the first time finds it.
+        """
+        whole = entry._replace(kind=str(entry.kind), nonce=secrets.token_hex(_NONCE_BYTES))
         row = (*whole, self._head.of(head, whole[:_BOOKED]))
         return (*row, self.seal(seal, row))
 

@@ -140,7 +140,7 @@ class Limits(Section):
 class Data(Section):
     """What the cohort is made for, in public terms; a run that asks for other data is refused.
 
-    `preprocessing` is the digest that ``cloister intake show`` prints.
+    `preprocessing` is the digest of what intake did; ``cloister node init --cohort`` fills it in.
     """
 
     unit: Unit
@@ -217,6 +217,15 @@ class Policy(Section):
     release: Releases = Releases()
     machine: Machine = Machine()
     ledger: LedgerFiles = LedgerFiles()
+
+    @model_validator(mode="after")
+    def _delta_is_meaningful(self) -> Self:
+        if self.budget is not None and self.budget.delta >= 1 / self.declared_size:
+            raise ValueError(
+                f"budget.delta = {self.budget.delta}: expected below 1 / declared_size = "
+                f"{1 / self.declared_size:.3g}; otherwise giving away one patient whole would fit"
+            )
+        return self
 
     def judge(self, spec: RunSpec, parameters: int) -> tuple[Share, ...]:
         """What the run would do at this site, if the limits allow it.

@@ -124,9 +124,13 @@ class RefusalReply(_Fields):
 
 
 class Closed(_Fields):
-    """The run is over at this node too: what was set aside for it is free, its releases gone."""
+    """The run is over at this node too: what was set aside for it is free, its releases gone.
+
+    With how far the ledger went: the coordinator keeps it until the site is invited again.
+    """
 
     digest: Digest
+    witness: Witness
 
     def to_records(self) -> RecordDict:
         """As Flower carries it."""

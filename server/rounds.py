@@ -234,6 +234,7 @@ class FederatedRun:
         self._observer, self._clock = conduct.observer, conduct.clock
         self._witnesses = WitnessBook(conduct.witnesses or folder / WITNESS_FILE)
         self._nodes: set[int] = set()
+        self._faced: dict[int, str] = {}
         self._network = models.build(spec)
         start = {name: p.detach().numpy().copy() for name, p in self._network.named_parameters()}
         found = load_checkpoint(folder / "checkpoint", spec.digest)
@@ -413,9 +414,9 @@ class FederatedRun:
         for name in sites.keys() - made.sites.keys():
             made.sites[name] = {"status": "late", "reason": "no answer before the deadline"}
             self._observer.site_answered(made.number, name, "late")
-        self._witnesses.keep(
-            {n: s.card.witness for n, s in sites.items() if made.sites[n]["status"] == "ok"}
-        )
+        faced = {n: s for n, s in sites.items() if made.sites[n]["status"] == "ok"}
+        self._witnesses.keep({name: site.card.witness for name, site in faced.items()})
+        self._faced |= {site.node_id: name for name, site in faced.items()}
         if made.updates < self._spec.federation.quorum:
             told = "; ".join(
                 f"{name}: {seen['status']} {seen['reason']}".rstrip()
@@ -554,10 +555,18 @@ class FederatedRun:
         wait = min(_CLOSING_SECONDS, self._spec.federation.deadline_seconds)
         deadline = self._clock.now() + wait
         for node_id, reply in self._ask(grid, CLOSE, dict.fromkeys(nodes, request), deadline):
-            if _says_closed(reply, self._spec.digest):
+            closed = _closed(reply, self._spec.digest)
+            if closed is not None:
                 nodes.remove(node_id)
+                self._part_from(node_id, closed)
         for node_id in sorted(nodes):
             log.warning("%s has not confirmed that the run is over", names(node_id))
+
+    def _part_from(self, node_id: int, closed: Closed) -> None:
+        """Keep how far a site's ledger went, if it has faced what was kept of it in this run."""
+        name = self._faced.get(node_id)
+        if name is not None:
+            self._witnesses.keep({name: closed.witness})
 
     def _evaluate(self, number: int) -> dict[str, Any] | None:
         """Evaluate after this round if the spec says so, and keep the best model."""
@@ -604,11 +613,13 @@ class FederatedRun:
         )
 
 
-def _says_closed(reply: RecordDict | None, digest: str) -> bool:
+def _closed(reply: RecordDict | None, digest: str) -> Closed | None:
+    """The node's word that this run is over there; None for anything else."""
     try:
-        return reply is not None and read_reply(reply) == Closed(digest=digest)
+        answer = None if reply is None else read_reply(reply)
     except MessageError:
-        return False
+        return None
+    return answer if isinstance(answer, Closed) and answer.digest == digest else None
 
 
 def _check_new(folder: Path) -> None:

@@ -104,10 +104,11 @@ def test_the_ledger_that_the_others_alter_is_whole_and_has_an_entry_of_every_kin
         "DELETE FROM entry",
         "DELETE FROM entry WHERE number = 101",
         "INSERT INTO entry SELECT 50, kind, run, part, round, task, sampling_rate, 99, steps, "
-        "unit, divergence, refers, cohort, release, note, time, head, seal FROM entry "
+        "unit, divergence, refers, nonce, cohort, release, note, time, head, seal FROM entry "
         "WHERE number = 9",
         "INSERT OR REPLACE INTO entry SELECT number, kind, run, part, round, task, sampling_rate, "
-        "99, steps, unit, divergence, refers, cohort, release, note, time, head, seal FROM entry",
+        "99, steps, unit, divergence, refers, nonce, cohort, release, note, time, head, seal "
+        "FROM entry",
         "REPLACE INTO entry SELECT * FROM entry WHERE number = 9",
     ],
 )

@@ -22,7 +22,7 @@ from flwr.common.serde import recorddict_to_proto
 
 from client.app import answer
 from client.gate import Gate, Site
-from client.ledger import Ledger
+from client.ledger import Ledger, TaskKey
 from client.policy import Policy
 from client.training import LocalTrainer
 from common.accounting import SubsampledGaussian, epsilon_at_order
@@ -464,14 +464,16 @@ def test_a_closed_run_is_over_for_good_and_what_it_left_is_free(
     node.joins(task.spec, other)
     for spec in (task.spec, other):
         assert isinstance(node.reply(TrainTask(spec, 1, task.weights)), Release)
-    assert node.reply(Closing(task.spec.digest)) == Closed(digest=task.spec.digest)
+    closed = node.reply(Closing(task.spec.digest))
+    assert closed == Closed(digest=task.spec.digest, witness=node.ledger.witness)
     assert node.ledger.book.set_aside() == [ONE_ROUND.of_steps(2)]  # of the other one
     assert node.spent == [ONE_ROUND.of_steps(2)]  # what was spent stays so
     before = node.entries
     second = TrainTask(task.spec, 2, task.weights)
     for message in (Invitation(task.spec), task, second):
         assert node.code(message) is RefusalCode.REPLAY
-    assert node.reply(Closing(task.spec.digest)) == Closed(digest=task.spec.digest)
+    closed = node.reply(Closing(task.spec.digest))
+    assert closed == Closed(digest=task.spec.digest, witness=node.ledger.witness)
     assert node.entries == before
     assert len(list((node.folder / "releases").glob("*.sealed"))) == 1
     assert isinstance(node.reply(TrainTask(other, 1, task.weights)), Release)
@@ -480,7 +482,8 @@ def test_a_closed_run_is_over_for_good_and_what_it_left_is_free(
 def test_closing_what_is_not_there_changes_nothing(make_node, task: TrainTask):
     node = make_node()
     before = node.entries
-    assert node.reply(Closing(task.spec.digest)) == Closed(digest=task.spec.digest)
+    closed = node.reply(Closing(task.spec.digest))
+    assert closed == Closed(digest=task.spec.digest, witness=node.ledger.witness)
     assert node.entries == before
     assert isinstance(node.joins(task.spec).reply(task), Release)
 
@@ -770,14 +773,45 @@ def test_a_release_says_nothing_of_the_cohort_beside_its_noised_array(
     caplog.set_level(logging.INFO, "cloister.gate")
     nodes = [make_node(owners=owners) for owners in (range(23), range(22), [0] * 50, [])]
     spec = make_spec()
-    cards = {content_of(node.answer(Invitation(spec))) for node in nodes}
+    cards = [node.reply(Invitation(spec)) for node in nodes]
+    witnesses = [card.witness for card in cards]
+    assert len({len(content_of(card.to_records())) for card in cards}) == 1
     replies = [node.answer(task) for node in nodes]
-    assert len(cards) == 1
+    assert len({card.model_copy(update={"witness": witnesses[0]}) for card in cards}) == 1
+    assert len({token.partition(":")[0] for token in witnesses}) == 1  # as many entries
+    assert len(set(witnesses)) == len(nodes)  # but for that, seals over random numbers
     assert len({len(content_of(records)) for records in replies}) == 1
     scalars = {content_of(RecordDict({"release": records["release"]})) for records in replies}
     assert len(scalars) == 1
     assert len({content_of(records) for records in replies}) == len(nodes)
     assert "mean loss" in caplog.text  # it was there to be told
+
+
+def test_a_ledger_that_was_put_back_and_books_the_same_again_is_found(
+    make_policy: Any, make_ledger: Any, open_ledger: Any, tmp_path: Path, task: TrainTask
+):
+    policy = make_policy()
+    ledger, folder = make_ledger(policy), tmp_path / "ledger"
+    ledger.earmark(task.spec.digest, policy.judge(task.spec, 1))
+    told = tmp_path / "ledger.witness"
+    before = {path: path.read_bytes() for path in (*folder.iterdir(), told) if path.is_file()}
+    key = TaskKey(task.spec.digest, "training", 1, task.digest)
+
+    def train(ledger: Ledger) -> str:
+        ledger.commit(ledger.reserve(key, ONE_ROUND), b"release")
+        return ledger.witness
+
+    witness = train(ledger)
+    ledger.disconnect()
+    for path in folder.glob("ledger.sqlite*"):
+        path.unlink()
+    for path, content in before.items():  # the witness file too
+        path.write_bytes(content)
+    put_back = open_ledger()
+    again = train(put_back)
+    assert again.partition(":")[0] == witness.partition(":")[0]
+    with pytest.raises(LedgerError, match="not the one"):
+        put_back.check_witness(witness)
 
 
 def test_two_nodes_with_one_cohort_release_different_noise(make_node, task: TrainTask):

@@ -353,7 +353,8 @@ def test_the_app_answers_a_whole_run(app: App, folder: Folder, task: TrainTask):
         release = app.ask(TrainTask(task.spec, number, task.weights, card.witness))
         assert isinstance(release, Release)
         assert (release.round_number, release.digest) == (number, task.spec.digest)
-    assert app.ask(Closing(task.spec.digest)) == Closed(digest=task.spec.digest)
+    closed = app.ask(Closing(task.spec.digest))
+    assert closed == Closed(digest=task.spec.digest, witness=folder.home.ledger().witness)
     assert app.ask(task) == RefusalReply(code=RefusalCode.REPLAY)
     assert [mechanism.steps for mechanism in folder.home.ledger().book.spent()] == [3]
 

@@ -85,9 +85,11 @@ def test_opening_again_changes_nothing(lived: Place, ledger: Ledger):
 def test_what_is_booked_is_in_the_book_at_once_and_on_the_disk(lived: Place, ledger: Ledger):
     attempt = ledger.reserve(task(), MECHANISM, cohort="e" * 64)
     found = Ledger(lived)
-    assert list(found.entries())[-1][:-1] == (
+    written = list(found.entries())[-1]
+    assert len(bytes.fromhex(written.nonce)) == 16
+    assert written._replace(nonce="")[:-1] == (
         *(attempt.number, Kind.RESERVED, OPEN, "training", 4, "4" * 64),
-        *(0.1, 1.5, 4, "patient", None, 0, "e" * 64, "", "{}"),
+        *(0.1, 1.5, 4, "patient", None, 0, "", "e" * 64, "", "{}"),
     )
     for book in (ledger.book, found.book):
         assert book.spent() == [MECHANISM.of_steps(16)]

@@ -146,9 +146,8 @@ class TestEveryMessageCrossesUnchanged:
         assert read_request(carry(Closing(spec.digest).to_records())) == Closing(spec.digest)
 
     def test_closed(self, carry: Any, spec: RunSpec):
-        assert read_reply(carry(Closed(digest=spec.digest).to_records())) == Closed(
-            digest=spec.digest
-        )
+        closed = Closed(digest=spec.digest, witness=WITNESS)
+        assert read_reply(carry(closed.to_records())) == closed
 
     def test_counts(self, carry: Any, spec: RunSpec):
         seen = read_reply(carry(Counts(spec.digest, COUNTING, TABLE).to_records()))
@@ -256,7 +255,7 @@ def every_message(spec: RunSpec, weights: Arrays) -> dict[str, Message]:
         "card": card_of(spec),
         "release": Release(spec.digest, 1, MECHANISM, weights),
         "counts": Counts(spec.digest, COUNTING, TABLE),
-        "closed": Closed(digest=spec.digest),
+        "closed": Closed(digest=spec.digest, witness=WITNESS),
         "refusal": RefusalReply(code=RefusalCode.BUDGET),
     }
 

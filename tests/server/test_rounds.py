@@ -88,6 +88,7 @@ class Site:
 
     Attributes:
         witness: what its card shows.
+        closing: what it shows when the run is over; as the card, if empty.
         given: the witness of each of its tasks.
     """
 
@@ -97,6 +98,7 @@ class Site:
     update: Callable[[TrainTask], Mapping[str, Any]] | None = None
     paced: bool = True
     witness: str = witness(1)
+    closing: str = ""
     given: list[str] = field(default_factory=list)
 
     def hear(self, request: Request) -> Say:
@@ -109,7 +111,9 @@ class Site:
         if isinstance(request, Invitation):
             return Say(self.card(request.spec).to_records())
         if isinstance(request, Closing):
-            return Say(Closed(digest=request.digest).to_records())
+            return Say(
+                Closed(digest=request.digest, witness=self.closing or self.witness).to_records()
+            )
         if isinstance(request, EvaluationTask):
             return Say(self.counts(request.spec).to_records())
         return Say(self.release(request).to_records())
@@ -985,12 +989,20 @@ def test_the_sites_are_told_once_and_after_the_result_is_on_disk_that_the_run_is
     assert run.clock.time < 1001
 
 
+def test_how_far_a_ledger_went_at_the_end_is_kept_where_its_site_has_answered(conducted: Any):
+    run = conducted(rounds=1, federation={"quorum": 1})
+    there = Site("a", closing=witness(9))
+    mute = Site("b", closing=witness(9), script={1: lambda *_: ERROR})
+    run.run(there, mute)
+    assert run.file("witnesses.json")["sites"] == {"a": witness(9)}
+
+
 UNCLOSED: dict[str, Any] = {
     "silent": lambda *_: NEVER,
     "an error": lambda *_: ERROR,
     "not sent": lambda *_: Say(sent=""),
     "its ledger is halted": no(RefusalCode.LEDGER),
-    "another run's": lambda *_: Say(Closed(digest="0" * 64).to_records()),
+    "another run's": lambda *_: Say(Closed(digest="0" * 64, witness=witness(900)).to_records()),
     "babble": lambda *_: Say(RecordDict()),
 }
 

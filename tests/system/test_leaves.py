@@ -98,7 +98,7 @@ FIELDS = {
         "unit",
     },
     "counts": {"protocol", "digest", "noise_multiplier", "unit"},
-    "closed": {"protocol", "digest"},
+    "closed": {"protocol", "digest", "witness"},
 }
 METADATA = {
     "run_id": "of Flower: the same for all of a run",

@@ -4,7 +4,9 @@ Twin nodes have one policy, one key, one history in the ledger and one clock, an
 same things: in `SCENES` every kind of answer comes about. What a node says is compared as Flower
 serialises it, whole messages, and so is when each one leaves. Masked, at their length, are the
 numbers in an update (their privacy is the noise's: ``tests/client/test_sensitivity.py``), the
-incident's random number, and two fields of Flower's that hold the time of day of the reply.
+incident's random number, the two seals of a witness that the node's own ledger bears out (keyed,
+over a random number: they say nothing), and two fields of Flower's that hold the time of day of
+the reply.
 
 Time is simulated: loading, training and counting take as many seconds each as the cohort has
 patients.
@@ -148,6 +150,7 @@ class Node:
     expected: list[str] = field(default_factory=list)
     noised: list[NDArray[np.float32]] = field(default_factory=list)
     incidents: list[str] = field(default_factory=list)
+    witnesses: list[str] = field(default_factory=list)
     witness: str = ""
 
     @property
@@ -189,14 +192,18 @@ class Node:
 
     def _note(self, asked: Message, answer: Message, waited: float) -> None:
         reply = read_reply(answer.content)
+        shown = reply.witness if isinstance(reply, NodeCard | Closed) else ""
         if isinstance(reply, NodeCard):
-            self.witness = reply.witness
+            self.witness = shown
         if isinstance(reply, Release | Counts):
             self.noised.append(flat(reply))
         if isinstance(reply, RefusalReply) and reply.incident:
             self.incidents.append(reply.incident)
         proto = message_to_proto(answer)
-        self.transcript.append(Said(name_of(reply), waited, proto.ByteSize(), masked(proto, asked)))
+        sealed = shown if shown and shown == self.ledger.witness else None
+        content = masked(proto, asked, sealed)
+        self.witnesses += [sealed] if sealed else []
+        self.transcript.append(Said(name_of(reply), waited, proto.ByteSize(), content))
 
     # --- What befalls it --------------------------------------------------------------------------
 
@@ -309,8 +316,11 @@ def flat(reply: Release | Counts) -> NDArray[np.float32]:
     return np.concatenate([array.ravel() for array in arrays])
 
 
-def masked(proto: Any, asked: Message) -> bytes:
-    """The bytes of a message without the numbers in its update and what is random or a date."""
+def masked(proto: Any, asked: Message, sealed: str | None) -> bytes:
+    """The bytes of a message without the numbers in its update and what is random or a date.
+
+    `sealed` is the witness in it, where the node's own ledger bears it out.
+    """
     metadata = proto.metadata
     expires = asked.metadata.created_at + asked.metadata.ttl
     assert metadata.created_at + metadata.ttl == pytest.approx(expires, abs=1e-3)
@@ -324,6 +334,9 @@ def masked(proto: Any, asked: Message) -> bytes:
             if scalar.key == "incident" and scalar.value.string:
                 assert re.fullmatch(r"[0-9a-f]+", scalar.value.string)
                 scalar.value.string = "0" * len(scalar.value.string)
+            if sealed and scalar.key == "witness" and scalar.value.string == sealed:
+                number, head, seal = sealed.split(":")
+                scalar.value.string = f"{number}:{'0' * len(head)}:{'0' * len(seal)}"
     content: bytes = proto.SerializeToString(deterministic=True)
     return content
 
@@ -675,6 +688,8 @@ def test_twins_cannot_be_told_apart(play: Callable[..., Played], name: str):
     assert apart(nodes) == []
     incidents = [number for node in nodes.values() for number in node.incidents]
     assert len(set(incidents)) == len(incidents)
+    heads = [{token.split(":")[1] for token in node.witnesses} for node in nodes.values()]
+    assert not any(one & other for one, other in itertools.combinations(heads, 2))
 
 
 def test_the_scenes_know_every_answer(play: Callable[..., Played]):
@@ -796,7 +811,8 @@ def in_the_time(node: Node, reply: Reply) -> Reply:
 
 def in_the_ledger(node: Node, reply: Reply) -> Reply:
     if isinstance(reply, Release):
-        node.ledger.carry(node.patients * 1e-9, SOMEBODY)
+        for _ in range(node.patients):
+            node.ledger.carry(0.0, SOMEBODY)
     return reply
 
 
