@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
+import tomllib
 from typing import Literal, NamedTuple, Self
 
-from pydantic import field_validator, model_validator
+from pydantic import ValidationError, field_validator, model_validator
 
 from client.intake.deid.table import RESOLVED, Action, Option, Row
-from common.spec import Section
+from common.errors import ConfigError
+from common.spec import Section, explain_detail
 
 _PRIVATE = re.compile(r"\(([0-9A-Fa-f]{4}),xx([0-9A-Fa-f]{2})\) (\S(?:.{0,62}\S)?)")
 
@@ -162,6 +165,29 @@ class Profile(Section):
     def digest(self) -> str:
         """SHA-256 of every setting."""
         return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
+
+
+def parse_profile(text: str, *, source: str) -> Profile:
+    """A profile from TOML, as it stands below the heading ``[deidentification]`` or by itself.
+
+    Args:
+        text: the file.
+        source: what to call it in an error.
+
+    Raises:
+        ConfigError: naming each key that is wrong, what it is and what was expected.
+    """
+    try:
+        document = tomllib.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{source}: this is not TOML: {error}") from error
+    within = ("deidentification",) if "deidentification" in document else ()
+    table = document[within[0]] if within else document
+    try:
+        return Profile.model_validate_json(json.dumps(table, default=str))
+    except ValidationError as error:
+        lines = [f"{source}: {explain_detail(detail, *within)}" for detail in error.errors()]
+        raise ConfigError("\n".join(lines)) from None
 
 
 def _private_element(entry: str) -> PrivateElement:

@@ -131,6 +131,16 @@ def test_a_name_in_any_attribute_as_any_representation(
 ) -> None:
     """Whatever an attribute's representation ought to be, and at any depth."""
     made = film()
+    with quiet():
+        _plant(made, places)
+        data = as_bytes(made)
+    for representation in ("DS", "IS"):
+        data = data.replace(b"LO\x0a\0" + NAME, representation.encode() + b"\x0a\0" + NAME)
+
+    assert NAME not in outcome(engine, data)
+
+
+def _plant(made: Dataset, places: list[tuple[str, str, int]]) -> None:
     for keyword, representation, depth in places:
         level: Dataset = made
         for _ in range(depth):
@@ -142,9 +152,3 @@ def test_a_name_in_any_attribute_as_any_representation(
             level.add_new(
                 keyword, "LO" if representation in ("DS", "IS") else representation, value
             )
-    with quiet():
-        data = as_bytes(made)
-    for representation in ("DS", "IS"):
-        data = data.replace(b"LO\x0a\0" + NAME, representation.encode() + b"\x0a\0" + NAME)
-
-    assert NAME not in outcome(engine, data)

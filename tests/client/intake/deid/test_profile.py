@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import tomllib
 from typing import Any
 
 import pytest
 from pydantic import ValidationError
 from pydicom.tag import Tag
 
-from client.intake.deid.profile import PrivateElement, Profile
+from client.intake.deid.profile import PrivateElement, Profile, parse_profile
 from client.intake.deid.table import Action, standard_table
+from common.errors import ConfigError
 
 SAFE = "(0019,xx0C) SIEMENS MR HEADER"
 
@@ -93,11 +92,31 @@ def test_a_hospital_writes_it_in_toml() -> None:
     faces = "keep"
     """
 
-    profile = Profile.model_validate_json(json.dumps(tomllib.loads(text)))
+    profile = parse_profile(text, source="node.toml")
+    assert parse_profile(f"[deidentification]\n{text}", source="node.toml") == profile
 
     assert profile.options == {"modified_dates", "patient", "safe_private"}
     assert profile.safe_private == {PrivateElement(0x0019, 0x0C, "SIEMENS MR HEADER")}
     assert profile.digest != Profile().digest
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("dates = shifted", "node.toml: this is not TOML"),
+        (
+            'dates = "shifted"',
+            r"node.toml: dates = 'shifted': input should be 'removed', 'modified'",
+        ),
+        ("faces = true\ndates = 3", r"(?s)node.toml: dates = 3: .*node.toml: faces = True"),
+        ("[deidentification]\nface = 1", "node.toml: deidentification.face = 1: unknown key"),
+        ("deidentification = 3", "node.toml: deidentification = 3"),
+        ("retain_uids = true", "expected dates = 'full' beside it"),
+    ],
+)
+def test_a_mistake_is_named_with_file_key_and_value(text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        parse_profile(text, source="node.toml")
 
 
 def test_its_codes_say_what_is_done() -> None:
