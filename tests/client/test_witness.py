@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 import shutil
 import sqlite3
+import threading
+import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -280,6 +282,26 @@ def test_a_halt_is_booked_once_by_two_processes_that_both_see_the_witness(lived:
     for ledger in (one, two, one):
         with pytest.raises(LedgerError):
             ledger.check_witness(token)
+    assert kinds(lived).count(Kind.HALTED) == 2
+
+
+def test_two_processes_that_see_the_witness_at_one_moment_book_one_halt(lived: Place):
+    token = rolled_back(lived)
+
+    def ask(ledger: Ledger) -> None:
+        with pytest.raises(LedgerError):
+            ledger.check_witness(token)
+
+    ledgers = [Ledger(lived) for _ in range(4)]
+    with closing(sqlite3.connect(lived.database, isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")  # until all of them have looked, and wait to book
+        threads = [threading.Thread(target=ask, args=(ledger,)) for ledger in ledgers]
+        for thread in threads:
+            thread.start()
+        time.sleep(0.5)
+        other.execute("ROLLBACK")
+    for thread in threads:
+        thread.join()
     assert kinds(lived).count(Kind.HALTED) == 2
 
 
