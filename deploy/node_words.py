@@ -49,11 +49,6 @@ def warnings(policy: Policy) -> Iterator[str]:
             'least_unit is "image": a run may protect single images. A patient with several is '
             "protected less than its figures say."
         )
-    if policy.budget and policy.budget.delta >= 1 / policy.declared_size:
-        yield (
-            f"budget.delta is {policy.budget.delta:g}: expected below 1 / declared size = "
-            f"{1 / policy.declared_size:.3g}. Above it, one patient may be released whole."
-        )
     for name in ("operators", "models"):
         if getattr(policy.limits, name) == "any":
             yield f'limits.{name} is "any": nobody has chosen which.'

@@ -14,7 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -473,7 +473,8 @@ class Herd:
         if kill is not None:
             for pid in kill.sample(children, 3):
                 time.sleep(kill.uniform(0, 0.05))
-                os.kill(pid, 9)
+                with suppress(ProcessLookupError):  # it was quicker
+                    os.kill(pid, 9)
         ended: list[int] = json.loads(self._started.stdout.readline())
         return ended
 
@@ -522,22 +523,24 @@ def reserved(home: Path) -> int:
 def test_eight_processes_that_spend_the_last_of_a_budget_are_granted_what_fits(
     lived: Place, scarce: str
 ):
-    before = reserved(lived.folder.parent)
-    for home, granted in Herd("attempts", copies(lived, 3), policy=scarce):
+    before, races = reserved(lived.folder.parent), 0
+    for home, granted in Herd("attempts", copies(lived, 4), policy=scarce):
         assert sum(granted) == FITS
-        assert max(granted) < FITS  # or it was no race
+        races += max(granted) < FITS
         assert reserved(home) == before + FITS
+    assert races  # on a busy machine the first may be done before the others begin
 
 
 def test_eight_processes_with_three_of_them_killed_are_granted_what_fits(lived: Place, scarce: str):
     before, kill = reserved(lived.folder.parent), random.Random(1)  # noqa: S311
-    homes = copies(lived, 5)
+    homes, killed = copies(lived, 5), 0
     herd = Herd("attempts", homes, policy=scarce)
     for home in homes:
         ended = herd.run(kill=kill)
         assert reserved(home) == before + FITS
         assert sum(code for code in ended if code >= 0) <= FITS
-        assert -9 in ended
+        killed += ended.count(-9)
+    assert killed  # on a busy machine some are done before
 
 
 def test_eight_processes_that_each_ask_for_a_run_are_granted_as_many_as_fit(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import re
 import shutil
 import sqlite3
@@ -49,6 +50,8 @@ class Lost:
         shutil.copytree(home, self.copy)
         assert isinstance(self.trained(2, served), Release)
         self.last = NodeFolder.open(home).ledger().witness  # as the coordinator keeps it
+        del served
+        gc.collect()  # the node has ended: no connection is left that writes when it is closed
 
     def gate(self) -> Gate:
         return NodeHome.open(self.home).gate()

@@ -99,7 +99,6 @@ def test_a_change_of_a_key_can_be_read_on_the_page(key: str, make_policy: Callab
         ({"limits": {"models": []}}, "No network is allowed"),
         ({"allow_no_privacy": True}, "can tell of single patients"),
         ({"release": {"pace": 0.0}}, "how long this node takes to answer tells"),
-        ({"budget": {"epsilon": 50.0, "delta": 0.03}}, "one patient may be released whole"),
         ({"least_unit": "image"}, "may protect single images"),
         ({"data": {"unit": "image"}}, 'least_unit = "image"'),
         ({}, "nobody has chosen which"),
