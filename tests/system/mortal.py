@@ -6,7 +6,8 @@ what interpreter, SQLite, torch and logging offer to anybody: audit events of it
 statements as they begin, steps of an optimiser, records of its log. At the event that a request
 names, it kills itself with SIGKILL: nothing is flushed, closed or rolled back.
 
-With each request comes the event at which to die, or none. To the test go frames, a letter and
+With each request comes the event at which to die, or none, and the number of the event at which to
+wait for the test, or 0. To the test go frames, a letter and
 content:
 
     E  an event, just before what it names    X  the event at which it dies
@@ -66,16 +67,20 @@ class Watch:
         self._home, self._line = str(home), line
         self._databases: list[sqlite3.Connection] = []
         self._seen: Counter[str] | None = None
-        self._last = ""
+        self._last = self._statement = ""
         self._end: list[Any] | None = None
+        self._hold = 0
         self._in_step = False
 
-    def begin(self, end: list[Any] | None) -> None:
-        """A request comes in: count from here, and die at the event `end`, a name and a number."""
+    def begin(self, end: list[Any] | None, hold: int) -> None:
+        """A request comes in: count from here.
+
+        Die at the event `end`, a name and a number; at the event number `hold` wait for a word.
+        """
         for database in self._databases:
             with suppress(sqlite3.ProgrammingError):  # closed by now
                 database.set_trace_callback(self._sql)
-        self._seen, self._last, self._end = Counter(), "", end
+        self._seen, self._last, self._end, self._hold = Counter(), "", end, hold
 
     def see(self, event: str) -> None:
         """It is about to happen. One file opened is heard twice where Python opens it by a way."""
@@ -88,6 +93,8 @@ class Watch:
             self.tell("X", json.dumps(here).encode())
             os.kill(os.getpid(), signal.SIGKILL)
         self.tell("E", json.dumps(here).encode())
+        if self._seen.total() == self._hold:
+            self._line.recv_bytes()
 
     def tell(self, kind: str, content: bytes) -> None:
         self._line.send_bytes(kind.encode() + content)
@@ -113,8 +120,9 @@ class Watch:
                 self.see(f"{event} {name}")
 
     def _sql(self, statement: str) -> None:
-        found = _SQL.match(statement)
-        if found:
+        found, again = _SQL.match(statement), statement == self._statement
+        self._statement = statement
+        if found and not again:  # an insertion is told once more for the trigger that it sets off
             self.see(found[1] or f"INSERT {found[2]}")
 
     def _network(self, *_: Any) -> None:
@@ -239,9 +247,9 @@ def live(node: Callable[[Path], Gate], home: Path, line: Connection) -> None:
     except CloisterError as error:  # each request will be refused
         watch.tell("D", str(error).encode())
     while True:
-        end = json.loads(line.recv_bytes())
+        end, hold = json.loads(line.recv_bytes())
         asked = recorddict_from_proto(RecordDictProto.FromString(line.recv_bytes()))
-        watch.begin(end)
+        watch.begin(end, hold)
         reply = recorddict_to_proto(answer(asked, gate))
         watch.see("reply")
         watch.tell("L", reply.SerializeToString(deterministic=True))
