@@ -501,6 +501,9 @@ class Story:
         found = [] if kinds == booked else [f"booked {kinds}, expected {booked}"]
         if kinds[-1:] == ["closed"] and disk.kept and self._answered:
             found.append(f"kept of a run that is over: {disk.kept}")
+        told = disk.witnesses[-1].partition(":")[0]
+        if self._answered and told != str(disk.rows[-1]["number"]):
+            found.append(f"it answered, and the last entry with a witness is {told}")
         return found + faults(disk, self.hospital.sent)
 
 
