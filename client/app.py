@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import lru_cache
@@ -39,6 +40,7 @@ GateOf = Callable[[Context], Gate]
 app = ClientApp()
 
 _held: dict[Path, ExitStack] = {}
+_PATIENCE = 3.0
 
 
 def register(client_app: ClientApp, gate_of: GateOf) -> None:
@@ -105,15 +107,25 @@ def open_node(home: Path) -> Gate:
     """
     with ExitStack() as held:
         if home not in _held:
-            try:
-                held.enter_context(locked(home))
-            except OSError as error:
-                raise ConfigError(
-                    f"{home}: another process answers for this node, or it is no folder ({error})"
-                ) from error
+            _hold(home, held)
         gate = NodeHome.open(home).gate()
         _held.setdefault(home, held.pop_all())
     return gate
+
+
+def _hold(home: Path, held: ExitStack) -> None:
+    """Take the folder for this process; one that was killed lets go of it in a moment."""
+    last = time.monotonic() + _PATIENCE
+    while True:
+        try:
+            held.enter_context(locked(home))
+            return
+        except OSError as error:
+            if not isinstance(error, BlockingIOError) or time.monotonic() > last:
+                raise ConfigError(
+                    f"{home}: another process answers for this node, or it is no folder ({error})"
+                ) from error
+            time.sleep(0.1)
 
 
 def _ask(gate: Gate, request: Request) -> Reply:

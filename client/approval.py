@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from dataclasses import astuple, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -20,6 +21,7 @@ from common.files import write_durably
 from common.spec import DpSgd, RunSpec
 
 _MOST_WAITING = 50
+_BEGINNING = re.compile(r"[0-9a-f]{6,64}")
 
 
 @dataclass(frozen=True)
@@ -72,25 +74,38 @@ class Requests:
         if path.exists():
             return
         self._folder.mkdir(mode=0o700, exist_ok=True)
-        if sum(1 for _ in self._folder.glob("*.json")) >= _MOST_WAITING:
-            raise Refusal(RefusalCode.APPROVAL, f"{_MOST_WAITING} runs wait already; deny some")
+        self.check_room(spec)
         write_durably(path, spec.canonical_json.encode())
 
-    def waiting(self) -> list[RunSpec]:
-        """All that wait, by name.
+    def check_room(self, spec: RunSpec) -> None:
+        """Refuse one more run than a person can look through.
 
         Raises:
-            ConfigError: for a file that holds no run.
+            Refusal: ``approval``.
         """
-        return sorted(map(_read, self._folder.glob("*.json")), key=lambda spec: spec.name)
+        waiting = {path.stem for path in self._folder.glob("*.json")}
+        if spec.digest not in waiting and len(waiting) >= _MOST_WAITING:
+            raise Refusal(RefusalCode.APPROVAL, f"{_MOST_WAITING} runs wait already; deny some")
+
+    def waiting(self) -> list[RunSpec]:
+        """All that wait, by name; what holds no run is told of by `faults`."""
+        found = (_read(path) for path in self._folder.glob("*.json"))
+        runs = [spec for spec in found if isinstance(spec, RunSpec)]
+        return sorted(runs, key=lambda spec: (spec.name, spec.digest))
+
+    def faults(self) -> list[str]:
+        """What is wrong with each file that holds no run; one keeps no other from being seen."""
+        found = (_read(path) for path in sorted(self._folder.glob("*.json")))
+        return [str(fault) for fault in found if isinstance(fault, ConfigError)]
 
     def find(self, start: str) -> RunSpec:
         """The one whose digest begins with `start`.
 
         Raises:
-            ConfigError: if there is none, or more than one.
+            ConfigError: if there is none, or more than one, or it is too short.
         """
-        found = [spec for spec in self.waiting() if spec.digest.startswith(start.lower())]
+        begin = beginning(start)
+        found = [spec for spec in self.waiting() if spec.digest.startswith(begin)]
         if len(found) != 1:
             raise ConfigError(
                 f"{start!r}: {len(found)} waiting runs begin with it; `cloister node requests` "
@@ -103,8 +118,21 @@ class Requests:
         (self._folder / f"{spec.digest}.json").unlink(missing_ok=True)
 
 
-def _read(path: Path) -> RunSpec:
+def beginning(digest: str) -> str:
+    """The beginning of a digest as a person typed it, in small letters.
+
+    Raises:
+        ConfigError: if it is too short to be meant for one run, or no digest.
+    """
+    if not _BEGINNING.fullmatch(digest.lower()):
+        raise ConfigError(f"{digest!r}: expected at least 6 hexadecimal digits of a digest")
+    return digest.lower()
+
+
+def _read(path: Path) -> RunSpec | ConfigError:
     try:
         return RunSpec.from_json(path.read_text("utf-8"), source=str(path))
-    except OSError as error:
-        raise ConfigError(f"{path}: {error}") from error
+    except (OSError, ValueError) as error:
+        return ConfigError(f"{path}: holds no run ({error})")
+    except ConfigError as error:
+        return error

@@ -15,6 +15,7 @@ import secrets
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import datetime
 from importlib.metadata import version
 from threading import RLock
 from typing import TypeVar
@@ -63,6 +64,7 @@ Counter = Callable[[RunSpec, Arrays, Keystream], NDArray[np.float32]]
 """Makes the noised counts of the site's held-out patients under some weights."""
 Make = Callable[[Keystream], Arrays]
 _COUNTS = "counts"
+_KEPT = 2  # releases of a run: of the round that is asked for, and of the one before
 
 REFUSED = "refused: %.2000s"
 """For the log; a coordinator cannot fill the disk with it."""
@@ -77,6 +79,8 @@ class Site:
         ledger: what was spent, and the releases that can be asked for again.
         cohort: digest of the cohort's index; the ledger says whether a person admitted it.
         requests: where runs wait for a person; needed where the policy says ``ask``.
+        check_cohort: raises if the cohort on the disk is not the one with that digest any more;
+            called before each attempt.
         diary: where losses and numbers of patients are written for the hospital itself.
     """
 
@@ -85,6 +89,7 @@ class Site:
     cohort: str
     requests: Requests | None = None
     diary: Diary | None = None
+    check_cohort: Callable[[], None] = lambda: None
 
 
 class Gate:
@@ -137,11 +142,13 @@ class Gate:
 
     def _card(self, spec: RunSpec) -> NodeCard:
         policy, asked = self._policy, self._clock.date()
+        self._check_room(spec, asked)
         shares = self._judged(spec)
         self._check_approved(spec, shares)
         lapse(self._ledger, policy, self._clock)
 
         def allow(book: Book) -> None:
+            policy.check_booked(book)
             policy.check_new_run(book, asked, spec.digest)
             policy.check_earmark(book, spec.digest, shares)
 
@@ -170,7 +177,7 @@ class Gate:
 
         key = TaskKey(spec.digest, "training", number, task.digest)
         mechanism, update = self._once(task, key, prepare)
-        self._ledger.prune(spec.digest, before_round=number - 1)
+        self._ledger.prune(spec.digest, keep=_KEPT)
         return Release(spec.digest, number, mechanism, update)
 
     def _trained(self, trainer: LocalTrainer, task: TrainTask, keystream: Keystream) -> Arrays:
@@ -206,6 +213,7 @@ class Gate:
         self._ledger.check_witness(task.witness)
         shares = self._judged(spec)
         share = next((share for share in shares if share.part == key.part), None)
+        self._check_no_denial(spec)
         stored = self._ledger.released(key)
         if stored is not None:
             return self._ledger.mechanism_of(key), _arrays(stored)
@@ -215,6 +223,7 @@ class Gate:
         asked = self._clock.date()  # how long preparing takes decides nothing
 
         def allow(book: Book) -> None:
+            self._policy.check_booked(book)
             check_open(book, key.run)
             if book.run(key.run).shares.get(key.part) != share:
                 raise Refusal(RefusalCode.APPROVAL, "not what was set aside; invite again")
@@ -222,6 +231,7 @@ class Gate:
 
         allow(self._ledger.book)  # and again when it is booked: another node may be quicker
         with self._paced(spec):
+            self._site.check_cohort()
             make = prepare(share)
             attempt = self._ledger.reserve(
                 key,
@@ -242,10 +252,18 @@ class Gate:
             self._warm = None
         return Closed(digest=run, witness=self._ledger.witness)
 
+    def _check_room(self, spec: RunSpec, asked: datetime) -> None:
+        """Refuse one run too many before anything is worked out for it, which takes seconds."""
+        if self._policy.approval == "automatic":
+            self._policy.check_new_run(self._ledger.book, asked, spec.digest)
+        elif self._site.requests is not None and not self._ledger.book.run(spec.digest).decision:
+            self._site.requests.check_room(spec)
+
     def _judged(self, spec: RunSpec) -> tuple[Share, ...]:
         """What the run does here, if the policy allows it and this node may answer at all."""
         book = self._ledger.book
         check_sound(book)
+        self._policy.check_booked(book)
         try:
             shapes = models.shapes(spec)
         except ModelError as error:
@@ -265,9 +283,8 @@ class Gate:
         Raises:
             Refusal: ``approval`` if it waits, ``denied`` if the answer was no.
         """
+        self._check_no_denial(spec)
         decision = self._ledger.book.run(spec.digest).decision
-        if decision is not None and not decision.approved:
-            raise Refusal(RefusalCode.DENIED, f"{decision.by} said no: {decision.reason}")
         if self._policy.approval == "automatic":
             return
         asked = Asked(spec, self._site.cohort, shares)
@@ -275,6 +292,11 @@ class Gate:
             if self._site.requests is not None:
                 self._site.requests.put(spec)
             raise Refusal(RefusalCode.APPROVAL, f"run {spec.name!r} waits for a person")
+
+    def _check_no_denial(self, spec: RunSpec) -> None:
+        decision = self._ledger.book.run(spec.digest).decision
+        if decision is not None and not decision.approved:
+            raise Refusal(RefusalCode.DENIED, f"{decision.by} said no: {decision.reason}")
 
     def _trainer(self, spec: RunSpec, mechanism: SubsampledGaussian | None) -> LocalTrainer:
         if self._warm is None or self._warm[0] != spec.digest:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -57,16 +60,18 @@ class NodeHome(NodeFolder):
         Raises:
             ConfigError: if node.toml's budget is not the one that a person booked.
             LedgerError: if the ledger cannot be relied on.
-            CohortError: if there is no cohort.
+            CohortError: if there is no cohort; what is wrong with it shows when it is used.
         """
         ledger, policy = self.ledger(), self.policy
         check_budget(policy, ledger.book.limit)
         compute, admitted = compute_of(policy), cohort_digest(self.cohort_path)
-        whole = Cohort.open(self.cohort_path)
-        cohort, held_out = whole.with_split("", "train"), whole.with_split("test")
+
+        @cache
+        def whole() -> Cohort:  # read within a reply's slot: how long it takes tells its size
+            return Cohort.open(self.cohort_path)
 
         def trainer_for(spec: RunSpec, mechanism: SubsampledGaussian | None) -> LocalTrainer:
-            self.check_cohort(admitted)
+            cohort = whole().with_split("", "train")
             cohort.check_fits(spec)
             return LocalTrainer(
                 spec,
@@ -76,16 +81,25 @@ class NodeHome(NodeFolder):
                 compute=compute,
             )
 
-        site = Site(policy, ledger, admitted, self.requests, self.diary)
-        return Gate(site, trainer_for=trainer_for, counter=counter_of(held_out, compute))
+        site = Site(
+            policy,
+            ledger,
+            admitted,
+            self.requests,
+            self.diary,
+            check_cohort=lambda: self.check_cohort(admitted),
+        )
+        counter = counter_of(lambda: whole().with_split("test"), compute)
+        return Gate(site, trainer_for=trainer_for, counter=counter)
 
 
-def counter_of(held_out: Cohort, compute: Compute) -> Counter:
-    """What makes a site's counts of these patients."""
+def counter_of(held_out: Callable[[], Cohort], compute: Compute) -> Counter:
+    """What makes a site's counts of the patients that `held_out` gives."""
 
     def counter(spec: RunSpec, weights: Arrays, keystream: Keystream) -> NDArray[np.float32]:
-        held_out.check_fits(spec)
-        return noised_counts(spec, weights, held_out, keystream=keystream, device=compute.device)
+        patients = held_out()
+        patients.check_fits(spec)
+        return noised_counts(spec, weights, patients, keystream=keystream, device=compute.device)
 
     return counter
 

@@ -33,7 +33,7 @@ from client.rules import (
     check_unreleased,
     earmarks,
 )
-from client.witness import Witness, Witnesses, add_witness, check_writable, genuine, last_witnesses
+from client.witness import Witness, Witnesses, add_witness, check_writable, highest_witnesses
 from common.accounting import Part, Share, SubsampledGaussian
 from common.clock import Clock
 from common.errors import LedgerError, Refusal, RefusalCode
@@ -270,7 +270,7 @@ class Ledger:
 
         Raises:
             Refusal: ``later``, if another attempt at the task was released meanwhile: there is
-                one release of a task.
+                one release of a task; ``replay``, if the run was ended meanwhile.
             LedgerError: if there is no such attempt, or it was committed before.
             OSError: if the bytes cannot be kept; the attempt is spent all the same.
         """
@@ -280,12 +280,13 @@ class Ledger:
         done = Entry(0, Kind.COMMITTED, run, refers=number, release=digest)
 
         def entries(book: Book) -> list[Entry]:
+            check_open(book, run)  # a person may have said no meanwhile
             check_unreleased(book, run, part, round_number)
             return [done]
 
         try:
             self._write(entries)
-        except Refusal:
+        except (Refusal, LedgerError):
             self._releases.drop({number})
             raise
 
@@ -391,8 +392,12 @@ class Ledger:
         self._write(entries)
 
     def lapse(self, run: str) -> None:
-        """Take back what is set aside for a run; it may be set aside again."""
+        """Take back what is set aside for a run, and drop its kept releases.
+
+        It may be set aside again.
+        """
         self._end(run, Entry(0, Kind.LAPSED, run), "open")
+        self.prune(run)
 
     def close(self, run: str, signed: Signed) -> None:
         """Take back what is set aside for a run, for good, and drop its kept releases."""
@@ -402,18 +407,21 @@ class Ledger:
     def _end(self, run: str, entry: Entry, *states: str) -> None:
         self._write(lambda book: [entry] if book.run(run).state in states else [])
 
-    def prune(self, run: str, *, before_round: int | None = None) -> None:
-        """Drop the stored bytes of a run (or of its earlier rounds of training).
+    def prune(self, run: str, *, keep: int = 0) -> None:
+        """Drop the stored bytes of a run; of its training, all but the `keep` newest releases.
 
         The bookings stay. A coordinator that is past a round has its release; one that asks again
         is refused.
         """
-        attempts = self.book.attempts_of(run)
+        book = self.book
+        released = book.run(run).released.items()
+        trained = sorted(number for (part, _), (number, _) in released if part == "training")
+        oldest = min(trained[-keep:], default=0) if keep else None
         self._releases.drop(
             {
                 number
-                for number, (part, round_number) in attempts.items()
-                if before_round is None or (part == "training" and round_number < before_round)
+                for number, (part, _) in book.attempts_of(run).items()
+                if oldest is None or (part == "training" and number < oldest)
             }
         )
 
@@ -496,7 +504,7 @@ def _kept(place: Place) -> list[Witness]:
     """The newest genuine witnesses of the witness file, if there is one."""
     if place.witness is None:
         return []
-    return genuine(place.key, last_witnesses(place.witness))
+    return highest_witnesses(place.witness, place.key)
 
 
 def _signed(signed: Signed) -> str:

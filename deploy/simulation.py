@@ -47,7 +47,7 @@ from client.gate import Gate, Site
 from client.home import counter_of
 from client.keyfile import NodeKey, create_key
 from client.ledger import Ledger, Place, Signed
-from client.policy import Limits, Policy, Releases
+from client.policy import Limits, Machine, Policy, Releases
 from client.training import Compute, LocalTrainer, best_device
 from common import models
 from common.accounting import SubsampledGaussian, planned
@@ -329,7 +329,7 @@ def _gate(folder: Path, number: int) -> Gate:
     return Gate(
         Site(_policy(name, declared), _ledger(folder / "sites" / name, name), _COHORT),
         trainer_for=trainer_for,
-        counter=counter_of(simulation.held_out(number), compute),
+        counter=counter_of(lambda: simulation.held_out(number), compute),
         keystream=keystream,
     )
 
@@ -364,6 +364,7 @@ def _policy(name: str, declared: int) -> Policy:
         ),
         data=None,
         release=Releases(pace=0.0),
+        machine=Machine(gradient_memory=1_000_000),
     )
 
 

@@ -208,7 +208,6 @@ STOPS: dict[str, tuple[Callable[[Folder], None], type[Exception], str]] = {
         "cloister node set-budget",
     ),
     "no cohort": (lose("../cohort"), CohortError, "not a cohort"),
-    "half a cohort": (lose("../cohort/images.u16"), CohortError, "images.u16 is missing"),
     "a mistake in the policy": (
         lambda folder: folder.write("declared_size = 40", 'declared_size = "40"'),
         ConfigError,
@@ -321,6 +320,19 @@ def app(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> Iterator[App]:
     node_app.open_node.cache_clear()
     yield App()
     node_app.open_node.cache_clear()
+
+
+def test_half_a_cohort_shows_when_it_is_used_and_costs_nothing(
+    app: App, folder: Folder, task: TrainTask, caplog: pytest.LogCaptureFixture
+):
+    """Opening it takes as long as it is large, so it is opened where a slot hides that."""
+    lose("../cohort/images.u16")(folder)
+    assert isinstance(app.ask(Invitation(task.spec)), NodeCard)
+    reply = app.ask(task)
+    assert isinstance(reply, RefusalReply)
+    assert reply.code is RefusalCode.INCIDENT
+    assert "images.u16 is missing" in caplog.text
+    assert folder.home.ledger().book.spent() == []
 
 
 def test_one_process_answers_for_a_node(app: App, folder: Folder, task: TrainTask):

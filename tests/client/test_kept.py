@@ -160,18 +160,18 @@ def test_the_same_release_is_never_encrypted_alike_twice(tmp_path: Path):
 # --- Forgetting ---------------------------------------------------------------------------------
 
 
-def test_pruning_drops_the_bytes_of_earlier_rounds_of_that_run_alone(lived: Place):
+def test_pruning_drops_the_bytes_of_all_but_the_newest_rounds_of_that_run_alone(lived: Place):
     ledger, other = Ledger(lived), "9" * 64
     attempt_at(ledger, 4, b"release 4")
     ledger.earmark(other, [])
     mine = TaskKey(other, "training", 1, "1" * 64)
     ledger.commit(ledger.reserve(mine, None), b"another run's")
-    ledger.prune(RUN, before_round=2)
+    ledger.prune(RUN, keep=2)
     assert "no longer kept" in refused(lived)
     assert ledger.released(replace_digest(FIRST, "2" * 64, 2)) == b"release 2" * 20
     assert ledger.released(replace_digest(FIRST, "4" * 64, 4)) == b"release 4"
     assert ledger.released(mine) == b"another run's"
-    ledger.prune(RUN, before_round=2)
+    ledger.prune(RUN, keep=2)
     ledger.prune("unknown")
     assert len(files(lived)) == 3
 
@@ -181,7 +181,7 @@ def test_pruning_rounds_of_training_leaves_the_evaluation(lived: Place):
     ledger = Ledger(lived)
     evaluation = TaskKey(RUN, "evaluation", 1, "e" * 64)
     ledger.commit(ledger.reserve(evaluation, MECHANISM), b"counts")
-    ledger.prune(RUN, before_round=5)
+    ledger.prune(RUN, keep=1)
     assert ledger.released(evaluation) == b"counts"
     ledger.prune(RUN)
     with pytest.raises(Refusal, match="no longer kept"):
@@ -206,11 +206,20 @@ def test_what_crashed_attempts_left_behind_goes_with_their_round(lived: Place):
     kept.put(number, b"killed before it was booked")
     torn = lived.folder / "releases" / f"{number:08d}.sealed.4711.partial"
     torn.write_bytes(b"killed while it was written")
-    ledger.prune(RUN, before_round=4)
-    assert len(files(lived)) == 2
+    ledger.prune(RUN, keep=1)
+    assert len(files(lived)) == 3  # it is newer than what is kept: another process may be at it
+    attempt_at(ledger, 5, b"release 5")
+    ledger.prune(RUN, keep=1)
+    assert len(files(lived)) == 1
     assert ledger.released(TaskKey(RUN, "training", 4, "4" * 64)) is None
-    ledger.prune(RUN, before_round=5)
-    assert files(lived) == []
+
+
+def test_rounds_that_are_asked_for_backwards_do_not_fill_the_disk(lived: Place):
+    ledger = Ledger(lived)
+    for number in (9, 8, 7, 6, 5, 4):
+        attempt_at(ledger, number, b"release")
+        ledger.prune(RUN, keep=2)
+        assert len(files(lived)) == 2
 
 
 @pytest.mark.parametrize(

@@ -413,7 +413,7 @@ class Inside:
                 compute=compute,
             )
 
-        usual = {"trainer_for": trainer_for, "counter": counter_of(cohort, compute)}
+        usual = {"trainer_for": trainer_for, "counter": counter_of(lambda: cohort, compute)}
         site = Site(
             policy, home.ledger(), cohort_digest(home.cohort_path), home.requests, home.diary
         )

@@ -302,7 +302,7 @@ class Node:
     def _counter(self, spec: RunSpec, weights: Arrays, keystream: Keystream) -> Any:
         self.time.wait(self.patients)
         self._fail("counting")
-        return counter_of(self.cohort, ON_CPU)(spec, weights, keystream)
+        return counter_of(lambda: self.cohort, ON_CPU)(spec, weights, keystream)
 
 
 def name_of(reply: Reply) -> str:
