@@ -13,8 +13,10 @@ new one begins after the highest number that anybody knows of. Nothing is delete
 
 from __future__ import annotations
 
+import math
 import re
 import secrets
+import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,13 +27,14 @@ from client.chain import WAY_OUT
 from client.folder import KEY_FILE, LEDGER, NodeFolder, check_budget
 from client.keyfile import NodeKey
 from client.ledger import Ledger, Place, Signed
-from client.witness import genuine, last_witnesses
+from client.witness import Witnesses, genuine, highest_number, highest_witnesses, last_witnesses
 from common import accounting
 from common.clock import Clock
 from common.errors import ConfigError, LedgerError
 from common.files import flush_folder, locked
 
 _TOKEN = re.compile(r"([0-9]{1,12}):[0-9a-f]{64}:[0-9a-f]{64}")
+_UNVERIFIED = 10**12  # no node books as much; a number that cannot be verified is believed below it
 
 
 @dataclass(frozen=True)
@@ -104,8 +107,10 @@ def inspect(home: NodeFolder, tokens: Iterable[str] = ()) -> Standing:
     try:
         key = home.key
     except ConfigError as error:
-        numbers = [int(found[1]) for token in [*kept, *given] if (found := _TOKEN.match(token))]
-        return Standing(None, Book(), (str(error),), max(numbers, default=0), 0, False, False)
+        told = [int(found[1]) for token in given if (found := _TOKEN.match(token))]
+        numbers = [highest_number(home.witness, below=_UNVERIFIED), *told]
+        return Standing(None, Book(), (str(error),), max(numbers), 0, False, False)
+    kept += map(Witnesses(key).token, highest_witnesses(home.witness, key))
     for token in given:
         if not genuine(key, [token]):
             raise ConfigError(f"{token}: not a witness that this node made with the key it has")
@@ -186,6 +191,8 @@ def recover(
 def _recover(
     home: NodeFolder, signed: Signed, spent: float | None, tokens: list[str], new_key: bool
 ) -> Recovered:
+    if spent is not None and not (math.isfinite(spent) and spent >= 0):
+        raise ConfigError(f"--spent {spent}: expected a finite number, 0 or more")
     standing = inspect(home, tokens)
     if standing.sound and not new_key:
         raise ConfigError(
@@ -273,25 +280,44 @@ def _begin_anew(home: NodeFolder, debt: _Debt, new_key: bool) -> Recovered:
     key = NodeKey.create(made_key) if new_key else home.key
     made, old = home.path / f"ledger.new-{mark}", Place(home.path / LEDGER, key, home.witness)
     first = debt.after + 1
-    ledger = Ledger.create(Place(made, key), site=home.policy.site, by=debt.signed.by, first=first)
-    ledger.set_budget(debt.limit, debt.signed)
-    ledger.carry(debt.total, debt.signed)
-    ledger.disconnect()
-    moved = []
-    if new_key:
-        moved += _aside(home.path / KEY_FILE, mark)
-        made_key.rename(home.path / KEY_FILE)
-    moved += _aside(old.folder, mark)
-    made.rename(old.folder)
+    try:
+        begin = Place(made, key)
+        ledger = Ledger.create(begin, site=home.policy.site, by=debt.signed.by, first=first)
+        ledger.set_budget(debt.limit, debt.signed)
+        ledger.carry(debt.total, debt.signed)
+        ledger.disconnect()
+        places = [(made_key, home.path / KEY_FILE)] if new_key else []
+        moved = _put([*places, (made, old.folder)], mark)
+    except BaseException:
+        shutil.rmtree(made, ignore_errors=True)
+        if new_key:
+            made_key.unlink(missing_ok=True)
+        raise
     flush_folder(home.path)
     Ledger.salvaged(old).ledger.tell()
-    return Recovered(debt.epsilon, debt.total, first, True, tuple(moved))
+    return Recovered(debt.epsilon, debt.total, first, True, moved)
 
 
-def _aside(path: Path, mark: str) -> list[Path]:
-    if not path.exists():
-        return []
-    return [path.rename(path.with_name(f"{path.name}.aside-{mark}"))]
+def _put(pairs: list[tuple[Path, Path]], mark: str) -> tuple[Path, ...]:
+    """Put each first in the place of its second, and that aside; all of them, or none.
+
+    Returns:
+        What lies aside now.
+    """
+    done: list[tuple[Path, Path]] = []
+    asides = [path.with_name(f"{path.name}.aside-{mark}") for _, path in pairs if path.exists()]
+    try:
+        for made, path in pairs:
+            aside = path.with_name(f"{path.name}.aside-{mark}")
+            for before, after in ((path, aside), (made, path)):
+                if before.exists():
+                    before.rename(after)
+                    done.append((before, after))
+    except BaseException:
+        for before, after in reversed(done):
+            after.rename(before)
+        raise
+    return tuple(asides)
 
 
 def _shortened(fault: str) -> str:

@@ -22,6 +22,8 @@ from client.keyfile import NodeKey
 from common.errors import LedgerError
 
 _TOKEN = re.compile(r"([1-9][0-9]{0,17}):([0-9a-f]{64}):[0-9a-f]{64}")
+_LINE = re.compile(rb"([1-9][0-9]{0,17}):[0-9a-f]{64}:[0-9a-f]{64}")
+_BLOCK, _LONGEST = 1 << 20, 256  # bytes read at once; no token is as long as the second
 
 
 class Witness(NamedTuple):
@@ -64,6 +66,54 @@ def last_witnesses(path: Path, most: int = 100) -> list[str]:
             return file.read().decode("ascii", "replace").splitlines()[-most:]
     except OSError:
         return []
+
+
+def highest_witnesses(path: Path, key: NodeKey) -> list[Witness]:
+    """The genuine witnesses with the highest number in a whole file; none if it is not there.
+
+    Whoever can only add lines cannot hide one, with however many old or invented ones. Numbers
+    that go down again are no fault: processes that book at once write out of turn. There is more
+    than one such witness only where a ledger was forked.
+    """
+    witnesses, best = Witnesses(key), 0
+    found: set[Witness] = set()
+    for number, token in _backwards(path):  # the highest is near the end, few others are checked
+        if number < best:
+            continue
+        witness = witnesses.parsed(token.decode())
+        if witness is not None:
+            found = found | {witness} if number == best else {witness}
+            best = number
+    return sorted(found)
+
+
+def highest_number(path: Path, below: int) -> int:
+    """The highest number `below` another that any line has, genuine or not; 0 for none."""
+    return max((number for number, _ in _backwards(path) if number < below), default=0)
+
+
+def _backwards(path: Path) -> Iterator[tuple[int, bytes]]:
+    """Whatever looks like a token, with its number, from the last line to the first."""
+    for line in _lines_backwards(path):
+        found = _LINE.fullmatch(line)
+        if found is not None:
+            yield int(found[1]), line
+
+
+def _lines_backwards(path: Path) -> Iterator[bytes]:
+    """The lines of a file from the end; no more than two blocks of it are held at once."""
+    try:
+        with path.open("rb") as file:
+            position, rest = file.seek(0, os.SEEK_END), b""
+            while position > 0:
+                begin = max(0, position - _BLOCK)
+                file.seek(begin)
+                lines = (file.read(position - begin) + rest).splitlines()
+                position, rest = begin, lines[0][-_LONGEST:]  # its beginning may lie before
+                yield from reversed(lines[1:])
+            yield rest
+    except OSError:
+        return
 
 
 def check_writable(path: Path) -> None:

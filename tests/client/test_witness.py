@@ -18,7 +18,15 @@ from client.book import Kind
 from client.chain import WAY_OUT
 from client.keyfile import NodeKey
 from client.ledger import Attempt, Ledger, Place, Signed, TaskKey
-from client.witness import Witness, Witnesses, add_witness, genuine, last_witnesses
+from client.witness import (
+    Witness,
+    Witnesses,
+    add_witness,
+    genuine,
+    highest_number,
+    highest_witnesses,
+    last_witnesses,
+)
 from common.accounting import Share, SubsampledGaussian
 from common.errors import LedgerError, Refusal, RefusalCode
 
@@ -144,6 +152,62 @@ def test_the_newest_witness_counts_wherever_it_stands(lived: Place, hand: Hand):
     lived.witness.write_text("\n".join([lines[-1], *lines[:-1]]) + "\n")
     cut(hand, lived, 100)
     assert "a witness has seen entry 101" in stopped(lived)
+
+
+def test_old_genuine_lines_appended_do_not_hide_the_newest(lived: Place, hand: Hand):
+    """Who can append alone: the old lines again, with the old ledger put back."""
+    assert lived.witness is not None
+    lines = lived.witness.read_text().splitlines()
+    with lived.witness.open("a") as file:
+        file.write("\n".join(lines[:50] * 40) + "\n")
+    cut(hand, lived, 50)
+    assert "a witness has seen entry 101" in stopped(lived)
+
+
+def test_invented_lines_of_higher_numbers_hide_nothing(lived: Place, hand: Hand):
+    assert lived.witness is not None
+    with lived.witness.open("a") as file:
+        file.writelines(f"{10**6 + n}:{'0' * 64}:{'0' * 64}\n" for n in range(5000))
+    assert [w.number for w in highest_witnesses(lived.witness, lived.key)] == [101]
+    Ledger(lived).disconnect()
+    cut(hand, lived, 100)
+    assert "a witness has seen entry 101" in stopped(lived)
+
+
+@pytest.mark.parametrize("newline", ["\n", "\r\n"])
+@pytest.mark.parametrize("filler", [0, 1, 146, 147, 300, 1 << 20])
+def test_the_highest_is_found_across_blocks_and_long_lines(
+    tmp_path: Path, filler: int, newline: str
+):
+    key, file = NodeKey(bytes(range(32))), tmp_path / "witness"
+    tokens = [Witnesses(key).token(Witness(n, "a" * 64)) for n in (7, 9, 8)]
+    for order in (tokens, tokens[::-1]):
+        text = f"{newline}{'x' * filler}{newline}".join(order)
+        for end in ("", newline, newline * ((1 << 20) - 200)):
+            file.write_bytes((text + end).encode())
+            assert highest_witnesses(file, key) == [Witness(9, "a" * 64)]
+            assert highest_number(file, below=100) == 9
+    file.write_bytes(("9" + tokens[1]).encode())
+    assert highest_witnesses(file, key) == []
+    assert highest_number(file, below=10) == 0
+
+
+def test_a_fork_is_seen_from_both_sides(tmp_path: Path):
+    key, file = NodeKey(bytes(range(32))), tmp_path / "witness"
+    for head in "aba":
+        add_witness(file, Witnesses(key).token(Witness(5, head * 64)))
+    assert highest_witnesses(file, key) == [Witness(5, "a" * 64), Witness(5, "b" * 64)]
+    assert highest_witnesses(tmp_path / "none", key) == []
+
+
+def test_a_long_witness_file_is_looked_through_quickly(tmp_path: Path):
+    key, file = NodeKey(bytes(range(32))), tmp_path / "witness"
+    make = Witnesses(key).token
+    lines = [make(Witness(n, f"{n:064x}")) for n in range(1, 100_001)]
+    file.write_text("\n".join(lines) + "\n")
+    begin = time.perf_counter()
+    assert [w.number for w in highest_witnesses(file, key)] == [100_000]
+    assert time.perf_counter() - begin < 2  # a quarter of a second; a busy machine takes longer
 
 
 def test_a_line_that_was_torn_spoils_no_other(lived: Place):

@@ -19,8 +19,9 @@ from client.folder import NodeFolder
 from client.gate import Gate
 from client.home import NodeHome
 from client.ledger import Signed
+from client.recovery import recover
 from common import accounting
-from common.errors import RefusalCode
+from common.errors import ConfigError, RefusalCode
 from common.messages import (
     Invitation,
     NodeCard,
@@ -259,6 +260,38 @@ def test_a_figure_that_no_filter_gives_is_not_taken_for_nothing(cloister: Cloist
     assert done.code == 0
     assert "admit the cohort again" in done.words
     assert lost.counted() == 0.0
+
+
+@pytest.mark.parametrize("spent", ["nan", "inf", "-inf", "-1"])
+@pytest.mark.parametrize("more", [(), ("--new-key",)])
+def test_only_a_number_can_be_signed_for(
+    cloister: Cloister, lost: Lost, spent: str, more: tuple[str, ...]
+):
+    missing(lost)
+    before = sorted(path.name for path in lost.home.iterdir())
+    said = cloister("node", "recover", lost.home, *ADA, f"--spent={spent}", *more)
+    assert said.code == 2
+    assert "spent" in said.err
+    with pytest.raises(ConfigError, match="finite"):
+        recover(NodeFolder.open(lost.home), Signed("Ada", "why"), spent=float(spent))
+    assert sorted(path.name for path in lost.home.iterdir()) == before
+
+
+def test_a_recovery_that_fails_leaves_nothing_behind(lost: Lost, monkeypatch: pytest.MonkeyPatch):
+    garbage(lost)
+    rename = Path.rename
+    before = {path: path.read_bytes() for path in lost.home.rglob("*") if path.is_file()}
+
+    def refused(path: Path, target: Path) -> Path:
+        if path.name.startswith("ledger.new-"):
+            raise OSError("the disk is gone")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", refused)
+    with pytest.raises(ConfigError, match="the disk is gone"):
+        recover(NodeFolder.open(lost.home), Signed("Ada", "why"), new_key=True)
+    after = {path: path.read_bytes() for path in lost.home.rglob("*") if path.is_file()}
+    assert after == before
 
 
 def test_a_ledger_that_can_be_relied_on_is_not_recovered(cloister: Cloister, lost: Lost):
