@@ -34,6 +34,7 @@ WAY_OUT = (
     "this node stops. Look with `cloister node audit`; put the true file back from a copy, or "
     "sign for what was spent with `cloister node recover`"
 )
+MEND = "see that the disk has room, that this user may write there, and that it is not read-only"
 PATIENCE = 60.0
 """Seconds that a process waits for another's booking."""
 
@@ -62,6 +63,7 @@ _WRITE = f"INSERT INTO entry VALUES ({', '.join('?' * len(_FIELDS))})"  # noqa: 
 _RULES = "SELECT type, name, sql FROM sqlite_schema WHERE name NOT LIKE 'sqlite_%' ORDER BY name"
 _BOOKED, _BEGIN = len(BOOKED), "0" * 64
 _NONCE_BYTES = 16
+_NOT_WRITABLE = (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_FULL)
 
 Entries = Callable[[Book], list[Entry]]
 """What is to be booked, seeing everything booked before; the number 0 stands for the next."""
@@ -135,7 +137,7 @@ class Chain:
         counting = "SELECT count(*) FROM entry WHERE number > ?"
         try:
             (found,) = self._database.execute(counting, (self._book.last,)).fetchone()
-        except sqlite3.Error:
+        except (sqlite3.Error, UnicodeError):
             return 0
         return int(found)
 
@@ -156,9 +158,8 @@ class Chain:
                     for row in self._database.execute(_READ, (self._book.last,)):
                         self._take(row)
             except (sqlite3.Error, UnicodeError) as error:
-                raise LedgerError(
-                    f"{self._path}: damaged after entry {self._book.last} ({error}); {WAY_OUT}"
-                ) from error
+                what = f"damaged after entry {self._book.last}"
+                raise _unreadable(self._path, what, error) from error
             except BaseException as error:
                 if not isinstance(error, LedgerError):  # interrupted between two steps
                     self._begin_again()
@@ -174,7 +175,10 @@ class Chain:
         with closing(sqlite3.connect(":memory:")) as fresh:
             fresh.executescript(_SCHEMA)
             expected = fresh.execute(_RULES).fetchall()
-        found = self._database.execute(_RULES).fetchall()
+        try:
+            found = self._database.execute(_RULES).fetchall()
+        except (sqlite3.Error, UnicodeError) as error:
+            raise _unreadable(self._path, "damaged", error) from error
         if found != expected:
             names = {name for _, name, _ in set(found) ^ set(expected)}
             raise LedgerError(
@@ -312,6 +316,13 @@ def _identity(path: Path) -> tuple[int, int] | None:
     return found.st_dev, found.st_ino
 
 
+def _unreadable(path: Path, what: str, error: sqlite3.Error | UnicodeError) -> LedgerError:
+    """What to say of an error while reading; on a disk that takes no writing nothing is lost."""
+    if getattr(error, "sqlite_errorcode", 0) & 0xFF in _NOT_WRITABLE:
+        return LedgerError(f"{path}: cannot be written ({error}); {MEND}")
+    return LedgerError(f"{path}: {what} ({error}); {WAY_OUT}")
+
+
 def _connect(path: Path) -> sqlite3.Connection:
     """Open what is there; a file that is not a ledger of this format is left as it is."""
     if not path.is_file():
@@ -326,15 +337,15 @@ def _connect(path: Path) -> sqlite3.Connection:
             check_same_thread=False,
         )
     except sqlite3.Error as error:
-        raise LedgerError(f"{path}: cannot be opened ({error}); {WAY_OUT}") from error
+        raise _unreadable(path, "cannot be opened", error) from error
     try:
         (version,) = database.execute("PRAGMA user_version").fetchone()
         if version != FORMAT:
             raise LedgerError(f"{path}: format {version}, this version reads {FORMAT}; {WAY_OUT}")
         database.execute("PRAGMA synchronous=FULL")
-    except sqlite3.Error as error:
+    except (sqlite3.Error, UnicodeError) as error:
         database.close()
-        raise LedgerError(f"{path}: damaged ({error}); {WAY_OUT}") from error
+        raise _unreadable(path, "damaged", error) from error
     except LedgerError:
         database.close()
         raise

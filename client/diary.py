@@ -56,27 +56,39 @@ class Diary:
         """Write one page of the run with this digest."""
         self._folder.mkdir(mode=0o700, exist_ok=True)
         line = json.dumps(asdict(page)) + "\n"
-        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
+        flags = os.O_RDWR | os.O_APPEND | os.O_CREAT
         descriptor = os.open(self._folder / f"{run}.jsonl", flags, 0o600)
         try:
-            os.write(descriptor, line.encode())
+            end = os.fstat(descriptor).st_size
+            torn = end > 0 and os.pread(descriptor, 1, end - 1) != b"\n"
+            os.write(descriptor, (b"\n" if torn else b"") + line.encode())
         finally:
             os.close(descriptor)
 
     def read(self, run: str) -> list[Page]:
         """All pages of a run, none for one that was never trained here.
 
+        A line that a full disk cut short is left out.
+
         Raises:
-            ConfigError: for a line that is no page.
+            ConfigError: for a line that is no page, or a file that cannot be read.
         """
         path = self._folder / f"{run}.jsonl"
         if not path.exists():
             return []
         try:
-            return [_page(json.loads(line)) for line in path.read_text("utf-8").splitlines()]
+            lines = path.read_text("utf-8").splitlines()
+            return [_page(json.loads(line)) for line in lines if not _torn(line)]
+        except OSError as error:
+            raise ConfigError(f"{path}: the diary cannot be read ({error})") from error
         except (ValueError, TypeError, KeyError) as error:
             raise ConfigError(f"{path}: a line is no page of a diary ({error})") from error
 
 
 def _page(fields: dict[str, Any]) -> Page:
     return Page(**fields | {"patients": tuple(fields["patients"])})
+
+
+def _torn(line: str) -> bool:
+    """Whether a line is the beginning of a page and no more; no page has a table in it."""
+    return line.startswith("{") and not line.endswith("}")

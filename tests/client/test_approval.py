@@ -251,17 +251,25 @@ def test_what_waits_is_found_by_the_beginning_of_its_digest(tmp_path: Path, make
     for spec in specs:
         assert requests.find(spec.digest[:12]) == spec
         assert requests.find(spec.digest.upper()) == spec
-    for start, count in (("", 3), ("x", 0)):
-        with pytest.raises(ConfigError, match=f"{count} waiting runs"):
+    with pytest.raises(ConfigError, match="0 waiting runs"):
+        requests.find("0" * 64)
+    for start in ("", "a", specs[0].digest[:5], "x" * 8, f"{specs[0].digest}0", "\n"):
+        with pytest.raises(ConfigError, match="at least 6 hexadecimal digits"):
             requests.find(start)
     requests.drop(specs[0])
     requests.drop(specs[0])
     assert len(requests.waiting()) == 2
 
 
-def test_a_file_that_holds_no_run_is_named(tmp_path: Path, make_spec: Spec):
-    requests = Requests(tmp_path / "requests")
-    requests.put(make_spec())
-    (tmp_path / "requests" / "odd.json").write_text("{}")
-    with pytest.raises(ConfigError, match=r"odd\.json"):
-        requests.waiting()
+@pytest.mark.parametrize("content", [b"{}", b"", b"\xff\xfe", b"[" * 100_000, b"1" * 5000, None])
+def test_a_file_that_holds_no_run_is_named_and_keeps_no_other_from_being_seen(
+    tmp_path: Path, make_spec: Spec, content: bytes | None
+):
+    requests, spec = Requests(tmp_path / "requests"), make_spec()
+    requests.put(spec)
+    odd = tmp_path / "requests" / "odd.json"
+    odd.mkdir() if content is None else odd.write_bytes(content)
+    assert requests.waiting() == [spec]
+    assert requests.find(spec.digest) == spec
+    (fault,) = requests.faults()
+    assert "odd.json" in fault

@@ -19,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from client.book import Entry, Kind
-from client.chain import WAY_OUT, Mac
+from client.chain import WAY_OUT, Mac, _unreadable
 from client.keyfile import NodeKey
 from client.ledger import Ledger, Place
 from common.errors import LedgerError
@@ -321,6 +321,13 @@ def flipped(path: Path) -> None:
     path.write_bytes(content)
 
 
+def a_name_that_is_no_text(path: Path) -> None:
+    """One byte in the schema, which lies in the first page of the file."""
+    content = path.read_bytes()
+    place = content.index(b"entry_stays")
+    path.write_bytes(content[:place] + b"\xff" + content[place + 1 :])
+
+
 def a_folder(path: Path) -> None:
     path.unlink()
     path.mkdir()
@@ -361,6 +368,7 @@ def no_entry(path: Path) -> None:
         (halved, "damaged"),
         (without_its_beginning, "damaged|format 0"),
         (flipped, "damaged|entry"),
+        (a_name_that_is_no_text, "damaged|changed"),
         (a_folder, "missing"),
         (gone, "missing"),
         (a_database_of_somebody, "format 0, this version reads 2"),
@@ -374,6 +382,28 @@ def test_a_file_that_is_no_whole_ledger_stops_the_node_and_is_left_as_it_is(
 ):
     damage(lived.database)
     assert re.search(said, refusal(lived))
+
+
+def test_no_byte_of_the_schema_ends_in_a_stack_trace(lived: Place):
+    content = lived.database.read_bytes()
+    begin = content.index(b"CREATE TRIGGER") - 100
+    for place in range(begin, begin + 1500, 7):
+        if place >= 4096:
+            break
+        lived.database.write_bytes(content[:place] + b"\xff" + content[place + 1 :])
+        for opened in (Ledger, Ledger.salvaged):
+            with suppress(LedgerError):
+                opened(lived)
+
+
+def test_a_disk_that_takes_no_writing_is_not_taken_for_damage():
+    error = sqlite3.OperationalError("attempt to write a readonly database")
+    error.sqlite_errorcode = sqlite3.SQLITE_READONLY_CANTINIT
+    said = str(_unreadable(Path("ledger.sqlite"), "damaged", error))
+    assert "cannot be written" in said
+    assert "recover" not in said
+    error.sqlite_errorcode = sqlite3.SQLITE_CORRUPT
+    assert str(_unreadable(Path("ledger.sqlite"), "damaged", error)).endswith(WAY_OUT)
 
 
 def test_a_ledger_whose_folder_is_gone_stops_the_node_and_is_not_begun_anew(lived: Place):

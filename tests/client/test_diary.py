@@ -39,3 +39,19 @@ def test_a_line_that_is_no_page_is_named(tmp_path: Path, line: str):
     (tmp_path / f"{RUN}.jsonl").write_text(line + "\n")
     with pytest.raises(ConfigError, match=RUN):
         Diary(tmp_path).read(RUN)
+
+
+def test_a_line_that_a_full_disk_cut_short_is_left_out_and_spoils_no_other(tmp_path: Path):
+    diary, file = Diary(tmp_path), tmp_path / f"{RUN}.jsonl"
+    diary.add(RUN, page(1))
+    with file.open("a") as torn:
+        torn.write('{"round_number": 2, "ti')
+    assert diary.read(RUN) == [page(1)]
+    diary.add(RUN, page(3))
+    assert diary.read(RUN) == [page(1), page(3)]
+
+
+def test_a_diary_that_cannot_be_read_is_named(tmp_path: Path):
+    (tmp_path / f"{RUN}.jsonl").mkdir()
+    with pytest.raises(ConfigError, match=f"{RUN}.*cannot be read"):
+        Diary(tmp_path).read(RUN)
