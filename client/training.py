@@ -7,7 +7,8 @@ What makes the guarantee, in the order of PRIVACY.md:
    may be smaller than the logical one: it bounds memory, not the mechanism.
 2. One random image of each sampled patient, in `multiplicity` augmented copies, gives one loss
    a patient; a patient's copies never cross a physical batch. Losses are summed, a patient's
-   gradient is clipped to L2 norm C in float32, and a non-finite one becomes zero.
+   gradient is clipped to L2 norm C in float32, and one that is not finite, or too long for its
+   norm to be taken, becomes zero.
 3. Gaussian noise of deviation sigma x C from the keystream, then division by the public batch
    size. An empty batch releases noise like any other.
 4. Weight decay, momentum and FedProx's proximal term act on the noised sum: post-processing.
@@ -46,6 +47,9 @@ log = logging.getLogger("cloister.training")
 Arrays = Mapping[str, NDArray[np.float32]]
 
 _NORM_BLOCK = 2**15
+# Between these float32 keeps all its digits, with room for sums and for factors like C / norm.
+_SMALLEST_SCALE, _LARGEST_SCALE = 1e-12, 1e30
+_LARGEST_NORM = 1e18  # beyond it the squares overflow, or C / norm comes near the denormals
 
 
 @dataclass(frozen=True)
@@ -71,7 +75,7 @@ class LocalResult:
         drawn: the mechanism as it was really executed, or None without privacy.
         mean_loss: over the sampled patients, NaN if there was none.
         sampled: patients in each step.
-        zeroed: patients whose gradient was not finite and became zero.
+        zeroed: patients whose gradient was not finite, or beyond 1e18, and became zero.
     """
 
     update: dict[str, NDArray[np.float32]]
@@ -90,6 +94,9 @@ class PatientOptimizer(DPOptimizer):  # type: ignore[misc]
         clip_norm: C, the L2 bound of one patient's gradient.
         normaliser: the public expected batch size.
         keystream: where the noise comes from.
+
+    Raises:
+        ValueError: if C or sigma x C is not a number that float32 carries with room to spare.
     """
 
     def __init__(
@@ -101,6 +108,7 @@ class PatientOptimizer(DPOptimizer):  # type: ignore[misc]
         normaliser: int,
         keystream: Keystream,
     ) -> None:
+        _check_scale(noise_multiplier, clip_norm)
         super().__init__(
             optimizer,
             noise_multiplier=noise_multiplier,
@@ -124,7 +132,7 @@ class PatientOptimizer(DPOptimizer):  # type: ignore[misc]
         """
         gradients = [self._by_patient(parameter, copies) for parameter in self.params]
         norms = _norms(gradients)
-        finite = torch.isfinite(norms)
+        finite = norms <= _LARGEST_NORM  # false of NaN
         if not finite.all():
             self.zeroed += int((~finite).sum())
             gradients = [torch.where(_like(finite, g), g, torch.zeros_like(g)) for g in gradients]
@@ -171,7 +179,8 @@ class LocalTrainer:
     Raises:
         ModelError: if the network cannot be trained soundly under DP; names the layer.
         SpecError: if the sampling rate is above 1.
-        ValueError: if the mechanism is not one that the spec asks for.
+        ValueError: if the mechanism is not one that the spec asks for, or float32 cannot carry
+            its noise.
     """
 
     def __init__(
@@ -363,6 +372,18 @@ def _check_mechanism(mechanism: SubsampledGaussian | None, spec: RunSpec, rate: 
         raise ValueError(
             f"mechanism = {mechanism}: expected that of the spec, {spec.privacy.mechanism!r}, at a "
             f"sampling rate of {rate:.4g}; take it from `accounting.planned`"
+        )
+    if mechanism is not None and isinstance(spec.privacy, DpSgd):
+        _check_scale(mechanism.noise_multiplier, spec.privacy.clip_norm)
+
+
+def _check_scale(noise_multiplier: float, clip_norm: float) -> None:
+    """Noise that rounds to zero, or a bound that rounds up, would release in the clear."""
+    deviation = noise_multiplier * clip_norm
+    if not all(_SMALLEST_SCALE <= scale <= _LARGEST_SCALE for scale in (clip_norm, deviation)):
+        raise ValueError(
+            f"clip_norm = {clip_norm:g}, noise of deviation {deviation:g}: expected both within "
+            f"{_SMALLEST_SCALE:g} to {_LARGEST_SCALE:g}, which float32 carries with all its digits"
         )
 
 

@@ -32,6 +32,12 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 OpenFraction = Annotated[float, Field(gt=0, lt=1)]
 Count = Annotated[int, Field(ge=1)]
 
+# Within these, sums, noise and steps stay far from where float32 loses digits: at a clip norm of
+# 1e-45 the noise would round to zero, and a rate of 1e38 would bring what is left back to size.
+SMALLEST_CLIP_NORM, LARGEST_CLIP_NORM = 1e-6, 1e6
+ClipNorm = Annotated[float, Field(ge=SMALLEST_CLIP_NORM, le=LARGEST_CLIP_NORM)]
+Rate = Annotated[float, Field(gt=0, le=1e6)]
+
 _LONGEST_SHOWN, _MOST_ERRORS = 120, 20
 
 
@@ -143,7 +149,7 @@ class Sgd(Section):
     """Stochastic gradient descent with momentum, started afresh each round."""
 
     name: Literal["sgd"]
-    learning_rate: Positive
+    learning_rate: Rate
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
     weight_decay: NonNegative = 0.0
 
@@ -152,7 +158,7 @@ class Adam(Section):
     """Adam, or AdamW (decoupled weight decay), started afresh each round."""
 
     name: Literal["adam", "adamw"]
-    learning_rate: Positive
+    learning_rate: Rate
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
     beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
     weight_decay: NonNegative = 0.0
@@ -195,7 +201,7 @@ class DpSgd(Section):
 
     mechanism: Literal["dp-sgd"]
     unit: Literal["patient", "image"] = "patient"
-    clip_norm: Positive = 1.0
+    clip_norm: ClipNorm = 1.0
     noise_multiplier: Positive | None = None
     target_epsilon: Positive | None = None
     delta: OpenFraction
@@ -255,7 +261,7 @@ class FedAvgM(_Strategy):
     """Hsu et al. 2019: momentum on the mean update."""
 
     strategy: Literal["fedavgm"]
-    server_learning_rate: Positive = 1.0
+    server_learning_rate: Rate = 1.0
     server_momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
 
 
@@ -263,7 +269,7 @@ class FedOpt(_Strategy):
     """Reddi et al. 2021: an adaptive optimiser on the mean update."""
 
     strategy: Literal["fedadam", "fedyogi", "fedadagrad"]
-    server_learning_rate: Positive = 0.01
+    server_learning_rate: Rate = 0.01
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
     beta2: Annotated[float, Field(ge=0, lt=1)] = 0.99
     tau: Positive = 1e-3

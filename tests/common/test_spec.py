@@ -201,6 +201,12 @@ def test_no_privacy_must_be_said():
     assert spec.privacy.mechanism == "none"
 
 
+@pytest.mark.parametrize("clip_norm", ["1e-6", "1e6"])
+def test_a_clip_norm_may_be_as_far_out_as_its_bounds(clip_norm: str):
+    text = changed("noise_multiplier = 1.0", f"noise_multiplier = 1.0\nclip_norm = {clip_norm}")
+    assert read(text).privacy.clip_norm == float(clip_norm)  # type: ignore[union-attr]
+
+
 def test_a_spec_cannot_be_changed():
     spec = read(RUN)
     with pytest.raises(ValidationError):
@@ -243,6 +249,34 @@ WRONG = {
     "infinity": (
         changed("learning_rate = 0.1", "learning_rate = inf"),
         ["run.toml:16: optimizer.learning_rate = inf: ", "finite"],
+    ),
+    "a clip norm where float32 loses the noise": (
+        changed("noise_multiplier = 1.0", "noise_multiplier = 1.0\nclip_norm = 0.72e-45"),
+        ["run.toml:24: privacy.clip_norm = 7.2e-46: ", "greater than or equal to 0.000001"],
+    ),
+    "a clip norm just too small": (
+        changed("noise_multiplier = 1.0", "noise_multiplier = 1.0\nclip_norm = 9.9e-7"),
+        ["run.toml:24: privacy.clip_norm = 9.9e-07: ", "greater than or equal to 0.000001"],
+    ),
+    "a clip norm just too large": (
+        changed("noise_multiplier = 1.0", "noise_multiplier = 1.0\nclip_norm = 1.1e6"),
+        ["run.toml:24: privacy.clip_norm = 1100000.0: ", "less than or equal to 1000000"],
+    ),
+    "a learning rate that amplifies rounding": (
+        changed("learning_rate = 0.1", "learning_rate = 3e38"),
+        ["run.toml:16: optimizer.learning_rate = 3e+38: ", "less than or equal to 1000000"],
+    ),
+    "such a rate for adam": (
+        changed('name = "sgd"', 'name = "adam"').replace("rate = 0.1", "rate = 1.1e6"),
+        ["run.toml:16: optimizer.learning_rate = 1100000.0: ", "less than or equal to 1000000"],
+    ),
+    "such a rate at the server": (
+        RUN + '\n[aggregation]\nstrategy = "fedavgm"\nserver_learning_rate = 1.1e6\n',
+        ["aggregation.server_learning_rate = 1100000.0: ", "less than or equal to 1000000"],
+    ),
+    "such a rate of an adaptive server": (
+        RUN + '\n[aggregation]\nstrategy = "fedadam"\nserver_learning_rate = 1.1e6\n',
+        ["aggregation.server_learning_rate = 1100000.0: ", "less than or equal to 1000000"],
     ),
     "a date": (
         changed("learning_rate = 0.1", "learning_rate = 2026-01-01"),
