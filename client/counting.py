@@ -2,7 +2,8 @@
 
 Each patient is represented by one image, drawn at random, so that a patient's part in the table
 is a function of that patient's record alone (PRIVACY.md 2). A cohort without held-out patients
-releases noise, like any other (PRIVACY.md 5).
+releases noise, like any other (PRIVACY.md 5). Every batch has one size, whoever is in it: a
+kernel rounds otherwise for another size, and could carry another patient over the edge of a bin.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from common import models
 from common.cohort import Cohort
@@ -64,5 +66,13 @@ def _predictions(
     for start in range(0, len(rows), _BATCH):
         part = rows[start : start + _BATCH]
         seen = normalise(torch.from_numpy(cohort.images(part)).to(device), spec.input)
-        found[start : start + _BATCH] = task.probabilities(network(seen)).float().cpu().numpy()
+        predicted = task.probabilities(network(_whole_batch(seen)))[: len(part)]
+        found[start : start + _BATCH] = predicted.float().cpu().numpy()
     return found, cohort.labels[rows]
+
+
+def _whole_batch(images: Tensor) -> Tensor:
+    """(_BATCH, C, H, W): the images, then zeros."""
+    padded = images.new_zeros((_BATCH, *images.shape[1:]))
+    padded[: len(images)] = images
+    return padded

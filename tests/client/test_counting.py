@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 import torch
 
+from client import counting
 from client.counting import noised_counts
+from common import models
 from common.noise import Keystream
 from common.spec import RunSpec
 from common.tasks import counts
@@ -80,3 +82,37 @@ def test_several_columns_have_noise_for_their_sensitivity(
         spec, global_weights(spec), cohort, keystream=Keystream.fresh(), device=CPU
     )
     assert table.std() == pytest.approx(6.0, rel=0.1)
+
+
+@pytest.mark.parametrize("model", ["small-cnn", "reference-cnn", "compact-cnn"])
+def test_what_is_predicted_of_a_patient_depends_on_nobody_else(  # noqa: PLR0913, PLR0917
+    make_spec: Spec,
+    array_cohort: Any,
+    global_weights: Any,
+    quiet_keystream: Any,
+    model: str,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """To the last bit: a kernel adds in another order for another size of batch, and a bin's
+    edge could lie between the two.
+    """
+    side = max(32, models.NETWORKS[model].smallest_side)
+    spec = make_spec(model={"name": model}, input={"height": side, "width": side})
+    weights = {name: 3 * weight for name, weight in global_weights(spec).items()}
+    rng = np.random.default_rng(7)
+    images = rng.random((67, *spec.input.shape), dtype=np.float32)
+    labels = rng.integers(0, 2, len(images))
+
+    def predicted(patients: list[int]) -> Any:
+        cohort = array_cohort(images[patients], labels[patients])
+        found, _ = counting._predictions(spec, weights, cohort, quiet_keystream(), CPU)
+        return found
+
+    together = predicted(list(range(67)))
+    assert np.unique(together).size > 60
+    for patients in ([0], [66], [3, 9], [9, 3, 66], list(range(1, 64)), list(range(2, 67))):
+        assert np.array_equal(predicted(patients), together[patients])
+
+    monkeypatch.setattr(counting, "_whole_batch", lambda part: part)  # the negative control
+    alone = np.concatenate([predicted([patient]) for patient in range(67)])
+    assert not np.array_equal(alone, together)
