@@ -8,6 +8,7 @@ safe side: a node whose file names no operator and no network takes part in noth
 from __future__ import annotations
 
 import json
+import math
 import re
 import tomllib
 from collections.abc import Iterator
@@ -258,6 +259,7 @@ class Policy(Section):
         limits, rate = self.limits, accounting.sampling_rate(spec, self.declared_size)
         yield from self._objections_to_privacy(spec, shares)
         yield from self._objections_to_data(spec)
+        yield from self._objections_to_memory(spec, parameters)
         for what, name, allowed in (
             ("operator", spec.operator, limits.operators),
             ("task", spec.task.name, limits.tasks),
@@ -291,6 +293,16 @@ class Policy(Section):
         for part, noise in _noises(spec, shares):
             if noise < least:
                 yield f"noise multiplier of {part}: {noise:g}, at least {least:g}"
+
+    def _objections_to_memory(self, spec: RunSpec, parameters: int) -> Iterator[str]:
+        """The copies of one patient's image go through together, each with its own gradient."""
+        copies, most = spec.augmentation.multiplicity, self.machine.gradient_memory
+        needed = 4 * parameters * copies
+        if isinstance(spec.privacy, DpSgd) and needed > most * 2**20:
+            yield (
+                f"gradients of a patient: 4 bytes x {parameters} parameters x {copies} copies = "
+                f"{math.ceil(needed / 2**20)} MiB, at most {most} MiB"
+            )
 
     def _objections_to_data(self, spec: RunSpec) -> Iterator[str]:
         if self.data is None:

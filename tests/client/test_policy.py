@@ -180,6 +180,29 @@ def test_a_network_is_measured_by_its_parameters(make_policy, make_spec: Spec):
     assert (no.code, no.detail) == (RefusalCode.POLICY, "parameters: 501, at most 500")
 
 
+def test_the_copies_of_a_patient_fit_into_the_memory_for_gradients(make_policy, make_spec: Spec):
+    """A patient's copies are never parted, so they are the least that training takes."""
+    policy = make_policy(machine={"gradient_memory": 16})
+    fits = 16 * 2**20 // 4
+    assert policy.judge(make_spec(), fits)
+    assert refusal(policy.judge, make_spec(), fits + 1).code is RefusalCode.POLICY
+    assert policy.judge(make_spec(augmentation={"multiplicity": 64}), fits // 64)
+    no = refusal(policy.judge, make_spec(augmentation={"multiplicity": 64}), 2 * fits // 64)
+    assert (no.code, no.detail) == (
+        RefusalCode.POLICY,
+        "gradients of a patient: 4 bytes x 131072 parameters x 64 copies = 32 MiB, at most 16 MiB",
+    )
+
+
+def test_without_privacy_no_gradients_of_single_patients_are_held(make_policy, make_spec: Spec):
+    policy = make_policy(machine={"gradient_memory": 16}, allow_no_privacy=True)
+    assert policy.judge(make_spec(privacy={"mechanism": "none"}), 16 * 2**20) == ()
+
+
+def test_what_the_example_trains_fits_into_the_default_memory(make_policy, make_spec: Spec):
+    assert make_policy().judge(make_spec(augmentation={"multiplicity": 8}), 11_200_000)
+
+
 def test_a_task_that_is_not_on_the_list_is_refused(make_policy, make_spec: Spec):
     no = refusal(make_policy(limits={"tasks": []}).judge, make_spec(), PARAMETERS)
     assert no.detail == "task 'classification' is not on this site's list (none)"
