@@ -37,6 +37,7 @@ from common.spec import (
 _ROUNDING = 1 + 1e-9  # one sum taken in two orders
 _SET_ASIDE = 1 + 2e-9  # what was granted whole is not refused in the middle by another rounding
 Names = tuple[str, ...] | Literal["any"]
+PathText = Annotated[str, Field(pattern=r"^\P{Cc}*$")]  # a control character is no part of a name
 
 
 class Period(Section):
@@ -188,7 +189,7 @@ class Machine(Section):
 class LedgerFiles(Section):
     """`witness`: file to which how far the ledger went is added; best on another machine."""
 
-    witness: str = "ledger.witness"
+    witness: PathText = "ledger.witness"
 
 
 class Policy(Section):
@@ -208,7 +209,7 @@ class Policy(Section):
 
     site: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$")]
     declared_size: Count
-    cohort: str
+    cohort: PathText
     least_unit: Unit = "patient"
     approval: Literal["ask", "automatic"] = "ask"
     allow_no_privacy: bool = False
