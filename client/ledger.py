@@ -34,9 +34,10 @@ from client.rules import (
     earmarks,
 )
 from client.witness import Witness, Witnesses, add_witness, check_writable, highest_witnesses
+from common import accounting
 from common.accounting import Part, Share, SubsampledGaussian
 from common.clock import Clock
-from common.errors import LedgerError, Refusal, RefusalCode
+from common.errors import ConfigError, LedgerError, Refusal, RefusalCode
 
 DATABASE = "ledger.sqlite"
 
@@ -349,6 +350,8 @@ class Ledger:
         Raises:
             LedgerError: if something is spent already and delta or order would change: a filter
                 holds at the order that was fixed before.
+            ConfigError: if more counts already than the new epsilon: the statement that it makes
+                of the past would be false.
         """
         said = note(**limit._asdict(), **signed._asdict())
 
@@ -359,6 +362,13 @@ class Ledger:
                     f"the budget counts at delta {old.delta} and order {old.order}, and "
                     "something is spent: only epsilon can still be changed; write "
                     f"delta = {old.delta} and order = {old.order} in node.toml, [budget]"
+                )
+            counted = accounting.epsilon_of(book.divergence(limit.order), limit.delta, limit.order)
+            if counted > limit.epsilon:
+                raise ConfigError(
+                    f"epsilon = {limit.epsilon:g}: {counted:.3f} is spent or set aside already; "
+                    "write at least that (open runs can be ended with `cloister node close`). To "
+                    "take part in nothing more, leave limits.operators empty"
                 )
             return [Entry(0, Kind.BUDGET, note=said)]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import getpass
 import importlib.util
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
@@ -14,6 +15,7 @@ from rich.progress import track
 from rich.text import Text
 
 from common.errors import ConfigError, Refusal
+from deploy.run_words import printable
 
 if TYPE_CHECKING:  # each command imports what it needs: --help answers at once
     from client.book import Book, Limit
@@ -147,7 +149,9 @@ def _check_node(node: NodeFolder, found: State) -> bool:
         _say("No run could be taken", bold=True)
         _show([node_pages.bullets(idle, "✗", "red")])
     takes = not idle and not found.bad
-    if takes:
+    if takes and not found.set_up:
+        _say("No node is set up here: this is what the file would mean.", style="bold yellow")
+    elif takes:
         _say("This node takes part in runs within these limits.", style="bold green")
     else:
         _say("It takes part in nothing before what is marked ✗ is settled.", style="bold red")
@@ -194,6 +198,7 @@ def requests(home: HomeArgument = Path()) -> None:
 
     node = _folder(home)
     waiting = node.requests.waiting()
+    _tell_of_odd_requests(node)
     if not waiting:
         _say("No run waits.")
         return
@@ -221,11 +226,7 @@ def show(digest: DigestArgument, home: HomeOption = Path()) -> None:
         _show(node_pages.known_run(book, found, share))
         return
     judged = node_review.review(node.policy, spec, book, cohort_digest(node.cohort_path))
-    _show(node_pages.run_page(spec, judged))
-    _show(node_pages.verdict(judged))
-    if judged.asked is not None:
-        _say("What would be approved:", bold=True)
-        _show([node_pages.approval(judged.asked)])
+    _show(node_pages.whole_page(spec, judged))
 
 
 @node_app.command()
@@ -238,29 +239,44 @@ def approve(
     shown: Annotated[
         str, typer.Option(help="Only if it is still this approval digest, as `show` printed it.")
     ] = "",
+    yes: Annotated[
+        bool, typer.Option("--yes", help="Whatever holds now, without being asked.")
+    ] = False,
 ) -> None:
     """Say yes to a run that waits, and set what it costs aside: both, or neither.
 
     What is approved is this version of Cloister, the run, the cohort and the cost together. If
-    one of them changes, the run waits again.
+    one of them changes, the run waits again. It is shown once more and you are asked; where
+    nobody can be asked, name what you were shown with `--shown`, or say `--yes`.
 
     Example: `cloister node approve 3f2a9c --home north --reason "ethics 2026-114"`
     """
+    from client.approval import beginning
     from client.folder import cohort_digest
     from client.gate import lapse
     from common.clock import Clock
-    from deploy import node_review
+    from deploy import node_pages, node_review
 
+    if shown:
+        shown = beginning(shown)
+    elif not yes and not sys.stdin.isatty():
+        raise ConfigError(
+            "nobody can be asked here: say --shown DIGEST with the approval digest that `cloister "
+            "node show` printed, or --yes for whatever holds now"
+        )
     node, signed = _folder(home), _signed(by, reason)
     ledger, policy = _sound(node), node.policy
     spec = node.requests.find(digest)
     lapse(ledger, policy, Clock())
     judged = node_review.review(policy, spec, ledger.book, cohort_digest(node.cohort_path))
     asked = judged.asked
+    _show(node_pages.whole_page(spec, judged))
     if asked is None or judged.objections:
         _no("not approved, nothing was booked", "; ".join(judged.objections))
     elif not asked.digest.startswith(shown):
         _no("not approved, nothing was booked", f"the approval digest is {asked.digest} now")
+    elif not (shown or yes or typer.confirm("Say yes to this?")):
+        _no("not approved, nothing was booked", "you did not say yes")
     else:
         run, shares = spec.digest, asked.shares
         try:
@@ -462,7 +478,7 @@ def recover(
     as spent, unless you sign for less with `--spent`; never for less than can still be read.
     Nothing is deleted: a damaged ledger is moved aside. Stop the node before, and start it after.
 
-    Example: `cloister node recover north --reason "disk lost; run log says 2.1" --spent 2.1`
+    Example: `cloister node recover north --reason "disk lost; budget showed 4 before" --spent 4`
     """
     from client import recovery
     from deploy import node_pages
@@ -540,13 +556,29 @@ def _figures(node: NodeFolder, book: Book) -> Figures:
 
 def _waiting(node: NodeFolder, start: str) -> RunSpec | None:
     """The run that waits under this digest; None if none does."""
-    found = [spec for spec in node.requests.waiting() if spec.digest.startswith(start.lower())]
+    from client.approval import beginning
+
+    begin = beginning(start)
+    _tell_of_odd_requests(node)
+    found = [spec for spec in node.requests.waiting() if spec.digest.startswith(begin)]
     return node.requests.find(start) if found else None
+
+
+def _tell_of_odd_requests(node: NodeFolder) -> None:
+    """Name the files among the requests that hold no run."""
+    from deploy import node_pages
+
+    faults = node.requests.faults()
+    if faults:
+        _show([node_pages.bullets(map(printable, faults), "!", "yellow")])
 
 
 def _known(book: Book, start: str) -> str:
     """Digest of the run that the ledger knows by its beginning."""
-    found = [digest for digest in book.runs if digest.startswith(start.lower())]
+    from client.approval import beginning
+
+    begin = beginning(start)
+    found = [digest for digest in book.runs if digest.startswith(begin)]
     if len(found) != 1:
         raise ConfigError(
             f"{start!r}: {len(found)} runs begin with it; `cloister node requests` and `cloister "

@@ -64,6 +64,12 @@ def state(home: NodeFolder) -> State:
     """Look at key, ledger, budget, witness and cohort."""
     if not any((home.path / name).exists() for name in (KEY_FILE, LEDGER)):
         none = Finding(True, "Not set up: no key and no ledger lie beside this file.")
+        if home.witness.exists():
+            none = Finding(
+                False,
+                f"{home.witness} is there, but no key and no ledger: a node was set up here once. "
+                "See `cloister node audit`.",
+            )
         seen = tuple(examine(home)) if home.cohort_path.exists() else ()
         return State(False, Book(), None, (none,), seen, ())
     standing = inspect(home)

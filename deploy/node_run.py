@@ -74,8 +74,11 @@ def write_page(path: Path, shown: RunAtSite) -> None:
     """Write the page, readable by its owner alone.
 
     Raises:
-        ConfigError: if it cannot be written.
+        ConfigError: if it cannot be written, or the name does not end in .html: a slip must not
+            write over the node's key.
     """
+    if path.suffix.lower() not in (".html", ".htm"):
+        raise ConfigError(f"{path}: expected a name that ends in .html")
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -115,6 +118,7 @@ def _losses(axes: Axes, pages: Sequence[Page]) -> None:
 def _patients(axes: Axes, pages: Sequence[Page]) -> None:
     steps: list[Any] = [(page.round_number, count) for page in pages for count in page.patients]
     axes.scatter([n for n, _ in steps], [count for _, count in steps], s=9, color=_PATIENTS)
+    axes.margins(y=0.08)
     axes.set_ylim(bottom=0)
     _label(axes, "patients sampled in each step")
 

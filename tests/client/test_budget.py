@@ -119,7 +119,7 @@ def epsilon_at_least(steps: Counter[Sort]) -> float:
 # --- Lives of a site --------------------------------------------------------------------------
 
 SORTS = [(0.02, 1.2), (0.1, 2.0), (0.5, 6.0)]
-LIVES, LOOKS = 10, 20
+LIVES, LOOKS = 20, 10  # 20 lives, each looked at as it goes on: 200 histories
 
 
 @dataclass

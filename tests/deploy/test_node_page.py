@@ -64,6 +64,11 @@ def test_a_run_that_nobody_knows_and_a_place_that_cannot_be_written_are_named(
     unknown = cloister("node", "page", "ffff", "--home", home)
     assert unknown.code == 2
     assert "0 runs begin with it" in unknown.words
+    key = (home / "node.key").read_bytes()
+    slip = cloister("node", "page", spec.digest[:8], home / "node.key", "--home", home)
+    assert slip.code == 2
+    assert "ends in .html" in slip.words
+    assert (home / "node.key").read_bytes() == key
     nowhere = tmp_path / "no" / "run.html"
     lost = cloister("node", "page", spec.digest[:8], nowhere, "--home", home)
     assert lost.code == 2
