@@ -341,6 +341,20 @@ class Policy(Section):
                 more -= _cost(old.mechanism, known.remaining(share.part), order)
         self._check_total(book, more)
 
+    def check_booked(self, book: Book) -> None:
+        """Whether this file's budget is the one that a person has booked.
+
+        Raises:
+            Refusal: ``policy``.
+        """
+        written = self.budget and self.budget.limit
+        if written != book.limit:
+            raise Refusal(
+                RefusalCode.POLICY,
+                f"node.toml was read with the budget {written}, booked is {book.limit}; start the "
+                "node again, or have a person book the new one with `cloister node set-budget`",
+            )
+
     def check_new_run(self, book: Book, now: datetime, run: str) -> None:
         """Whether one more run may be set aside without a person.
 
