@@ -34,7 +34,8 @@ WAY_OUT = (
     "this node stops. Look with `cloister node audit`; put the true file back from a copy, or "
     "sign for what was spent with `cloister node recover`"
 )
-MEND = "see that the disk has room, that this user may write there, and that it is not read-only"
+UNWRITABLE = "cannot be written"
+_MEND = "see that the disk has room, that this user may write there, and that it is not read-only"
 PATIENCE = 60.0
 """Seconds that a process waits for another's booking."""
 
@@ -63,7 +64,7 @@ _WRITE = f"INSERT INTO entry VALUES ({', '.join('?' * len(_FIELDS))})"  # noqa: 
 _RULES = "SELECT type, name, sql FROM sqlite_schema WHERE name NOT LIKE 'sqlite_%' ORDER BY name"
 _BOOKED, _BEGIN = len(BOOKED), "0" * 64
 _NONCE_BYTES = 16
-_NOT_WRITABLE = (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_FULL)
+_FULL_OR_READ_ONLY = (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_FULL)
 
 Entries = Callable[[Book], list[Entry]]
 """What is to be booked, seeing everything booked before; the number 0 stands for the next."""
@@ -318,8 +319,10 @@ def _identity(path: Path) -> tuple[int, int] | None:
 
 def _unreadable(path: Path, what: str, error: sqlite3.Error | UnicodeError) -> LedgerError:
     """What to say of an error while reading; on a disk that takes no writing nothing is lost."""
-    if getattr(error, "sqlite_errorcode", 0) & 0xFF in _NOT_WRITABLE:
-        return LedgerError(f"{path}: cannot be written ({error}); {MEND}")
+    code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+    shut = code == sqlite3.SQLITE_CANTOPEN and not os.access(path.parent, os.W_OK)
+    if shut or code in _FULL_OR_READ_ONLY:
+        return LedgerError(f"{path}: {UNWRITABLE} ({error}); {_MEND}")
     return LedgerError(f"{path}: {what} ({error}); {WAY_OUT}")
 
 

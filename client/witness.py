@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, NamedTuple
 
-from client.chain import Mac
+from client.chain import UNWRITABLE, Mac
 from client.keyfile import NodeKey
 from common.errors import LedgerError
 
@@ -149,7 +149,7 @@ def _adding(path: Path) -> Iterator[IO[bytes]]:
             yield file
     except OSError as error:
         raise LedgerError(
-            f"{path}: the witness cannot be written ({error}); mend the disk or the mount, or "
+            f"{path}: the witness {UNWRITABLE} ({error}); mend the disk or the mount, or "
             "name another file in node.toml, [ledger] witness"
         ) from error
 

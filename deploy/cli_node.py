@@ -257,6 +257,10 @@ def approve(
     from common.clock import Clock
     from deploy import node_pages, node_review
 
+    node, signed = _folder(home), _signed(by, reason)
+    ledger, policy = _sound(node), node.policy
+    _tell_of_odd_requests(node)
+    spec = node.requests.find(digest)
     if shown:
         shown = beginning(shown)
     elif not yes and not sys.stdin.isatty():
@@ -264,9 +268,6 @@ def approve(
             "nobody can be asked here: say --shown DIGEST with the approval digest that `cloister "
             "node show` printed, or --yes for whatever holds now"
         )
-    node, signed = _folder(home), _signed(by, reason)
-    ledger, policy = _sound(node), node.policy
-    spec = node.requests.find(digest)
     lapse(ledger, policy, Clock())
     judged = node_review.review(policy, spec, ledger.book, cohort_digest(node.cohort_path))
     asked = judged.asked

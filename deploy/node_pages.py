@@ -15,6 +15,7 @@ from rich.text import Text
 
 from client.approval import Asked
 from client.book import Book
+from client.chain import UNWRITABLE
 from client.folder import LEDGER, NodeFolder
 from client.policy import Policy
 from client.recovery import Recovered, Standing
@@ -24,7 +25,7 @@ from common.spec import DpSgd, RunSpec
 from deploy.node_budget import Figures, RunShare
 from deploy.node_setup import data_table
 from deploy.node_words import Paragraph
-from deploy.run_words import sentences
+from deploy.run_words import printable, sentences
 
 if TYPE_CHECKING:  # what judges a run imports torch, which a page need not wait for
     from deploy.node_review import Finding, Review
@@ -63,7 +64,7 @@ def facts(rows: Iterable[tuple[str, str]]) -> Table:
     """Names and values, one a line."""
     grid = _grid(2)
     for name, value in rows:
-        grid.add_row(Text(f"  {name}", style="dim"), Text(value))
+        grid.add_row(Text(f"  {printable(name)}", style="dim"), Text(printable(value)))
     return grid
 
 
@@ -90,11 +91,20 @@ def _grid(space: int = 1) -> Table:
 
 def run_page(spec: RunSpec, review: Review) -> Iterator[RenderableType]:
     """A run in words, and what it would cost here."""
-    yield Text(spec.name, style="bold")
+    yield Text(printable(spec.name), style="bold")
     named = [("operator", spec.operator or "(none named)"), ("run", spec.digest)]
     yield facts([*named, ("identity", spec.run_id)] if spec.run_id else named)
     yield bullets(sentences(spec))
     yield from cost(spec, review)
+
+
+def whole_page(spec: RunSpec, review: Review) -> Iterator[RenderableType]:
+    """All that a person says yes or no to."""
+    yield from run_page(spec, review)
+    yield from verdict(review)
+    if review.asked is not None:
+        yield Text("What would be approved:", style="bold")
+        yield approval(review.asked)
 
 
 def cost(spec: RunSpec, review: Review) -> Iterator[RenderableType]:
@@ -103,10 +113,14 @@ def cost(spec: RunSpec, review: Review) -> Iterator[RenderableType]:
     if asked is None:
         return
     yield Text("What it would cost here", style="bold")
-    if not isinstance(privacy, DpSgd) or asked.epsilon is None:
-        yield bullets(["nothing is booked: there is NO differential privacy in it"], style="red")
+    rows: list[tuple[str, str]] = []
+    if not isinstance(privacy, DpSgd):
+        what = "of training NOTHING is booked" if asked.shares else "nothing is booked"
+        yield bullets([f"{what}: there is NO differential privacy in it"], style="red")
+    elif asked.epsilon is not None:
+        rows.append(("whole run", f"ε {asked.epsilon:.3f} at δ {privacy.delta:g}, by PLD"))
+    if not asked.shares:
         return
-    rows = [("whole run", f"ε {asked.epsilon:.3f} at δ {privacy.delta:g}, by PLD")]
     for part, mechanism, rounds in asked.shares:
         rows.append(
             (
@@ -149,7 +163,7 @@ def approval(asked: Asked) -> RenderableType:
 def known_run(book: Book, digest: str, share: RunShare) -> Iterator[RenderableType]:
     """A run that does not wait any more, as the ledger has it."""
     known = book.run(digest)
-    yield Text(known.name or "(a run without a name)", style="bold")
+    yield Text(printable(known.name) or "(a run without a name)", style="bold")
     rows = [
         ("run", digest),
         ("state", known.state or "never set aside"),
@@ -173,8 +187,8 @@ def waiting(specs: Iterable[tuple[RunSpec, Review]]) -> RenderableType:
     for spec, judged in specs:
         part = "beyond" if judged.answer == "no" else f"{judged.part:.1%}"
         table.add_row(
-            Text(spec.name),
-            Text(spec.operator or "(none)"),
+            Text(printable(spec.name)),
+            Text(printable(spec.operator) or "(none)"),
             spec.digest[:_SHORT],
             str(spec.rounds),
             part,
@@ -234,7 +248,7 @@ def _by_run(figures: Figures) -> Iterator[RenderableType]:
     for run in shown:
         marks = _scaled(run.spent, longest, "█"), _scaled(run.aside, longest, "▒")
         table.add_row(
-            Text(_cut(run.name)),
+            Text(_cut(printable(run.name))),
             run.digest[:8],
             run.state or "–",
             f"{run.attempted}/{run.rounds}",
@@ -295,6 +309,8 @@ def standing_page(
 
 
 def _way_on(standing: Standing) -> str:
+    if all(UNWRITABLE in fault for fault in standing.faults):
+        return "Nothing is lost by that: mend the disk or the mount, and look again."
     if not standing.key_read:
         return (
             "Put node.key back from your copy. Without it nobody can verify the chain or read the "

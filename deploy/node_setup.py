@@ -66,6 +66,11 @@ def set_up(home: Path, new: NewNode, *, by: str) -> NodeFolder:
 
 def _check(new: NewNode) -> None:
     """What no policy could be written with."""
+    for option, text in (("--site", new.site), ("--cohort", str(new.cohort or ""))):
+        try:
+            text.encode()
+        except UnicodeEncodeError:  # bytes of the command line that are no text
+            raise ConfigError(f"{option} {text!a}: expected text in UTF-8") from None
     if not 0 < new.delta < 1 / new.declared_size:
         raise ConfigError(
             f"--delta {new.delta:g}: expected above 0 and below 1 / declared size = "

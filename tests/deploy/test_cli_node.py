@@ -7,6 +7,7 @@ import sqlite3
 import stat
 from collections.abc import Callable
 from contextlib import closing
+from io import StringIO
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -17,6 +18,7 @@ import pytest
 from client.app import answer
 from client.approval import Asked
 from client.book import Entry
+from client.chain import Chain, _unreadable
 from client.folder import NodeFolder, cohort_digest
 from client.gate import Gate
 from client.home import NodeHome
@@ -24,7 +26,7 @@ from client.intake.builder import CohortBuilder, ImageRecord
 from client.ledger import Signed
 from common import accounting
 from common.cohort import CohortMeta
-from common.errors import RefusalCode
+from common.errors import ConfigError, RefusalCode
 from common.messages import (
     Closed,
     Closing,
@@ -342,7 +344,7 @@ def test_a_run_is_asked_for_approved_trained_and_closed(
     shown = cloister("node", "show", spec.digest[:6], "--home", home)
     for text in ("learns a binary classification", spec.digest, asked.digest, asked.cohort):
         assert text in shown.words
-    done = cloister("node", "approve", spec.digest[:6], "--home", home, *ADA)
+    done = cloister("node", "approve", spec.digest[:6], "--home", home, *ADA, "--yes")
     assert done.code == 0
     assert asked.digest in done.words
     assert [entry.kind for entry in entries(home)[-2:]] == ["approved", "earmarked"]
@@ -371,7 +373,7 @@ def test_what_waits_is_the_run_that_is_shown_and_no_other(
     for number in (1, 2):
         invited(home, node_run(f"small-{number}"))
     first, second = (node_run(f"small-{number}").digest for number in (1, 2))
-    assert cloister("node", "approve", first[:10], "--home", home, *ADA).code == 0
+    assert cloister("node", "approve", first[:10], "--home", home, *ADA, "--yes").code == 0
     assert isinstance(invited(home, node_run("small-1")), NodeCard)
     assert invited(home, node_run("small-2")) is RefusalCode.APPROVAL
     assert second[:12] in cloister("node", "requests", home).out
@@ -383,7 +385,7 @@ def test_a_changed_cohort_has_to_be_admitted_and_the_run_approved_again(
 ):
     home, spec = make_node(), node_run()
     invited(home, spec)
-    assert cloister("node", "approve", spec.digest, "--home", home, *ADA).code == 0
+    assert cloister("node", "approve", spec.digest, "--home", home, *ADA, "--yes").code == 0
     assert isinstance(invited(home, spec), NodeCard)
     other = write_cohort(node_run(), range(30), name="other")
     (home.parent / "cohort").rename(home.parent / "old")
@@ -392,7 +394,7 @@ def test_a_changed_cohort_has_to_be_admitted_and_the_run_approved_again(
     assert "changed since a person admitted it" in cloister("node", "check", home).words
     assert cloister("node", "admit", home, *ADA).code == 0
     assert invited(home, spec) is RefusalCode.APPROVAL
-    assert cloister("node", "approve", spec.digest, "--home", home, *ADA).code == 0
+    assert cloister("node", "approve", spec.digest, "--home", home, *ADA, "--yes").code == 0
     assert isinstance(invited(home, spec), NodeCard)
 
 
@@ -404,6 +406,129 @@ def test_what_was_approved_under_another_version_is_asked_again(make_node: MakeN
     assert invited(home, spec) is RefusalCode.APPROVAL
     ledger.approve(Asked(spec, cohort, shares), Signed("Ada", "the same with this version"))
     assert isinstance(invited(home, spec), NodeCard)
+
+
+class Terminal(StringIO):
+    """A person at a keyboard, who types this."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("typed", ["y\n", "n\n", "\n", ""])
+def test_a_person_at_a_terminal_sees_the_page_and_is_asked(
+    cloister: Cloister,
+    make_node: MakeNode,
+    node_run: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    typed: str,
+):
+    home, spec = make_node(), node_run()
+    invited(home, spec)
+    before, page = entries(home), cloister("node", "show", spec.digest, "--home", home).out
+    monkeypatch.setattr("sys.stdin", Terminal(typed))
+    said = cloister("node", "approve", spec.digest, "--home", home, *ADA)
+    assert said.code == (0 if typed == "y\n" else 1)
+    assert said.out.startswith(page)
+    assert (entries(home) == before) is (typed != "y\n")
+
+
+def test_where_nobody_can_be_asked_what_was_shown_has_to_be_named(
+    cloister: Cloister, make_node: MakeNode, node_run: Any
+):
+    home, spec = make_node(), node_run()
+    invited(home, spec)
+    before = entries(home)
+    approve = ("node", "approve", spec.digest, "--home", home, *ADA)
+    said = cloister(*approve)
+    assert said.code == 2
+    assert "--shown" in said.err
+    assert "--yes" in said.err
+    for short in ("a", "abcde", "xyzxyz"):
+        assert cloister(*approve, "--shown", short).code == 2
+    assert entries(home) == before
+
+
+def test_a_file_among_the_requests_that_holds_no_run_is_named_and_blocks_nothing(
+    cloister: Cloister, make_node: MakeNode, node_run: Any
+):
+    home, spec = make_node(), node_run()
+    invited(home, spec)
+    (home / "requests" / "odd.json").write_bytes(b"\xff\xfe")
+    for words in (
+        ("requests", home),
+        ("show", spec.digest, "--home", home),
+        ("approve", spec.digest, "--home", home, *ADA, "--yes"),
+    ):
+        said = cloister("node", *words)
+        assert said.code == 0
+        assert "odd.json" in said.words
+
+
+def test_what_an_evaluation_books_is_shown_though_training_has_no_privacy(
+    cloister: Cloister, make_node: MakeNode, node_run: Any
+):
+    home = make_node(
+        [("allow_no_privacy = false", "allow_no_privacy = true"),
+         ("federated_evaluation = false", "federated_evaluation = true")]
+    )  # fmt: skip
+    spec = node_run(
+        privacy={"mechanism": "none"}, evaluation={"federated": {"noise_multiplier": 2.0}}
+    )
+    invited(home, spec)
+    said = cloister("node", "show", spec.digest, "--home", home)
+    assert "of training NOTHING is booked" in said.words
+    assert re.search(r"evaluation +1 round\(s\) of 1 step\(s\), q 1, σ 2", said.words)
+    assert re.search(r"of the budget +[0-9.]+% for life", said.words)
+
+
+def test_what_a_coordinator_wrote_does_not_steer_the_terminal(
+    cloister: Cloister, make_node: MakeNode, node_run: Any
+):
+    home, spec = make_node(), node_run()
+    task = spec.task.model_copy(update={"classes": ("no\x1b[2J", "\u202eyes\r")})
+    evil = spec.model_copy(update={"task": task})
+    NodeFolder.open(home).requests.put(evil)
+    said = cloister("node", "show", evil.digest, "--home", home)
+    assert "\x1b" not in said.out + said.err
+    assert "\u202e" not in said.out + said.err
+    assert r"no\x1b[2J, \u202eyes\r" in said.words
+
+
+def test_a_path_that_holds_control_characters_is_no_path(make_node: MakeNode):
+    home = make_node()
+    text = (home / "node.toml").read_text()
+    for key in ("cohort", "witness"):
+        evil = re.sub(rf'^{key} = ".*"', rf'{key} = "a\\u001b[2J"', text, flags=re.MULTILINE)
+        (home / "node.toml").write_text(evil)
+        with pytest.raises(ConfigError, match=key):
+            NodeFolder.open(home)
+
+
+def test_a_site_that_is_no_text_is_one_message(cloister: Cloister, tmp_path: Path):
+    words = ("--site", "n\udcff", *NEW[2:])
+    said = cloister("node", "init", tmp_path / "north", *words, "--by", "Ada")
+    assert said.code == 2
+    assert "--site" in said.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_that_cannot_be_written_is_no_reason_to_recover(
+    cloister: Cloister, make_node: MakeNode, monkeypatch: pytest.MonkeyPatch
+):
+    home = make_node()
+    monkeypatch.setattr(Chain, "check_rules", _read_only)
+    for command in ("audit", "budget"):
+        said = cloister("node", command, home)
+        assert said.code in (1, 2)
+        assert "cannot be written" in said.words
+        assert "recover" not in said.words
+
+
+def _read_only(_: Chain) -> None:
+    error = sqlite3.OperationalError("attempt to write a readonly database")
+    error.sqlite_errorcode = sqlite3.SQLITE_READONLY_DIRECTORY
+    raise _unreadable(Path("ledger.sqlite"), "damaged", error)
 
 
 def test_an_approval_of_something_else_than_was_shown_books_nothing(
@@ -431,13 +556,13 @@ def test_a_run_beyond_the_budget_is_not_approved_and_nothing_is_booked(
         assert invited(home, spec) is RefusalCode.APPROVAL
     before = entries(home)
     assert "beyond" in cloister("node", "requests", home).out
-    said = cloister("node", "approve", great.digest, "--home", home, *ADA)
+    said = cloister("node", "approve", great.digest, "--home", home, *ADA, "--yes")
     assert said.code == 1
     assert "nothing was booked" in said.words
     assert "for life" in said.words
     assert entries(home) == before
     assert great.digest[:12] in cloister("node", "requests", home).out
-    assert cloister("node", "approve", small.digest, "--home", home, *ADA).code == 0
+    assert cloister("node", "approve", small.digest, "--home", home, *ADA, "--yes").code == 0
 
 
 def test_two_runs_that_fit_alone_are_not_both_approved(
@@ -453,10 +578,10 @@ def test_two_runs_that_fit_alone_are_not_both_approved(
     codes = []
     for spec in runs:
         assert invited(home, spec) is RefusalCode.APPROVAL
-        codes.append(cloister("node", "approve", spec.digest, "--home", home, *ADA).code)
+        codes.append(cloister("node", "approve", spec.digest, "--home", home, *ADA, "--yes").code)
     assert codes == [0, 1]
     assert cloister("node", "close", runs[0].digest, "--home", home, *ADA).code == 0
-    assert cloister("node", "approve", runs[1].digest, "--home", home, *ADA).code == 0
+    assert cloister("node", "approve", runs[1].digest, "--home", home, *ADA, "--yes").code == 0
 
 
 def test_a_run_that_is_denied_stays_denied(cloister: Cloister, make_node: MakeNode, node_run: Any):
@@ -476,7 +601,7 @@ def test_a_run_that_is_denied_while_it_is_open_is_over(
     home, spec = make_node([('approval = "ask"', f'approval = "{mode}"')]), node_run()
     if mode == "ask":
         invited(home, spec)
-        cloister("node", "approve", spec.digest, "--home", home, *ADA)
+        cloister("node", "approve", spec.digest, "--home", home, *ADA, "--yes")
     served = gate(home)
     assert isinstance(served.invite(Invitation(spec)), NodeCard)
     assert isinstance(served.train(TrainTask(spec, 1, global_weights(spec))), Release)
@@ -705,9 +830,20 @@ def test_the_folder_may_be_named_by_the_environment(
         (("approve", "abcdef", *ADA), "0 waiting runs begin with it"),
         (("deny", "abcdef", *ADA), "0 runs begin with it"),
         (("close", "abcdef", *ADA), "0 runs begin with it"),
+        *(
+            ((command, start, *more), "at least 6 hexadecimal digits")
+            for command, more in (
+                ("show", ()),
+                ("approve", ADA),
+                ("deny", ADA),
+                ("close", ADA),
+                ("page", ()),
+            )
+            for start in ("", "abcde", "zzzzzz")
+        ),
         (("approve", "abcdef", "--reason", " "), "--reason is empty"),
     ],
-    ids=lambda value: value if isinstance(value, str) else value[0],
+    ids=lambda value: value if isinstance(value, str) else "-".join(value[:2]),
 )
 def test_a_mistake_is_one_message(
     cloister: Cloister, make_node: MakeNode, words: tuple[str, ...], text: str
