@@ -17,14 +17,16 @@ import math
 import re
 import secrets
 import shutil
+import sqlite3
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from client.book import Book, Limit
+from client.book import Book, Entry, Kind, Limit
 from client.chain import WAY_OUT
-from client.folder import KEY_FILE, LEDGER, NodeFolder, check_budget
+from client.folder import KEY_FILE, LEDGER, NodeFolder
 from client.keyfile import NodeKey
 from client.ledger import Ledger, Place, Signed
 from client.witness import Witnesses, genuine, highest_number, highest_witnesses, last_witnesses
@@ -63,6 +65,15 @@ class Standing:
     def sound(self) -> bool:
         """Whether the node can work with it."""
         return not self.faults
+
+    @property
+    def after_the_break(self) -> list[Entry]:
+        """Unverified: what lies in the file after the last entry that is whole, if legible."""
+        found: list[Entry] = []
+        if self.ledger is not None:
+            with suppress(LedgerError, sqlite3.Error, UnicodeError):
+                found += self.ledger.entries(self.book.last + 1)
+        return found
 
 
 @dataclass(frozen=True)
@@ -205,7 +216,7 @@ def _recover(
             "the kept releases or check the ledger any more: if it is gone for good, say --new-key"
         )
     limit = _limit(home, standing)
-    debt = _Debt(limit, _total(limit, standing.book, spent), standing.highest, signed)
+    debt = _Debt(limit, _total(limit, standing, spent), standing.highest, signed)
     home.witness.open("ab").close()  # whether it can be written is better known now
     if standing.continues and standing.ledger and not new_key:
         return _go_on(standing.ledger, debt)
@@ -219,9 +230,12 @@ def _limit(home: NodeFolder, standing: Standing) -> Limit:
     policy, booked = home.policy, standing.book.limit
     if policy.budget is None:
         raise ConfigError(f"{home.path}: without a budget there is nothing to recover")
-    if standing.continues:
-        check_budget(policy, booked)
     limit = policy.budget.limit
+    if standing.continues and booked != limit:
+        raise ConfigError(
+            f"node.toml has the budget {limit}, but this ledger has {booked}: write the booked one "
+            "into node.toml, recover, and then book the new one with `cloister node set-budget`"
+        )
     used = standing.book.charges or standing.book.carried
     if booked and used and booked[1:] != limit[1:]:
         raise ConfigError(
@@ -231,14 +245,18 @@ def _limit(home: NodeFolder, standing: Standing) -> Limit:
     return limit
 
 
-def _total(limit: Limit, book: Book, spent: float | None) -> float:
+def _total(limit: Limit, standing: Standing, spent: float | None) -> float:
     """What is to count as spent, as a divergence.
+
+    Attempts after an entry that was altered cannot be verified, but they lie there to be read, and
+    nobody signs for less.
 
     Raises:
         ConfigError: if `spent` is less than what can be read.
     """
-    read = _readable(book, limit)
     whole = accounting.divergence_within(limit.epsilon, limit.delta, limit.order)
+    verified = _readable(standing.book, limit)
+    read = max(verified, min(whole, verified + _unverified(standing, limit)))
     if spent is None:
         return max(whole, read)
     total = max(0.0, accounting.divergence_within(spent, limit.delta, limit.order))
@@ -261,6 +279,16 @@ def _total(limit: Limit, book: Book, spent: float | None) -> float:
 def _readable(book: Book, limit: Limit) -> float:
     """What was spent or carried, as far as it can be read."""
     return book.carried + sum(accounting.divergence(m, limit.order) for m in book.spent())
+
+
+def _unverified(standing: Standing, limit: Limit) -> float:
+    """What attempts behind the first bad entry say that they spent, as far as that is legible."""
+    total = 0.0
+    for entry in standing.after_the_break:
+        with suppress(ValueError, TypeError):
+            mechanism = entry.mechanism if entry.kind == Kind.RESERVED else None
+            total += accounting.divergence(mechanism, limit.order) if mechanism else 0.0
+    return total
 
 
 def _go_on(ledger: Ledger, debt: _Debt) -> Recovered:

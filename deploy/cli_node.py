@@ -404,10 +404,14 @@ def audit(
         list[str] | None,
         typer.Option(help="A witness from elsewhere: a log, or the coordinator's record."),
     ] = None,
+    decisions: Annotated[
+        bool, typer.Option("--decisions", help="List what people decided: when, who, why.")
+    ] = False,
 ) -> None:
     """Verify every entry of the ledger, and compare it with every witness at hand.
 
     The first entry that is not as this node wrote it is named. Ends with 1 if anything is wrong.
+    With --decisions, every admission, yes, no, end, budget and recovery, with who and why.
 
     Example: `cloister node audit north --witness "$(tail -n 1 /mnt/log/north.witness)"`
     """
@@ -417,6 +421,8 @@ def audit(
     node, given = _folder(home), witness or []
     standing = recovery.inspect(node, given)
     _show(node_pages.standing_page(standing, node, given))
+    if decisions and standing.ledger is not None:
+        _show(node_pages.decisions(standing.ledger.entries(), up_to=standing.book.last))
     if not standing.sound:
         raise typer.Exit(1)
 

@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
+from rich import box
 from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from client.approval import Asked
-from client.book import Book
+from client.book import Book, Entry, Kind
 from client.chain import UNWRITABLE
 from client.folder import LEDGER, NodeFolder
 from client.policy import Policy
@@ -306,6 +307,34 @@ def standing_page(
         yield Text("  newest witness:", style="dim")
         yield standing.ledger.witness
     yield bullets([_outside(node, given)])
+
+
+_DECIDED = (
+    Kind.OPENED,
+    Kind.BUDGET,
+    Kind.ADMITTED,
+    Kind.APPROVED,
+    Kind.DENIED,
+    Kind.CLOSED,
+    Kind.HALTED,
+    Kind.CARRIED,
+)
+
+
+def decisions(entries: Iterable[Entry], *, up_to: int) -> Iterator[RenderableType]:
+    """What people decided, of the entries that are whole: when, who and why."""
+    table = Table(title="What was decided", title_justify="left", box=box.SIMPLE)
+    for name in ("entry", "when (UTC)", "what", "who", "why"):
+        table.add_column(name, overflow="fold")
+    for entry in entries:
+        if entry.kind not in _DECIDED or entry.number > up_to:
+            continue
+        said = entry.said
+        what = f"{entry.kind} {said.get('name') or entry.run[:8]}".strip()
+        when = entry.time[:19].replace("T", " ")
+        row = (str(entry.number), when, what, str(said.get("by", "")), str(said.get("reason", "")))
+        table.add_row(*map(Text, row))
+    yield table
 
 
 def _way_on(standing: Standing) -> str:

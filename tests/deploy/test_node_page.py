@@ -61,7 +61,7 @@ def test_a_run_that_nobody_knows_and_a_place_that_cannot_be_written_are_named(
     cloister: Any, trained: Any, tmp_path: Path
 ):
     home, spec = trained
-    unknown = cloister("node", "page", "ffff", "--home", home)
+    unknown = cloister("node", "page", "ffffff", "--home", home)
     assert unknown.code == 2
     assert "0 runs begin with it" in unknown.words
     key = (home / "node.key").read_bytes()

@@ -249,6 +249,29 @@ def test_nobody_signs_for_less_than_can_be_read(cloister: Cloister, lost: Lost):
     assert lost.counted() == pytest.approx(read, rel=1e-3)
 
 
+def test_what_lies_behind_an_altered_entry_still_counts(cloister: Cloister, lost: Lost):
+    (share,) = accounting.shares(lost.spec, 40)
+    budget = NodeFolder.open(lost.home).policy.budget
+    assert budget is not None
+    spent = budget.epsilon_of(2 * accounting.divergence(share.mechanism, budget.at_order))
+    lost.run("UPDATE entry SET note = '{}' WHERE number = 3")  # before every attempt
+    for less in (0, spent * 0.99):
+        said = cloister("node", "recover", lost.home, *ADA, "--spent", less)
+        assert said.code == 2
+        assert f"{spent:.4f}" in said.err
+    assert cloister("node", "recover", lost.home, *ADA, "--spent", spent * 1.0001).code == 0
+    assert lost.counted() == pytest.approx(spent, rel=1e-3)
+
+
+def test_who_signed_for_what_can_be_read_back(cloister: Cloister, lost: Lost):
+    shutil.rmtree(lost.home / "ledger")
+    assert cloister("node", "recover", lost.home, *ADA, "--spent", 10).code == 0
+    said = cloister("node", "audit", lost.home, "--decisions")
+    assert "carried" in said.words
+    assert "Ada" in said.words
+    assert "the disk was lost" in said.words
+
+
 def test_a_figure_that_no_filter_gives_is_not_taken_for_nothing(cloister: Cloister, lost: Lost):
     """PLD may say 1.1 where the filter's figure begins at 2: that must not be booked as none."""
     missing(lost)
