@@ -18,6 +18,7 @@ from common.errors import ConfigError, Refusal
 from deploy.run_words import printable
 
 if TYPE_CHECKING:  # each command imports what it needs: --help answers at once
+    from client.approval import Asked
     from client.book import Book, Limit
     from client.folder import NodeFolder
     from client.ledger import Ledger, Signed
@@ -270,25 +271,30 @@ def approve(
         )
     lapse(ledger, policy, Clock())
     judged = node_review.review(policy, spec, ledger.book, cohort_digest(node.cohort_path))
-    asked = judged.asked
     _show(node_pages.whole_page(spec, judged))
-    if asked is None or judged.objections:
-        _no("not approved, nothing was booked", "; ".join(judged.objections))
-    elif not asked.digest.startswith(shown):
-        _no("not approved, nothing was booked", f"the approval digest is {asked.digest} now")
+    if judged.asked is None or judged.objections:
+        _no(_NOT_APPROVED, "; ".join(judged.objections))
+    elif not judged.asked.digest.startswith(shown):
+        _no(_NOT_APPROVED, f"the approval digest is {judged.asked.digest} now")
     elif not (shown or yes or typer.confirm("Say yes to this?")):
-        _no("not approved, nothing was booked", "you did not say yes")
+        _no(_NOT_APPROVED, "you did not say yes")
     else:
-        run, shares = spec.digest, asked.shares
-        try:
-            ledger.approve(
-                asked, signed, allow=lambda book: policy.check_earmark(book, run, shares)
-            )
-        except Refusal as refusal:
-            _no("not approved, nothing was booked", refusal.detail)
-        node.requests.drop(spec)
+        _approve(node, ledger, judged.asked, signed)
         _say(f"Approved by {signed.by}: {spec.name}, {judged.part:.1%} of the budget set aside.")
-        _say(f"approval {asked.digest}")
+        _say(f"approval {judged.asked.digest}")
+
+
+_NOT_APPROVED = "not approved, nothing was booked"
+
+
+def _approve(node: NodeFolder, ledger: Ledger, asked: Asked, signed: Signed) -> None:
+    """Book the yes and set the run aside, or say why not."""
+    run, shares, policy = asked.spec.digest, asked.shares, node.policy
+    try:
+        ledger.approve(asked, signed, allow=lambda book: policy.check_earmark(book, run, shares))
+    except Refusal as refusal:
+        _no(_NOT_APPROVED, refusal.detail)
+    node.requests.drop(asked.spec)
 
 
 @node_app.command()

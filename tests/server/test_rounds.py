@@ -1181,10 +1181,10 @@ def test_a_model_that_is_no_longer_finite_stops_the_run_before_it_is_kept(conduc
 
 
 def test_a_model_that_no_site_would_take_stops_the_run_before_it_is_kept(conducted: Any):
-    fast = {"strategy": "fedavgm", "server_learning_rate": 1e7}
+    fast = {"strategy": "fedavgm", "server_learning_rate": 1e6}
     run = conducted(rounds=3, aggregation=fast)
     with pytest.raises(RunError, match=r"round 1: .*beyond 1e\+06.*smaller learning_rate"):
-        run.run(*sites("a", "b", update=towards(1.0)))
+        run.run(*sites("a", "b", update=towards(10.0)))
     assert run.rows == []
 
 

@@ -738,16 +738,19 @@ def test_nodes_in_processes_of_their_own_say_no_more(
     with ExitStack() as running:
         pipes = [running.enter_context(node_process(h.home.path)) for h in hospitals]
         coordinator = coordinate(through(pipes), 2)
+        codes = (RefusalCode.INCIDENT, RefusalCode.LEDGER, RefusalCode.POLICY)
         for path in (
             home.path / POLICY_FILE,
             home.path / KEY_FILE,
             home.cohort_path / INDEX_FILE,
-            home.cohort_path / IMAGES_FILE,
             home.place.database,
             home.witness,
         ):
             with broken(path):
-                coordinator.ask(Invitation(spec), RefusalCode.INCIDENT, RefusalCode.LEDGER)
+                coordinator.ask(Invitation(spec), *codes)
+        with broken(home.cohort_path / IMAGES_FILE):
+            coordinator.ask(Invitation(spec), NodeCard)
+            coordinator.ask(TrainTask(spec, 1, global_weights(spec)), RefusalCode.INCIDENT)
         coordinator.run(spec)
         later = spec.identified("leaves-2")
         coordinator.ask(Invitation(later), NodeCard)
@@ -755,7 +758,7 @@ def test_nodes_in_processes_of_their_own_say_no_more(
             task = TrainTask(later, 1, global_weights(spec))
             coordinator.ask(task, RefusalCode.INCIDENT)
     capture = coordinator.capture
-    assert capture.codes == {RefusalCode.INCIDENT, RefusalCode.LEDGER}
+    assert capture.codes == set(codes)
     assert sum(isinstance(answer, Release) for answer in capture.answers) == 6
     check_sealed(capture, hospitals)
     log = home.path.with_suffix(".log").read_text()
