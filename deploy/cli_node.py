@@ -246,9 +246,9 @@ def approve(
 ) -> None:
     """Say yes to a run that waits, and set what it costs aside: both, or neither.
 
-    What is approved is this version of Cloister, the run, the cohort and the cost together. If
-    one of them changes, the run waits again. It is shown once more and you are asked; where
-    nobody can be asked, name what you were shown with `--shown`, or say `--yes`.
+    What is approved is this version of Cloister, the run, the cohort and the cost together; if one
+    of them changes, the run waits again. You are shown it once more, and asked; where nobody can
+    be asked, say `--shown` with what you were shown, or `--yes`.
 
     Example: `cloister node approve 3f2a9c --home north --reason "ethics 2026-114"`
     """
@@ -259,7 +259,7 @@ def approve(
     from deploy import node_pages, node_review
 
     node, signed = _folder(home), _signed(by, reason)
-    ledger, policy = _sound(node), node.policy
+    ledger = _sound(node)
     _tell_of_odd_requests(node)
     spec = node.requests.find(digest)
     if shown:
@@ -269,8 +269,8 @@ def approve(
             "nobody can be asked here: say --shown DIGEST with the approval digest that `cloister "
             "node show` printed, or --yes for whatever holds now"
         )
-    lapse(ledger, policy, Clock())
-    judged = node_review.review(policy, spec, ledger.book, cohort_digest(node.cohort_path))
+    lapse(ledger, node.policy, Clock())
+    judged = node_review.review(node.policy, spec, ledger.book, cohort_digest(node.cohort_path))
     _show(node_pages.whole_page(spec, judged))
     if judged.asked is None or judged.objections:
         _no(_NOT_APPROVED, "; ".join(judged.objections))
@@ -280,8 +280,7 @@ def approve(
         _no(_NOT_APPROVED, "you did not say yes")
     else:
         _approve(node, ledger, judged.asked, signed)
-        _say(f"Approved by {signed.by}: {spec.name}, {judged.part:.1%} of the budget set aside.")
-        _say(f"approval {judged.asked.digest}")
+        _say(f"{judged.part:.1%} of the budget is set aside.")
 
 
 _NOT_APPROVED = "not approved, nothing was booked"
@@ -295,6 +294,8 @@ def _approve(node: NodeFolder, ledger: Ledger, asked: Asked, signed: Signed) -> 
     except Refusal as refusal:
         _no(_NOT_APPROVED, refusal.detail)
     node.requests.drop(asked.spec)
+    _say(f"Approved by {signed.by}: {asked.spec.name}.")
+    _say(f"approval {asked.digest}")
 
 
 @node_app.command()

@@ -738,11 +738,10 @@ def test_nodes_in_processes_of_their_own_say_no_more(
     with ExitStack() as running:
         pipes = [running.enter_context(node_process(h.home.path)) for h in hospitals]
         coordinator = coordinate(through(pipes), 2)
-        codes = (RefusalCode.INCIDENT, RefusalCode.LEDGER, RefusalCode.POLICY)
+        codes = (RefusalCode.INCIDENT, RefusalCode.LEDGER)
         for path in (
             home.path / POLICY_FILE,
             home.path / KEY_FILE,
-            home.cohort_path / INDEX_FILE,
             home.place.database,
             home.witness,
         ):
