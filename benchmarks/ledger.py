@@ -110,7 +110,7 @@ def rounds(place: Place, spec: RunSpec, release: bytes) -> dict[str, float]:
             seconds["reserve"], lambda task=task: ledger.reserve(task, MECHANISM, allow=allow)
         )
         with_time(seconds["commit"], lambda attempt=attempt: ledger.commit(attempt, release))
-        with_time(seconds["prune"], lambda run=run: ledger.prune(run, before_round=2))
+        with_time(seconds["prune"], lambda run=run: ledger.prune(run, keep=1))
         ledger.close(run, SIGNED)
     return {step: float(np.median(taken)) for step, taken in seconds.items()}
 
