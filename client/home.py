@@ -65,6 +65,8 @@ class NodeHome(NodeFolder):
         ledger, policy = self.ledger(), self.policy
         check_budget(policy, ledger.book.limit)
         compute, admitted = compute_of(policy), cohort_digest(self.cohort_path)
+        if admitted != ledger.book.admitted:
+            Cohort.open(self.cohort_path)  # damaged, it opens no gate that would be kept
 
         @cache
         def whole() -> Cohort:  # read within a reply's slot: how long it takes tells its size

@@ -742,6 +742,7 @@ def test_nodes_in_processes_of_their_own_say_no_more(
         for path in (
             home.path / POLICY_FILE,
             home.path / KEY_FILE,
+            home.cohort_path / INDEX_FILE,
             home.place.database,
             home.witness,
         ):
