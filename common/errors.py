@@ -5,6 +5,8 @@
     │   └── SpecError        the run's description
     ├── DataError            an input that cannot be used: DICOM, an image, a cohort
     │   ├── IntakeError      one source file, with the reason a person can act on
+    │   │   └── ReviewError  a person has to look at it, and may let it through
+    │   ├── SealError        sealed bytes: damaged, or of another key
     │   └── CohortError      a cohort directory that is missing, damaged or of another shape
     ├── PeerError            the other side of the wire broke the protocol
     │   ├── MessageError     a message that is not on the closed list
@@ -42,6 +44,14 @@ class DataError(CloisterError):
 
 class IntakeError(DataError):
     """One source file cannot become an image of a cohort; the text is the reason."""
+
+
+class ReviewError(IntakeError):
+    """A person has to look at this file, and may let it through."""
+
+
+class SealError(DataError):
+    """Sealed bytes cannot be opened: damaged, or of another key."""
 
 
 class CohortError(DataError):

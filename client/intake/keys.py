@@ -26,8 +26,8 @@ KEY_BYTES = 32
 PSEUDONYM_BYTES = 16
 MOST_SHIFTED = 3652
 """Days by which dates are shifted at most: ten years, either way."""
-Domain = Literal["patient", "study", "series", "instance", "order"]
-_DerivedDomain = Literal["uid", "date shift"]
+Domain = Literal["patient", "study", "series", "instance", "order", "item", "content"]
+_DerivedDomain = Literal["uid", "date shift", "derived key"]
 
 
 @dataclass(frozen=True)
@@ -91,6 +91,10 @@ class SiteKey:
         """
         drawn = int.from_bytes(self._digest("date shift", patient), "big") % (2 * MOST_SHIFTED)
         return drawn - MOST_SHIFTED + (drawn >= MOST_SHIFTED)
+
+    def derive(self, purpose: str) -> bytes:
+        """32 bytes for one purpose; they say nothing of the key, nor of those for another."""
+        return self._digest("derived key", (purpose,))
 
     def _digest(self, domain: Domain | _DerivedDomain, parts: tuple[str, ...]) -> bytes:
         message = [f"cloister pseudonym 1 {domain}".encode()]
