@@ -30,7 +30,7 @@ from client.intake.deidentify import text_of
 from client.intake.keys import SiteKey
 from client.intake.part10 import DicomFile, Directory, Limits
 from client.intake.quiet import quiet
-from common.errors import DataError, IntakeError
+from common.errors import DataError, IntakeError, ReviewError
 
 Check = Callable[[Dataset, Profile], None]
 _PREAMBLE = bytes(128)
@@ -67,7 +67,7 @@ def check_text(header: Dataset, profile: Profile) -> None:
     """Refuse what the header says has text in its pixels, unless the detector is trusted."""
     reason = risk_of(header)
     if reason and profile.risky_pixels == "refuse":
-        raise IntakeError(
+        raise ReviewError(
             f"{reason}, so text in its pixels is likely: a person has to look at it; "
             "risky_pixels = 'blank' in the profile would trust the detector"
         )
@@ -76,7 +76,7 @@ def check_text(header: Dataset, profile: Profile) -> None:
 def check_faces(header: Dataset, profile: Profile) -> None:
     """Refuse slices of a head, unless the profile keeps them."""
     if profile.faces == "refuse" and shows_face(header):
-        raise IntakeError(
+        raise ReviewError(
             "it is a slice of a head, and slices can be rendered into a face; "
             "faces = 'keep' in the profile would take it"
         )

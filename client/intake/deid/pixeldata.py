@@ -25,7 +25,7 @@ from client.intake.deid.findtext import find_text
 from client.intake.deid.profile import Profile
 from client.intake.deidentify import quoted, text_of
 from client.intake.part10 import DicomFile, FrameDecoder, Geometry, Limits, PixelElement
-from common.errors import IntakeError
+from common.errors import IntakeError, ReviewError
 
 _PALETTE = "PALETTE COLOR"
 _COLOUR_BY_PIXEL = {"PhotometricInterpretation": "RGB", "PlanarConfiguration": 0}
@@ -120,7 +120,7 @@ def text_in(
     """The boxes to blank in an image, given as one plane or more.
 
     Raises:
-        IntakeError: if there are any and the profile blanks none, or if they are so large that
+        ReviewError: if there are any and the profile blanks none, or if they are so large that
             they may be the image itself.
     """
     found: list[Box] = []
@@ -128,12 +128,12 @@ def text_in(
         boxes = find(plane)
         covered = sum((box.bottom - box.top) * (box.right - box.left) for box in boxes)
         if covered > _MOST_COVERED * plane.size:
-            raise IntakeError(
+            raise ReviewError(
                 "what looks like text covers half of its pixels: a person has to look at it"
             )
         found += boxes
     if found and not profile.clean_pixel_data:
-        raise IntakeError(
+        raise ReviewError(
             "there seems to be text in its pixels; clean_pixel_data = true in the profile "
             "would blank it"
         )
