@@ -25,7 +25,7 @@ from client.book import Limit
 from client.keyfile import NodeKey
 from client.ledger import Ledger, Place, Signed
 from client.policy import Policy, read_policy
-from common.cohort import INDEX_FILE
+from common.cohort import index_file
 from common.errors import CohortError, ConfigError
 
 POLICY_FILE, KEY_FILE, LEDGER = "node.toml", "node.key", "ledger"
@@ -128,13 +128,13 @@ def check_budget(policy: Policy, booked: Limit | None) -> None:
 
 
 def cohort_digest(path: Path) -> str:
-    """SHA-256 of a cohort's index, which holds the SHA-256 of every image.
+    """SHA-256 of a cohort's index as it lies there, which holds the SHA-256 of every image.
 
     Raises:
         CohortError: if there is none.
     """
     try:
-        return hashlib.sha256((path / INDEX_FILE).read_bytes()).hexdigest()
+        return hashlib.sha256(index_file(path).read_bytes()).hexdigest()
     except OSError as error:
         raise CohortError(f"{path}: not a cohort ({error}); make one with `cloister intake`") from (
             error

@@ -1,6 +1,7 @@
 """A de-identified cohort on disk: its index and its images, read only.
 
-A cohort is a directory of two files, pseudonymised patient data both (mode 0600 in 0700):
+A cohort is a directory of two files, pseudonymised patient data both (mode 0600 in 0700), or of
+their sealed forms (`common.cohort_seal`), which only the holder of a key can read:
 
 ``images.u16``
     raw little-endian uint16 in C order, shape (images, channels, height, width);
@@ -11,13 +12,15 @@ A cohort is a directory of two files, pseudonymised patient data both (mode 0600
 
 Intake writes it (`client.intake.builder`), everyone else reads it through `Cohort`. Images are
 memory-mapped: a cohort may be many times larger than memory. The index is held in memory, some
-hundred bytes an image.
+hundred bytes an image. Of a sealed cohort as well only the images that are asked for are read and
+opened, and nothing that was opened touches the disk again.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
 import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
@@ -29,10 +32,13 @@ from typing import Any, Literal, NamedTuple, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from common.errors import CohortError
+from common.cohort_seal import SEAL_FILE, SEALED_IMAGES, SEALED_INDEX, CohortSeal
+from common.errors import CohortError, SealError
+from common.sealed import OVERHEAD
 from common.spec import Input, RunSpec
 
-FORMAT = 1
+FORMAT = 2
+_READ = (1, FORMAT)
 INDEX_FILE = "index.sqlite"
 IMAGES_FILE = "images.u16"
 PIXEL = np.dtype("<u2")
@@ -48,6 +54,8 @@ CREATE TABLE image (
 """
 
 Unit = Literal["patient", "image"]
+_PLAIN, _SEALED = (INDEX_FILE, IMAGES_FILE), (SEALED_INDEX, SEALED_IMAGES, SEAL_FILE)
+_DIGEST = re.compile(r"([0-9a-f]{64})?")
 Rows = Sequence[int] | NDArray[np.int64]
 _KINDS = ("binary", "multiclass", "multilabel")
 
@@ -59,6 +67,8 @@ class CohortMeta:
     ``unit`` is what one pseudonym stands for: ``image`` where the source names no patients.
     ``preprocessing`` says in words what intake did to every image; its digest is what a run is
     compared with. ``source`` is the kind of source (``dicom``), ``created`` a date.
+    ``deidentification`` is the SHA-256 of profile, table and code of the de-identification; ``""``
+    where the source is no DICOM, or the cohort is of format 1, which did not say.
     """
 
     unit: Unit
@@ -69,6 +79,7 @@ class CohortMeta:
     preprocessing_digest: str
     source: str
     created: str
+    deidentification: str
 
     def __post_init__(self) -> None:
         if self.unit not in ("patient", "image") or self.kind not in _KINDS:
@@ -78,9 +89,15 @@ class CohortMeta:
             )
         if len(self.shape) != 3 or min(self.shape) < 1 or len(self.classes) < 2:
             raise CohortError(f"shape {self.shape}, classes {self.classes}: not those of a cohort")
+        if not _DIGEST.fullmatch(self.deidentification):
+            raise CohortError(
+                f"deidentification {self.deidentification!r}: expected a SHA-256 or nothing"
+            )
 
     @classmethod
-    def of(cls, spec: RunSpec, *, unit: Unit, source: str, created: str) -> CohortMeta:
+    def of(
+        cls, spec: RunSpec, *, unit: Unit, source: str, created: str, deidentification: str = ""
+    ) -> CohortMeta:
         """The description of a cohort made for `spec` from a `source` (such as ``dicom``)."""
         return cls(
             unit=unit,
@@ -91,6 +108,7 @@ class CohortMeta:
             preprocessing_digest=spec.input.preprocessing_digest,
             source=source,
             created=created,
+            deidentification=deidentification,
         )
 
     @property
@@ -112,8 +130,12 @@ class CohortMeta:
         """
         try:
             values = {key: json.loads(value) for key, value in rows.items()}
-            if values.pop("format", None) != FORMAT:
-                raise CohortError(f"format {rows.get('format')}: this version reads {FORMAT}")
+            number = values.pop("format", None)
+            if number not in _READ:
+                known = " and ".join(map(str, _READ))
+                raise CohortError(f"format {rows.get('format')}: this version reads {known}")
+            if number == 1:
+                values["deidentification"] = ""
             for key in ("classes", "shape"):
                 values[key] = tuple(values[key])
             return cls(**values)
@@ -122,12 +144,16 @@ class CohortMeta:
 
 
 class _Index(NamedTuple):
-    """The table ``image`` as arrays, one entry an image, in the order of the stored images."""
+    """The table ``image`` as arrays, one entry an image, in the order of the stored images.
+
+    ``digests`` are the SHA-256 of the stored pixels, (images, 32).
+    """
 
     patients: tuple[str, ...]
     patient_index: NDArray[np.int64]
     labels: NDArray[Any]
     splits: NDArray[np.str_]
+    digests: NDArray[np.uint8]
 
 
 class Cohort:
@@ -135,7 +161,9 @@ class Cohort:
 
     Everything about images is numbered from 0 within *this* view, and everything about patients
     within its own sorted `patients`; a view never changes what it was made from. Pickling one
-    carries its path and its rows: a worker process opens the files by itself.
+    carries its path and its rows: a worker process opens the files by itself. The key of a sealed
+    cohort goes within the pickle, so a pickle of one is as secret as the key: for a pipe to a
+    worker on the same machine, never for a disk.
 
     Attributes:
         path: the cohort's directory.
@@ -149,11 +177,17 @@ class Cohort:
     """
 
     def __init__(
-        self, path: Path, meta: CohortMeta, index: _Index, rows: NDArray[np.int64] | None = None
+        self,
+        path: Path,
+        meta: CohortMeta,
+        index: _Index,
+        rows: NDArray[np.int64] | None = None,
+        seal: CohortSeal | None = None,
     ) -> None:
         self.path = path
         self.meta = meta
         self._index = index
+        self._seal = seal
         self._is_view = rows is not None
         self._rows = np.arange(len(index.labels), dtype=np.int64) if rows is None else rows
         present, inverse = np.unique(index.patient_index[self._rows], return_inverse=True)
@@ -163,30 +197,44 @@ class Cohort:
         self.splits: NDArray[np.str_] = index.splits[self._rows]
 
     @classmethod
-    def open(cls, path: Path) -> Self:
+    def open(cls, path: Path, key: bytes | None = None) -> Self:
         """Open a cohort's directory and check that its parts agree.
 
         The stored pixels are not read; `verify` does that.
 
+        Args:
+            path: the directory.
+            key: 32 bytes, for a sealed cohort; a plain one needs none.
+
         Raises:
-            CohortError: if it is missing, damaged, of another version, or its sizes disagree.
+            CohortError: if it is missing, damaged, of another version, its sizes disagree, or it
+                is sealed and this is not its key.
         """
         path = Path(path)
-        for name in (INDEX_FILE, IMAGES_FILE):
+        file = index_file(path)
+        sealed = file.name == SEALED_INDEX
+        for name in _SEALED if sealed else _PLAIN:
             if not (path / name).is_file():
                 raise CohortError(
                     f"{path}: not a cohort, {name} is missing; make one with `cloister intake`"
                 )
+        seal = CohortSeal.of(path, key) if sealed else None
         try:
-            with closing(_connect(path)) as database:
+            with closing(_connect(file, seal)) as database:
                 meta = CohortMeta.from_rows(dict(database.execute("SELECT key, value FROM meta")))
                 index = _read_index(database, meta)
-        except (sqlite3.Error, UnicodeError) as error:
-            raise CohortError(f"{path / INDEX_FILE}: damaged ({error}); take in again") from error
-        except CohortError as error:
-            raise CohortError(f"{path / INDEX_FILE}: {error}; take in again") from error
-        _check_size(path / IMAGES_FILE, len(index.labels) * meta.image_bytes)
-        return cls(path, meta, index)
+        except (sqlite3.Error, UnicodeError, OSError) as error:
+            raise CohortError(f"{file}: damaged ({error}); take in again") from error
+        except (CohortError, SealError) as error:
+            raise CohortError(f"{file}: {error}; take in again") from error
+        each = meta.image_bytes + (OVERHEAD if sealed else 0)
+        _check_size(_images_file(path, seal), len(index.labels) * each)
+        return cls(path, meta, index, seal=seal)
+
+    @property
+    def is_sealed(self) -> bool:
+        """Whether it is sealed on the disk."""
+        return self._seal is not None
 
     @property
     def unit(self) -> Unit:
@@ -220,18 +268,22 @@ class Cohort:
         return f"Cohort({str(self.path)!r}, {len(self)} images of {len(self.patients)} patients)"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _reopen, (type(self), self.path, self._rows if self._is_view else None)
+        key = None if self._seal is None else self._seal.key
+        return _reopen, (type(self), self.path, self._rows if self._is_view else None, key)
 
     def images(self, rows: Rows) -> NDArray[np.float32]:
-        """Read images from the memory map.
+        """Read images from the memory map, and open them if they are sealed.
 
         Args:
             rows: image numbers within this view, in any order, repeated or not.
 
         Returns:
             (len(rows), channels, height, width) in 0..1, a copy.
+
+        Raises:
+            CohortError: if a sealed image is not what was sealed for its row.
         """
-        stored = self._stored[self._rows[np.asarray(rows, dtype=np.int64)]]
+        stored = self._stored(self._rows[np.asarray(rows, dtype=np.int64)])
         return np.divide(stored, np.float32(PIXEL_MAX), dtype=np.float32)
 
     def rows_of(self, patient: int) -> NDArray[np.int64]:
@@ -299,23 +351,45 @@ class Cohort:
 
     def verified(self) -> Iterator[int]:
         """The same, image by image: the number of each as it was found to be as it was stored."""
-        with closing(_connect(self.path)) as database:
-            stored = database.execute("SELECT row, sha256 FROM image ORDER BY row")
-            for row, expected in stored:
-                seen = hashlib.sha256(self._stored[row].tobytes()).hexdigest()
-                if seen != expected:
-                    raise CohortError(
-                        f"{self.path / IMAGES_FILE}: image {row} has SHA-256 {seen}, stored was "
-                        f"{expected}; the file is damaged or was changed: take in again"
-                    )
-                yield int(row)
+        for row in range(len(self._index.labels)):
+            seen = hashlib.sha256(self._stored(np.array([row])).tobytes()).digest()
+            expected = self._index.digests[row].tobytes()
+            if seen != expected:
+                raise CohortError(
+                    f"{self.path / IMAGES_FILE}: image {row} has SHA-256 {seen.hex()}, stored was "
+                    f"{expected.hex()}; the file is damaged or was changed: take in again"
+                )
+            yield row
+
+    def _stored(self, rows: NDArray[np.int64]) -> NDArray[np.uint16]:
+        """Stored images by their rows in the file."""
+        if self._seal is None:
+            found: NDArray[np.uint16] = self._mapped[rows].view(PIXEL)
+        else:
+            opened = b"".join(self._opened(self._seal, row) for row in rows.tolist())
+            found = np.frombuffer(opened, dtype=PIXEL)
+        return found.reshape(len(rows), *self.shape)
+
+    def _opened(self, seal: CohortSeal, row: int) -> bytes:
+        """The pixels of one sealed image."""
+        try:
+            piece, sha256 = self._mapped[row].tobytes(), self._index.digests[row].tobytes().hex()
+            return seal.open_image(row, piece, sha256)
+        except SealError as error:
+            raise CohortError(
+                f"{self.path / SEALED_IMAGES}: image {row} is not the one that was sealed there; "
+                "the file is damaged or was changed: put it back, or take in again"
+            ) from error
 
     @cached_property
-    def _stored(self) -> NDArray[np.uint16]:
-        shape = (len(self._index.labels), *self.shape)
+    def _mapped(self) -> NDArray[np.uint8]:
+        """The file of the images, one row of bytes an image."""
+        each = self.meta.image_bytes + (0 if self._seal is None else OVERHEAD)
+        shape = (len(self._index.labels), each)
         if not shape[0]:
-            return np.zeros(shape, dtype=PIXEL)
-        return np.memmap(self.path / IMAGES_FILE, dtype=PIXEL, mode="r", shape=shape)
+            return np.zeros(shape, dtype=np.uint8)
+        file = _images_file(self.path, self._seal)
+        return np.memmap(file, dtype=np.uint8, mode="r", shape=shape)
 
     @cached_property
     def _by_patient(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -325,7 +399,7 @@ class Cohort:
         return order, np.searchsorted(self.patient_index[order], bounds).astype(np.int64)
 
     def _view(self, mask: NDArray[np.bool_]) -> Self:
-        return type(self)(self.path, self.meta, self._index, self._rows[mask])
+        return type(self)(self.path, self.meta, self._index, self._rows[mask], self._seal)
 
     def _comparison(self, spec: RunSpec) -> Iterator[tuple[str, object, object]]:
         """(what, ours, the run's) for everything that must be equal."""
@@ -345,19 +419,59 @@ def _preprocessing(settings: Input) -> str:
     return " ".join(f"{key}={value}" for key, value in sorted(kept.items()))
 
 
-def _reopen(kind: type[Cohort], path: Path, rows: NDArray[np.int64] | None) -> Cohort:
-    whole = kind.open(path)
-    return whole if rows is None else kind(path, whole.meta, whole._index, rows)
+def index_file(path: Path) -> Path:
+    """The file that holds a cohort's index, plain or sealed.
+
+    Raises:
+        CohortError: if there is none, or parts of both: nobody could say which of them counts.
+    """
+    plain, sealed = (
+        [name for name in names if (path / name).exists()] for names in (_PLAIN, _SEALED)
+    )
+    if plain and sealed:
+        raise CohortError(
+            f"{path}: has {plain[0]} beside {sealed[0]}, a plain and a sealed cohort at once; "
+            "expected one of them: move what is not yours out of the folder"
+        )
+    file = path / (SEALED_INDEX if sealed else INDEX_FILE)
+    if not file.is_file():
+        raise CohortError(
+            f"{path}: not a cohort, {file.name} is missing; make one with `cloister intake`"
+        )
+    return file
 
 
-def _connect(path: Path) -> sqlite3.Connection:
-    """Open the index as it lies there: no lock, no journal beside it, no change."""
-    location = (path / INDEX_FILE).absolute().as_uri()
-    return sqlite3.connect(f"{location}?mode=ro&immutable=1", uri=True)
+def _images_file(path: Path, seal: CohortSeal | None) -> Path:
+    return path / (IMAGES_FILE if seal is None else SEALED_IMAGES)
+
+
+def _reopen(
+    kind: type[Cohort], path: Path, rows: NDArray[np.int64] | None, key: bytes | None
+) -> Cohort:
+    whole = kind.open(path, key)
+    return whole if rows is None else kind(path, whole.meta, whole._index, rows, whole._seal)
+
+
+def _connect(file: Path, seal: CohortSeal | None) -> sqlite3.Connection:
+    """Open the index as it lies there: no lock, no journal beside it, no change.
+
+    A sealed one is opened into memory alone.
+
+    Raises:
+        SealError: if it is not what was sealed.
+    """
+    if seal is None:
+        location = file.absolute().as_uri()
+        return sqlite3.connect(f"{location}?mode=ro&immutable=1", uri=True)
+    content = seal.open_index(file.read_bytes())
+    database = sqlite3.connect(":memory:")
+    database.deserialize(content)
+    return database
 
 
 def _read_index(database: sqlite3.Connection, meta: CohortMeta) -> _Index:
-    rows = database.execute("SELECT row, patient, label, split FROM image ORDER BY row").fetchall()
+    asked = "SELECT row, patient, label, split, sha256 FROM image ORDER BY row"
+    rows = database.execute(asked).fetchall()
     if any(number != row[0] for number, row in enumerate(rows)):
         raise CohortError("its images are not numbered 0, 1, 2, …")
     names, index = np.unique(np.array([row[1] for row in rows], dtype=np.str_), return_inverse=True)
@@ -365,7 +479,14 @@ def _read_index(database: sqlite3.Connection, meta: CohortMeta) -> _Index:
     if not np.isin(splits, SPLITS).all():
         raise CohortError(f"a split is not one of {', '.join(map(repr, SPLITS))}")
     labels = _labels([row[2] for row in rows], meta)
-    return _Index(tuple(map(str, names)), index.astype(np.int64), labels, splits)
+    digests = _digests([row[4] for row in rows])
+    return _Index(tuple(map(str, names)), index.astype(np.int64), labels, splits, digests)
+
+
+def _digests(texts: Sequence[Any]) -> NDArray[np.uint8]:
+    if not all(isinstance(text, str) and text and _DIGEST.fullmatch(text) for text in texts):
+        raise CohortError("the SHA-256 of an image is not 64 hexadecimal digits")
+    return np.frombuffer(bytes.fromhex("".join(texts)), dtype=np.uint8).reshape(-1, 32)
 
 
 def _labels(texts: Sequence[str], meta: CohortMeta) -> NDArray[Any]:

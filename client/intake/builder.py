@@ -3,7 +3,10 @@
 The cohort grows in a hidden directory beside its target. Only `CohortBuilder.finish` gives it
 its name, after every byte is on the disk. Whatever ends the work before that (an error, a full
 disk) removes the hidden directory; what a killed process left behind is removed by the next
-intake to the same target. Memory does not grow with the cohort.
+intake to the same target. Memory does not grow with the cohort, but for the index of a sealed one,
+some hundred bytes an image, which is made in memory.
+
+What writes the files (`ImageFile`, `write_index`) serves a writer that goes on after a kill too.
 """
 
 from __future__ import annotations
@@ -11,11 +14,12 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import math
 import os
 import shutil
 import sqlite3
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -25,7 +29,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common.cohort import IMAGES_FILE, INDEX_FILE, PIXEL, SCHEMA_SQL, CohortMeta
+from common.cohort_seal import SEAL_FILE, SEALED_IMAGES, SEALED_INDEX, CohortSeal
 from common.errors import CohortError
+from common.files import flush_folder
+from common.sealed import OVERHEAD
 
 Label = int | tuple[int, ...]
 """A class number; for a multilabel task a 0 or 1 for each class."""
@@ -49,21 +56,185 @@ class ImageRecord:
     split: str = ""
 
 
+class ImageFile:
+    """The images of a cohort that grows, plain or sealed: appended, cut back, never rewritten.
+
+    A file that is there already is gone on with; a piece that a killed process wrote in part is
+    cut off. The caller sees to it that nobody else writes there.
+
+    Args:
+        folder: where it lies, under the name that a cohort has for it.
+        image_bytes: of one image's pixels.
+        seal: seals each image; None for a plain file.
+
+    Raises:
+        CohortError: if it cannot be opened or made.
+    """
+
+    def __init__(self, folder: Path, image_bytes: int, seal: CohortSeal | None = None) -> None:
+        self._path = folder / (IMAGES_FILE if seal is None else SEALED_IMAGES)
+        self._image_bytes = image_bytes
+        self._seal = seal
+        self._piece = image_bytes + (0 if seal is None else OVERHEAD)
+        self._descriptor = -1
+        with _writing(self._path):
+            flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW
+            self._descriptor = os.open(self._path, flags, 0o600)
+            self._count = os.fstat(self._descriptor).st_size // self._piece
+            os.ftruncate(self._descriptor, self._count * self._piece)
+
+    def __len__(self) -> int:
+        """Whole images in the file."""
+        return self._count
+
+    def append(self, pixels: bytes) -> str:
+        """Add one image, as stored (`common.cohort.PIXEL`), as the row ``len(self)``.
+
+        Returns:
+            The SHA-256 of `pixels`, as the index has it.
+
+        Raises:
+            CohortError: if it has another size, or the disk refuses; nothing of it is left then.
+        """
+        if len(pixels) != self._image_bytes:
+            raise CohortError(
+                f"{self._path}: an image of {len(pixels)} bytes; expected {self._image_bytes}"
+            )
+        sha256 = hashlib.sha256(pixels).hexdigest()
+        sealed = self._seal and self._seal.close_image(self._count, pixels, sha256)
+        with _writing(self._path):
+            try:
+                _write_whole(self._descriptor, sealed or pixels)
+            except OSError:
+                os.ftruncate(self._descriptor, self._count * self._piece)
+                raise
+        self._count += 1
+        return sha256
+
+    def truncate(self, count: int) -> None:
+        """Keep the first `count` images alone.
+
+        Raises:
+            CohortError: if there are fewer, or the disk refuses.
+        """
+        if not 0 <= count <= self._count:
+            raise CohortError(
+                f"{self._path}: {self._count} images, expected at least {count}; some were lost: "
+                "begin the intake anew"
+            )
+        with _writing(self._path):
+            os.ftruncate(self._descriptor, count * self._piece)
+        self._count = count
+
+    def flush(self) -> None:
+        """Return when everything is on the disk.
+
+        Raises:
+            CohortError: if the disk refuses.
+        """
+        with _writing(self._path):
+            os.fsync(self._descriptor)
+
+    def close(self) -> None:
+        """Close the file; a second time does nothing."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+
+class _IndexFile:
+    """The index of a cohort that grows; under its name only when `finish` has put it there.
+
+    A sealed one is made in memory, so that nothing of it is ever plain on the disk.
+    """
+
+    def __init__(self, folder: Path, seal: CohortSeal | None) -> None:
+        self._folder = folder
+        self._seal = seal
+        self._count = 0
+        self._path = folder / (INDEX_FILE if seal is None else SEALED_INDEX)
+        self._partial = _partial(self._path)
+        if seal is None:
+            os.close(_create(self._partial))
+        self._database = _new_index(":memory:" if seal else str(self._partial))
+
+    def __len__(self) -> int:
+        return self._count
+
+    def add(self, record: ImageRecord, sha256: str) -> None:
+        self._database.execute(
+            "INSERT INTO image VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            (self._count, *_columns(record, sha256)),
+        )
+        self._count += 1
+
+    def finish(self, meta: CohortMeta) -> None:
+        """Describe the cohort, and put everything on the disk."""
+        self._database.executemany("INSERT INTO meta VALUES (?, ?)", meta.to_rows())
+        self._database.commit()
+        if self._seal is not None:
+            _put(self._folder / SEAL_FILE, self._seal.content)
+            _put(self._path, self._seal.close_index(self._database.serialize()))
+            return
+        self._database.close()
+        flush_folder(self._partial)  # a file is flushed alike
+        self._partial.replace(self._path)
+        flush_folder(self._folder)
+
+    def close(self) -> None:
+        """Close it; what was not finished is removed."""
+        self._database.close()
+        self._partial.unlink(missing_ok=True)
+
+
+def write_index(
+    folder: Path,
+    meta: CohortMeta,
+    rows: Iterable[tuple[ImageRecord, str]],
+    seal: CohortSeal | None = None,
+) -> int:
+    """Write the index of a cohort, durably and at once; one that is there is replaced.
+
+    A plain one is the same file, byte for byte, for the same rows and the same version of SQLite.
+
+    Args:
+        folder: the cohort's, with its `ImageFile`.
+        meta: what holds for the cohort.
+        rows: the record of each image and the SHA-256 of its pixels, in the order of the images.
+        seal: as that of the images; it is named in ``sealed.json`` then.
+
+    Returns:
+        How many rows there are.
+
+    Raises:
+        CohortError: if the disk refuses.
+    """
+    with _writing(folder):
+        index = _IndexFile(folder, seal)
+    with closing(index):
+        for record, sha256 in rows:
+            with _writing(folder):
+                index.add(record, sha256)
+        with _writing(folder):
+            index.finish(meta)
+        return len(index)
+
+
 class CohortBuilder:
     """Writes one cohort; use it as a context manager and call `finish` inside.
 
     Args:
         path: the cohort's directory, which must not exist.
         shape: (channels, height, width) of every image.
+        key: of 32 bytes, seals it; None leaves it plain.
 
     Raises:
         CohortError: if `path` exists, cannot be written, or is being written by another process.
     """
 
-    def __init__(self, path: Path, shape: tuple[int, int, int]) -> None:
+    def __init__(self, path: Path, shape: tuple[int, int, int], key: bytes | None = None) -> None:
         self._path = path
         self._shape = shape
-        self._count = 0
         self._finished = False
         if path.exists() or path.is_symlink():
             raise CohortError(
@@ -71,12 +242,12 @@ class CohortBuilder:
                 "or remove it if it is yours to remove"
             )
         self._work = path.parent / f".{path.name}.partial"
+        seal = None if key is None else CohortSeal.new(key)
         with _writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             self._lock = _claim(self._work)
-            self._images = os.fdopen(_create(self._work / IMAGES_FILE), "wb")
-            os.close(_create(self._work / INDEX_FILE))
-            self._database = _new_index(self._work / INDEX_FILE)
+            self._images = ImageFile(self._work, math.prod(shape) * PIXEL.itemsize, seal)
+            self._index = _IndexFile(self._work, seal)
 
     def __enter__(self) -> Self:
         return self
@@ -87,14 +258,14 @@ class CohortBuilder:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._database.close()
+        self._index.close()
+        self._images.close()
         if not self._finished:
             shutil.rmtree(self._work, ignore_errors=True)
-        self._close_images(failing=error is not None or not self._finished)
         os.close(self._lock)
 
     def __len__(self) -> int:
-        return self._count
+        return len(self._images)
 
     def add(self, record: ImageRecord, pixels: NDArray[np.uint16]) -> None:
         """Append one image; `pixels` has the cohort's shape.
@@ -107,14 +278,9 @@ class CohortBuilder:
                 f"{self._path}: an image of shape {pixels.shape} and type {pixels.dtype}; "
                 f"expected {self._shape} of uint16"
             )
-        data = pixels.astype(PIXEL, copy=False).tobytes()
+        sha256 = self._images.append(pixels.astype(PIXEL, copy=False).tobytes())
         with _writing(self._path):
-            self._images.write(data)
-            self._database.execute(
-                "INSERT INTO image VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-                (self._count, *_columns(record, hashlib.sha256(data).hexdigest())),
-            )
-        self._count += 1
+            self._index.add(record, sha256)
 
     def finish(self, meta: CohortMeta) -> None:
         """Put everything on the disk, then give the cohort its name.
@@ -126,25 +292,11 @@ class CohortBuilder:
         if meta.shape != self._shape:
             raise CohortError(f"{self._path}: shape {meta.shape}; the images have {self._shape}")
         with _writing(self._path):
-            self._database.executemany("INSERT INTO meta VALUES (?, ?)", meta.to_rows())
-            self._database.commit()
-            self._database.close()
             self._images.flush()
-            os.fsync(self._images.fileno())
-            self._images.close()
-            _sync(self._work / INDEX_FILE)
-            _sync(self._work)
+            self._index.finish(meta)
             os.rename(self._work, self._path)
             self._finished = True
-            _sync(self._path.parent)
-
-    def _close_images(self, *, failing: bool) -> None:
-        """Close the pixels; what a full disk could not take matters only to a finished cohort."""
-        try:
-            self._images.close()
-        except OSError:
-            if not failing:
-                raise
+            flush_folder(self._path.parent)
 
 
 def _columns(record: ImageRecord, sha256: str) -> tuple[str | int, ...]:
@@ -171,14 +323,40 @@ def _writing(path: Path) -> Iterator[None]:
         ) from error
 
 
+def _write_whole(descriptor: int, content: bytes) -> None:
+    rest = memoryview(content)
+    while rest:
+        rest = rest[os.write(descriptor, rest) :]
+
+
+def _partial(path: Path) -> Path:
+    """Where a file grows; what a killed process left there is removed."""
+    partial = path.with_name(f"{path.name}.partial")
+    partial.unlink(missing_ok=True)
+    return partial
+
+
 def _create(file: Path) -> int:
     """A new file that only its owner may read."""
     return os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
 
 
-def _new_index(file: Path) -> sqlite3.Connection:
+def _put(path: Path, content: bytes) -> None:
+    """Put a whole file that only its owner may read under its name, durably."""
+    partial = _partial(path)
+    descriptor = _create(partial)
+    try:
+        _write_whole(descriptor, content)
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    partial.replace(path)
+    flush_folder(path.parent)
+
+
+def _new_index(place: str) -> sqlite3.Connection:
     """An empty index in one transaction; it needs no journal: unfinished, it is thrown away."""
-    database = sqlite3.connect(file, isolation_level=None)
+    database = sqlite3.connect(place, isolation_level=None)
     database.execute("PRAGMA journal_mode = OFF")
     database.execute("PRAGMA synchronous = OFF")
     database.executescript(SCHEMA_SQL)
@@ -208,11 +386,3 @@ def _lock(work: Path) -> int:
         os.close(descriptor)
         raise CohortError(f"{work}: another intake is writing this cohort; wait for it") from None
     return descriptor
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

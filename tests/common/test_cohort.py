@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
+import shutil
 import sqlite3
+import stat
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import replace
@@ -15,9 +18,11 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from client.intake.builder import CohortBuilder, ImageRecord, Label
+from client.intake.builder import CohortBuilder, ImageFile, ImageRecord, Label, write_index
 from common.cohort import IMAGES_FILE, INDEX_FILE, Cohort, CohortMeta
-from common.errors import CohortError
+from common.cohort_seal import SEAL_FILE, SEALED_IMAGES, SEALED_INDEX, CohortSeal, key_id
+from common.errors import CohortError, SealError
+from common.sealed import OVERHEAD
 from common.spec import RunSpec, parse_run_text
 
 SPEC = """
@@ -76,9 +81,10 @@ def write(tmp_path: Path) -> Write:
         labels: Sequence[Label],
         splits: Sequence[str] | None = None,
         meta: CohortMeta = META,
+        key: bytes | None = None,
     ) -> Path:
-        path = tmp_path / "cohort"
-        with CohortBuilder(path, meta.shape) as builder:
+        path = tmp_path / f"cohort{len(list(tmp_path.iterdir()))}"
+        with CohortBuilder(path, meta.shape, key) as builder:
             for number, (patient, label) in enumerate(zip(patients, labels, strict=True)):
                 split = splits[number] if splits else ""
                 record = ImageRecord(patient, "st", "se", str(number), label, 20, 30, split)
@@ -197,6 +203,29 @@ def test_opening_and_reading_leaves_the_directory_as_it_is(write: Write) -> None
     assert {file.name: file.stat().st_mtime_ns for file in path.iterdir()} == before
 
 
+def test_says_how_it_was_de_identified(write: Write) -> None:
+    digest = "ab" * 32
+    meta = replace(META, deidentification=digest)
+
+    assert Cohort.open(write(["a"], [0], meta=meta)).meta.deidentification == digest
+    assert Cohort.open(write(["a"], [0])).meta.deidentification == ""
+    with pytest.raises(CohortError, match="expected a SHA-256"):
+        replace(META, deidentification="the usual way")
+
+
+def test_a_cohort_of_format_1_is_still_read(write: Write) -> None:
+    path = write(["a", "b"], [0, 1])
+    with closing(sqlite3.connect(path / INDEX_FILE)) as database:
+        database.execute("UPDATE meta SET value = '1' WHERE key = 'format'")
+        database.execute("DELETE FROM meta WHERE key = 'deidentification'")
+        database.commit()
+
+    cohort = Cohort.open(path)
+
+    assert cohort.meta == META
+    cohort.verify()
+
+
 @pytest.mark.parametrize("missing", [INDEX_FILE, IMAGES_FILE])
 def test_refuses_what_is_incomplete(write: Write, missing: str) -> None:
     path = write(["a"], [0])
@@ -244,6 +273,8 @@ def test_refuses_an_index_that_is_not_one(write: Write) -> None:
         ("UPDATE image SET label = '[0, 1]' WHERE row = 0", "cannot be understood"),
         ("UPDATE image SET split = 'dev' WHERE row = 0", "split"),
         ("UPDATE image SET row = 7 WHERE row = 0", "numbered"),
+        ("UPDATE image SET sha256 = 'ab' WHERE row = 0", "SHA-256"),
+        ("DELETE FROM meta WHERE key = 'deidentification'", "deidentification"),
         ("DROP TABLE image", "damaged"),
     ],
 )
@@ -314,3 +345,262 @@ def test_an_image_level_claim_on_patients_is_refused_unless_there_is_no_privacy(
     with pytest.raises(CohortError, match="unit"):
         cohort.check_fits(private("image"))
     cohort.check_fits(spec_of({'"none"': '"none"\nunit = "image"'}))
+
+
+# --- Sealed at rest -----------------------------------------------------------------------------
+
+KEY, OTHER_KEY = bytes(range(32)), bytes(range(1, 33))
+PIECE = 8 * 10 * 2 + OVERHEAD
+
+
+@pytest.fixture
+def sealed(write: Write) -> Path:
+    return write(["secret-b", "secret-a", "secret-b"], [0, 1, 1], ["train", "test", ""], key=KEY)
+
+
+def swap(file: Path, one: int, other: int) -> None:
+    content = bytearray(file.read_bytes())
+    a, b = slice(one * PIECE, (one + 1) * PIECE), slice(other * PIECE, (other + 1) * PIECE)
+    content[a], content[b] = content[b], content[a]
+    file.write_bytes(content)
+
+
+def flip(file: Path, at: int) -> None:
+    content = bytearray(file.read_bytes())
+    content[at] ^= 1
+    file.write_bytes(content)
+
+
+def everything(cohort: Cohort) -> tuple[object, ...]:
+    return (
+        cohort.meta,
+        cohort.patients,
+        cohort.patient_index.tolist(),
+        cohort.labels.tolist(),
+        cohort.splits.tolist(),
+        cohort.images(range(len(cohort))).tolist(),
+        cohort.images([2, 0, 2]).tolist(),
+        cohort.subset([1]).images([0]).tolist(),
+        cohort.with_split("test").images([0]).tolist(),
+    )
+
+
+def test_a_sealed_cohort_reads_as_the_plain_one(write: Write, sealed: Path) -> None:
+    plain = write(["secret-b", "secret-a", "secret-b"], [0, 1, 1], ["train", "test", ""])
+
+    cohort = Cohort.open(sealed, KEY)
+
+    assert everything(cohort) == everything(Cohort.open(plain))
+    assert (cohort.is_sealed, Cohort.open(plain, KEY).is_sealed) == (True, False)
+    cohort.verify()
+    assert KEY.hex() not in repr(vars(cohort))
+    assert repr(KEY) not in repr(vars(cohort))
+
+
+@pytest.mark.parametrize("kind", ["binary", "multilabel"])
+def test_an_empty_cohort_can_be_sealed(write: Write, kind: str) -> None:
+    cohort = Cohort.open(write([], [], meta=replace(META, kind=kind), key=KEY), KEY)
+
+    assert len(cohort) == 0
+    assert cohort.images([]).shape == (0, 1, 8, 10)
+    cohort.verify()
+
+
+def test_nothing_of_a_sealed_cohort_is_plain_on_the_disk(write: Write, sealed: Path) -> None:
+    plain = write(["secret-a"] * 2, [0, 1])
+
+    assert b"secret-a" in (plain / INDEX_FILE).read_bytes()  # what is looked for would be found
+    assert pixels_of(1).tobytes() in (plain / IMAGES_FILE).read_bytes()
+    assert {file.name for file in sealed.iterdir()} == {SEALED_IMAGES, SEALED_INDEX, SEAL_FILE}
+    for file in sealed.iterdir():
+        content = file.read_bytes()
+        assert stat.S_IMODE(file.stat().st_mode) == 0o600
+        for told in (b"secret", b"SQLite", b"finding", *(pixels_of(n).tobytes() for n in range(3))):
+            assert told not in content
+        assert KEY not in content
+        assert KEY.hex().encode() not in content
+    said = json.loads((sealed / SEAL_FILE).read_text())
+    assert set(said) == {"format", "cohort", "key"}
+    assert said["key"] == key_id(KEY) != key_id(OTHER_KEY)
+
+
+def test_equal_images_are_not_equal_on_the_disk(tmp_path: Path) -> None:
+    with CohortBuilder(tmp_path / "c", META.shape, KEY) as builder:
+        for number in range(2):
+            builder.add(ImageRecord("p", "", "", str(number), 0, 1, 1), pixels_of(0))
+        builder.finish(META)
+
+    content = (tmp_path / "c" / SEALED_IMAGES).read_bytes()
+
+    assert len(content) == 2 * PIECE
+    assert content[:PIECE] != content[PIECE:]
+
+
+def test_only_the_rows_that_are_asked_for_are_opened(sealed: Path) -> None:
+    flip(sealed / SEALED_IMAGES, PIECE + 20)
+
+    cohort = Cohort.open(sealed, KEY)
+
+    assert cohort.images([0, 2]).shape == (2, 1, 8, 10)
+    with pytest.raises(CohortError, match=rf"{SEALED_IMAGES}: image 1 is not the one.*take in"):
+        cohort.images([0, 1])
+    with pytest.raises(CohortError, match="image 1"):
+        cohort.verify()
+
+
+def test_a_sealed_cohort_without_its_key_says_which_is_expected(sealed: Path) -> None:
+    with pytest.raises(CohortError, match=rf"{key_id(KEY)}.*\[intake.encryption\]"):
+        Cohort.open(sealed)
+    with pytest.raises(CohortError, match=rf"{key_id(KEY)}, given was the key {key_id(OTHER_KEY)}"):
+        Cohort.open(sealed, OTHER_KEY)
+    with pytest.raises(CohortError, match="31 bytes"):
+        Cohort.open(sealed, KEY[:31])
+
+
+@pytest.mark.parametrize("at", [0, 12, 100, -1])
+def test_a_changed_byte_of_a_sealed_index_is_refused(sealed: Path, at: int) -> None:
+    flip(sealed / SEALED_INDEX, at)
+
+    with pytest.raises(CohortError, match=rf"{SEALED_INDEX}: .*cannot be opened.*take in again"):
+        Cohort.open(sealed, KEY)
+
+
+@pytest.mark.parametrize("length", [0, 1, 28, 1000])
+def test_a_truncated_sealed_index_is_refused(sealed: Path, length: int) -> None:
+    os.truncate(sealed / SEALED_INDEX, length)
+
+    with pytest.raises(CohortError, match=rf"{SEALED_INDEX}: .*cannot be opened"):
+        Cohort.open(sealed, KEY)
+
+
+@pytest.mark.parametrize("count", [2 * PIECE, 3 * PIECE - 1, 4 * PIECE, 0])
+def test_sealed_images_of_another_size_are_refused(sealed: Path, count: int) -> None:
+    os.truncate(sealed / SEALED_IMAGES, count)
+
+    with pytest.raises(CohortError, match=f"{count} bytes, the index describes {3 * PIECE}"):
+        Cohort.open(sealed, KEY)
+
+
+def test_sealed_images_do_not_change_places(sealed: Path) -> None:
+    swap(sealed / SEALED_IMAGES, 0, 2)
+
+    cohort = Cohort.open(sealed, KEY)
+
+    assert len(cohort.images([1])) == 1
+    for row in (0, 2):
+        with pytest.raises(CohortError, match=f"image {row} is not the one that was sealed there"):
+            cohort.images([row])
+
+
+def test_a_sealed_image_does_not_move_between_cohorts_of_one_key(
+    write: Write, sealed: Path
+) -> None:
+    """The same pixels, row and key: only the cohort differs."""
+    other = write(["a", "b", "c"], [0, 1, 1], key=KEY)
+    shutil.copy(other / SEALED_IMAGES, sealed / SEALED_IMAGES)
+
+    with pytest.raises(CohortError, match="image 0 is not the one"):
+        Cohort.open(sealed, KEY).images([0])
+    shutil.copy(other / SEALED_INDEX, sealed / SEALED_INDEX)
+    with pytest.raises(CohortError, match="cannot be opened"):
+        Cohort.open(sealed, KEY)
+    shutil.copy(other / SEAL_FILE, sealed / SEAL_FILE)
+    Cohort.open(sealed, KEY).verify()  # all three: it is the other cohort
+
+
+def test_an_older_version_of_an_image_is_refused_at_its_own_place(tmp_path: Path) -> None:
+    """One cohort, one row, one key: a version that the index no longer has."""
+    seal = CohortSeal.new(KEY)
+    images = ImageFile(tmp_path, META.image_bytes, seal)
+    images.append(pixels_of(1).tobytes())
+    older = (tmp_path / SEALED_IMAGES).read_bytes()
+    images.truncate(0)
+    sha256 = images.append(pixels_of(2).tobytes())
+    images.close()
+    write_index(tmp_path, META, [(ImageRecord("p", "", "", "i", 0, 1, 1), sha256)], seal)
+    Cohort.open(tmp_path, KEY).verify()
+
+    (tmp_path / SEALED_IMAGES).write_bytes(older)
+
+    with pytest.raises(CohortError, match="image 0 is not the one"):
+        Cohort.open(tmp_path, KEY).images([0])
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "[]",
+        "{}",
+        '"text"',
+        "[" * 100_000,
+        '{"format": 3, "cohort": "%(cohort)s", "key": "%(key)s"}',
+        '{"format": 2, "cohort": "../..", "key": "%(key)s"}',
+        '{"format": 2, "cohort": 7, "key": "%(key)s"}',
+        '{"format": 2, "cohort": "%(cohort)s", "key": "%(key)s", "more": 1}',
+        '{"format": 2, "cohort": "00000000000000000000000000000000", "key": "%(key)s"}',
+        '{"format": 2, "cohort": "%(cohort)s", "key": "0000000000000000"}',
+    ],
+)
+def test_a_changed_seal_file_is_refused(sealed: Path, content: str) -> None:
+    said = json.loads((sealed / SEAL_FILE).read_text())
+    (sealed / SEAL_FILE).write_text(content % said if "%" in content else content)
+
+    with pytest.raises(CohortError, match=r"sealed\.json|cannot be opened|given was the key"):
+        Cohort.open(sealed, KEY)
+
+
+@pytest.mark.parametrize("missing", [SEALED_INDEX, SEALED_IMAGES, SEAL_FILE])
+def test_a_sealed_cohort_that_is_incomplete_is_refused(sealed: Path, missing: str) -> None:
+    (sealed / missing).unlink()
+
+    with pytest.raises(CohortError, match=missing):
+        Cohort.open(sealed, KEY)
+
+
+@pytest.mark.parametrize("dropped", [(), (SEAL_FILE,), (SEAL_FILE, SEALED_IMAGES)])
+def test_a_plain_cohort_slipped_beside_a_sealed_one_is_refused(
+    write: Write, sealed: Path, dropped: tuple[str, ...]
+) -> None:
+    plain = write(["attacker"], [0])
+    for name in (INDEX_FILE, IMAGES_FILE):
+        shutil.copy(plain / name, sealed / name)
+    for name in dropped:
+        (sealed / name).unlink()
+
+    with pytest.raises(CohortError, match="a plain and a sealed cohort at once"):
+        Cohort.open(sealed, KEY)
+
+
+def test_a_worker_process_opens_a_sealed_cohort_by_itself(sealed: Path) -> None:
+    cohort = Cohort.open(sealed, KEY)
+    cohort.images([0])
+    before = {file.name for file in sealed.iterdir()}
+
+    carried = pickle.dumps(cohort)
+
+    assert len(carried) < 1000
+    assert KEY in carried  # as the docstring says: as secret as the key
+    with get_context("spawn").Pool(1) as pool:
+        seen = pool.apply(_first_image, (cohort.subset([0]),))
+    np.testing.assert_array_equal(seen, cohort.images([1])[0])
+    assert {file.name for file in sealed.iterdir()} == before
+
+
+def test_a_large_index_is_sealed_in_several_pieces() -> None:
+    seal = CohortSeal.new(KEY)
+    content = os.urandom(3 * (1 << 24) + 5)
+
+    closed = seal.close_index(content)
+
+    assert len(closed) == len(content) + 4 * OVERHEAD
+    assert seal.open_index(closed) == content
+    piece = (1 << 24) + OVERHEAD
+    for damaged in (
+        closed[piece:],
+        closed[: 3 * piece],
+        closed[piece : 2 * piece] + closed[:piece] + closed[2 * piece :],
+        closed + closed[:piece],
+    ):
+        with pytest.raises(SealError):
+            seal.open_index(damaged)

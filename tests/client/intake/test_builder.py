@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import signal
 import stat
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from client.intake.builder import CohortBuilder, ImageRecord
-from common.cohort import Cohort, CohortMeta
+from client.intake.builder import CohortBuilder, ImageFile, ImageRecord, write_index
+from common.cohort import IMAGES_FILE, INDEX_FILE, Cohort, CohortMeta
+from common.cohort_seal import SEALED_IMAGES, SEALED_INDEX, CohortSeal
 from common.errors import CohortError
 from common.spec import RunSpec
 
@@ -174,3 +176,174 @@ def test_what_a_killed_process_left_is_removed_by_the_next(
 
     assert everything_in(tmp_path) == ["c"]
     assert len(Cohort.open(target)) == 0
+
+
+# --- What a writer that goes on is made of ------------------------------------------------------
+
+KEY = bytes(range(32))
+SEALS = [None, CohortSeal(KEY, "0" * 32)]
+each_form = pytest.mark.parametrize("seal", SEALS, ids=["plain", "sealed"])
+
+
+def image(number: int) -> bytes:
+    return np.random.default_rng(number).integers(0, 65536, 256, dtype=np.uint16).tobytes()
+
+
+def record(number: int) -> ImageRecord:
+    return ImageRecord(f"p{number % 3}", "st", "se", f"i{number}", number % 2, 20, 30)
+
+
+def write(folder: Path, meta: CohortMeta, count: int, seal: CohortSeal | None) -> None:
+    folder.mkdir()
+    images = ImageFile(folder, meta.image_bytes, seal)
+    rows = [(record(number), images.append(image(number))) for number in range(count)]
+    images.flush()
+    images.close()
+    assert write_index(folder, meta, iter(rows), seal) == count
+
+
+def the_same(one: Path, other: Path, key: bytes) -> bool:
+    a, b = Cohort.open(one, key), Cohort.open(other, key)
+    a.verify()
+    return (a.patients, a.labels.tolist(), a.images(range(len(a))).tolist()) == (
+        b.patients,
+        b.labels.tolist(),
+        b.images(range(len(b))).tolist(),
+    )
+
+
+def test_the_same_rows_are_the_same_bytes(tmp_path: Path, meta: CohortMeta) -> None:
+    write(tmp_path / "a", meta, 50, None)
+    write(tmp_path / "b", meta, 50, None)
+    write(tmp_path / "fewer", meta, 49, None)
+    with CohortBuilder(tmp_path / "c", meta.shape) as builder:
+        for number in range(50):
+            pixels = np.frombuffer(image(number), dtype=np.uint16).reshape(meta.shape)
+            builder.add(record(number), pixels)
+        builder.finish(meta)
+
+    for name in (INDEX_FILE, IMAGES_FILE):
+        one, *others = ((tmp_path / cohort / name).read_bytes() for cohort in "abc")
+        assert others == [one, one]
+        assert (tmp_path / "fewer" / name).read_bytes() != one
+
+
+@each_form
+@pytest.mark.parametrize("torn", [0, 1, 100])
+def test_a_file_of_images_is_gone_on_with_where_whole_images_end(
+    tmp_path: Path, meta: CohortMeta, seal: CohortSeal | None, torn: int
+) -> None:
+    write(tmp_path / "whole", meta, 5, seal)
+    folder = tmp_path / "resumed"
+    folder.mkdir()
+    images = ImageFile(folder, meta.image_bytes, seal)
+    digests = [images.append(image(number)) for number in range(4)]
+    images.close()
+    file = folder / (IMAGES_FILE if seal is None else SEALED_IMAGES)
+    with file.open("ab") as opened:
+        opened.write(bytes(torn))  # what a killed process had begun
+
+    images = ImageFile(folder, meta.image_bytes, seal)
+    assert len(images) == 4
+    images.truncate(3)
+    digests[3:] = [images.append(image(number)) for number in (3, 4)]
+    images.close()
+    write_index(folder, meta, zip(map(record, range(5)), digests, strict=True), seal)
+
+    assert the_same(folder, tmp_path / "whole", KEY)
+    if seal is None:
+        assert file.read_bytes() == (tmp_path / "whole" / IMAGES_FILE).read_bytes()
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+
+
+@each_form
+def test_images_that_were_lost_are_not_made_up(
+    tmp_path: Path, meta: CohortMeta, seal: CohortSeal | None
+) -> None:
+    images = ImageFile(tmp_path, meta.image_bytes, seal)
+    images.append(image(0))
+
+    for count in (2, -1):
+        with pytest.raises(CohortError, match=f"1 images, expected at least {count}"):
+            images.truncate(count)
+    with pytest.raises(CohortError, match=r"511 bytes; expected 512"):
+        images.append(image(0)[:-1])
+    assert len(images) == 1
+    images.close()
+    images.close()
+
+
+FULL = """
+import resource, signal, sys
+from pathlib import Path
+from client.intake.builder import ImageFile
+from common.errors import CohortError
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+images = ImageFile(Path(sys.argv[1]), 512)
+images.append(bytes(512))
+resource.setrlimit(resource.RLIMIT_FSIZE, (700, 700))
+try:
+    images.append(bytes(512))
+except CohortError as error:
+    print(error, len(images))
+"""
+
+
+def test_what_a_full_disk_took_of_an_image_is_cut_off_again(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", FULL, str(tmp_path)]
+
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+    assert "cannot be written" in said
+    assert said.endswith(" 1\n")
+    assert (tmp_path / IMAGES_FILE).stat().st_size == 512
+
+
+@each_form
+def test_an_index_is_replaced_whole(
+    tmp_path: Path, meta: CohortMeta, seal: CohortSeal | None
+) -> None:
+    folder = tmp_path / "c"
+    write(folder, meta, 3, seal)
+    name = INDEX_FILE if seal is None else SEALED_INDEX
+    (folder / f"{name}.partial").write_bytes(b"what a killed process left")
+    before = (folder / name).read_bytes()
+
+    def failing() -> Iterator[tuple[ImageRecord, str]]:
+        yield record(0), "0" * 64
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_index(folder, meta, failing(), seal)
+    assert (folder / name).read_bytes() == before
+    images = ImageFile(folder, meta.image_bytes, seal)
+    images.truncate(1)
+    images.close()
+    write_index(folder, meta, [(record(0), hashlib.sha256(image(0)).hexdigest())], seal)
+
+    assert len(Cohort.open(folder, KEY)) == 1
+    assert not list(folder.glob("*.partial"))
+
+
+def test_a_sealed_cohort_is_never_plain_on_the_disk_while_it_is_written(
+    tmp_path: Path, meta: CohortMeta
+) -> None:
+    pixels = np.frombuffer(image(0), dtype=np.uint16).reshape(meta.shape)
+    marked = replace(RECORD, patient="pseudonym-of-somebody")
+
+    def found() -> bool:
+        files = [file for file in tmp_path.rglob("*") if file.is_file()]
+        assert files
+        return any(
+            told in file.read_bytes()
+            for file in files
+            for told in (b"pseudonym-of-somebody", image(0))
+        )
+
+    for key, expected in ((KEY, False), (None, True)):
+        with CohortBuilder(tmp_path / f"c{expected}", meta.shape, key) as builder:
+            for _ in range(100):
+                builder.add(marked, pixels)
+            assert found() is expected
+            builder.finish(meta)
+        assert found() is expected
