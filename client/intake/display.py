@@ -13,9 +13,10 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 from pydicom.dataset import Dataset
-from pydicom.pixels.processing import apply_color_lut
 
 from client.intake.deidentify import quoted, text_of
+from client.intake.frames import groups_of, items_of
+from client.intake.palette import MOST_ENTRIES, Palette, is_little, palette_of, words_of
 from client.intake.pixels import Floats, clipped, shown, stretch
 from common.errors import IntakeError
 
@@ -23,11 +24,17 @@ Rule = Literal["dicom", "range", "percentile"]
 _GREY = ("MONOCHROME1", "MONOCHROME2")
 _COLOUR = ("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT")
 _TRANSFORMS = (
+    "BitsAllocated",
     "BitsStored",
+    "DoubleFloatPixelPaddingRangeLimit",
+    "DoubleFloatPixelPaddingValue",
+    "FloatPixelPaddingRangeLimit",
+    "FloatPixelPaddingValue",
     "ModalityLUTSequence",
     "PhotometricInterpretation",
     "PixelPaddingRangeLimit",
     "PixelPaddingValue",
+    "PixelPresentation",
     "PixelRepresentation",
     "RescaleIntercept",
     "RescaleSlope",
@@ -36,8 +43,13 @@ _TRANSFORMS = (
     "WindowCenter",
     "WindowWidth",
 )
-_MAX_LUT = 2**16
-_PALETTES = ("RedPalette", "GreenPalette", "BluePalette", "AlphaPalette")
+_PADDINGS = ("PixelPadding", "FloatPixelPadding", "DoubleFloatPixelPadding")
+_FRAME_TYPES = (
+    "CTImageFrameTypeSequence",
+    "MRImageFrameTypeSequence",
+    "PETFrameTypeSequence",
+    "USImageDescriptionSequence",
+)
 
 
 def brightness(stored: NDArray[Any], header: Dataset, frame: int, rule: Rule) -> Floats:
@@ -47,7 +59,9 @@ def brightness(stored: NDArray[Any], header: Dataset, frame: int, rule: Rule) ->
         stored: (rows, columns), or (rows, columns, 3) already in RGB.
         header: the data set's attributes.
         frame: number of the frame, from 0.
-        rule: see `Input.window`. Colour has no window: ``dicom`` is its whole range.
+        rule: see `Input.window`. Colour has no window: ``dicom`` is its whole range. Where a
+            palette goes with an image in grey (PS3.3 C.7.6.19), ``dicom`` shows its colours, the
+            other rules the values themselves.
 
     Returns:
         (rows, columns) or (rows, columns, 3) in 0..1, finite; padding is 0.
@@ -58,11 +72,14 @@ def brightness(stored: NDArray[Any], header: Dataset, frame: int, rule: Rule) ->
     attributes = _of_frame(header, frame)
     photometric = text_of(attributes, "PhotometricInterpretation")
     if photometric == "PALETTE COLOR" and stored.ndim == 2:
-        return shown(*_through_palette(stored, header), rule)
+        palette = palette_of(header)
+        return shown(palette(stored), palette.highest, rule)
     if photometric in _COLOUR and stored.ndim == 3:
         return shown(stored[..., :3], 2 ** _number(attributes, "BitsStored", 8) - 1, rule)
     if photometric in _GREY and stored.ndim == 2:
-        return _grey(stored, attributes, rule, inverted=photometric == "MONOCHROME1")
+        grey = _grey(stored, attributes, rule, inverted=photometric == "MONOCHROME1")
+        supplement = _supplement(header, frame) if rule == "dicom" else None
+        return grey if supplement is None else _coloured(grey, stored, supplement)
     raise IntakeError(
         f"its photometric interpretation is {quoted(photometric)}, of pixels of shape "
         f"{stored.shape}; expected one of {', '.join((*_GREY, 'PALETTE COLOR', *_COLOUR))}"
@@ -82,11 +99,9 @@ def _of_frame(header: Dataset, frame: int) -> Dataset:
     """The attributes of the pipeline that hold for one frame, in a flat data set."""
     flat = Dataset()
     _take(flat, header)
-    shared = list(header.get("SharedFunctionalGroupsSequence") or ())[:1]
-    own = list(header.get("PerFrameFunctionalGroupsSequence") or ())[frame : frame + 1]
-    for group in (*shared, *own):
+    for group in groups_of(header, frame):
         for name in ("PixelValueTransformationSequence", "FrameVOILUTSequence"):
-            for item in list(group.get(name) or ())[:1]:
+            for item in items_of(group, name)[:1]:
                 _take(flat, item)
     flat.set_original_encoding(*header.original_encoding)
     return flat
@@ -98,11 +113,34 @@ def _take(flat: Dataset, level: Dataset) -> None:
             flat[keyword] = level[keyword]
 
 
+def rescaled(stored: NDArray[Any], header: Dataset, frame: int) -> Floats:
+    """The values of one decoded frame in the modality's own unit, such as Hounsfield's.
+
+    Args:
+        stored: (rows, columns).
+        header: of its object.
+        frame: its number, from 0.
+
+    Returns:
+        (rows, columns), finite; padding, and what is no number, has the lowest value of the rest.
+
+    Raises:
+        IntakeError: for a table that cannot be applied, or if nothing is left of the image.
+    """
+    attributes = _of_frame(header, frame)
+    values = _modality_values(stored, attributes)
+    valid = np.isfinite(values) & ~_padding(stored, attributes)
+    if not valid.any():
+        raise IntakeError("it has no pixel with a finite value")
+    return np.where(valid, values, values[valid].min())
+
+
 def _modality_values(stored: NDArray[Any], header: Dataset) -> Floats:
     """Apply the modality LUT, else rescale (PS3.3 C.11.1)."""
     values: Floats = stored.astype(np.float32 if stored.dtype.itemsize <= 2 else np.float64)
     if header.get("ModalityLUTSequence"):
-        table, first, _ = _lookup_table(header, "ModalityLUTSequence")
+        signed = _number(header, "PixelRepresentation", 0) == 1
+        table, first, _ = _lookup_table(header, "ModalityLUTSequence", signed=signed)
         return _looked_up(values, table.astype(np.float32), first)
     slope = _decimal(header, "RescaleSlope")
     intercept = _decimal(header, "RescaleIntercept")
@@ -112,7 +150,9 @@ def _modality_values(stored: NDArray[Any], header: Dataset) -> Floats:
 def _presented(values: Floats, header: Dataset) -> Floats | None:
     """Apply the first VOI LUT, else the first window; None where the file has neither."""
     if header.get("VOILUTSequence"):
-        table, first, bits = _lookup_table(header, "VOILUTSequence")
+        signed = _number(header, "PixelRepresentation", 0) == 1
+        signed = signed or (_decimal(header, "RescaleIntercept") or 0) < 0
+        table, first, bits = _lookup_table(header, "VOILUTSequence", signed=signed)
         highest = max(2**bits - 1, int(table.max()))
         return _looked_up(values, (table / highest).astype(np.float32), first)
     centre, width = _decimal(header, "WindowCenter"), _decimal(header, "WindowWidth")
@@ -137,27 +177,58 @@ def _windowed(values: Floats, centre: float, width: float, function: str) -> Flo
 
 def _padding(stored: NDArray[Any], header: Dataset) -> NDArray[np.bool_]:
     """Where the file says that there is no image (PS3.3 C.7.5.1.1.2)."""
-    value = _decimal(header, "PixelPaddingValue")
-    if value is None:
-        return np.zeros(stored.shape, dtype=np.bool_)
-    limit = _decimal(header, "PixelPaddingRangeLimit")
-    low, high = sorted((value, value if limit is None else limit))
-    return (stored >= low) & (stored <= high)
+    for name in _PADDINGS:
+        value, limit = (_decimal(header, f"{name}{part}") for part in ("Value", "RangeLimit"))
+        if value is not None:
+            ends = [value, value if limit is None else limit]
+            low, high = sorted(_as_stored(end, stored) for end in ends)
+            return (stored >= low) & (stored <= high)
+    return np.zeros(stored.shape, dtype=np.bool_)
 
 
-def _lookup_table(header: Dataset, keyword: str) -> tuple[NDArray[np.uint16], int, int]:
-    """Entries, the value of the first one, and bits an entry (PS3.3 C.11.1.1, C.11.2.1.1)."""
+def _as_stored(value: float, stored: NDArray[Any]) -> float:
+    """A value as pixels have it: some files write one of the other sign, of the same bits."""
+    if stored.dtype.kind == "f":
+        return float(stored.dtype.type(value))
+    if stored.dtype.kind == "u" and value < 0:
+        return value + 2**16
+    return value - 2**16 if stored.dtype == np.int16 and value >= 2**15 else value
+
+
+def _supplement(header: Dataset, frame: int) -> Palette | None:
+    """The palette of an image in grey that has colours besides (PS3.3 C.7.6.19, C.8.16.2.1.1.1)."""
+    if "RedPaletteColorLookupTableDescriptor" not in header:
+        return None
+    types = [
+        item
+        for group in groups_of(header, frame)
+        for name in _FRAME_TYPES
+        for item in items_of(group, name)[:1]
+    ]
+    said = {text_of(level, "PixelPresentation") for level in (header, *types)}
+    return palette_of(header) if said & {"COLOR", "MIXED"} else None
+
+
+def _coloured(grey: Floats, stored: NDArray[Any], palette: Palette) -> Floats:
+    """Stored values from the first of the palette on are colours; those below are grey."""
+    colours = shown(palette(stored), palette.highest, "dicom")
+    return np.where((stored >= palette.first)[..., None], colours, grey[..., None])
+
+
+def _lookup_table(
+    header: Dataset, keyword: str, *, signed: bool
+) -> tuple[NDArray[np.uint16], int, int]:
+    """Entries, the value of the first one, and bits an entry (PS3.3 C.11.1.1, C.11.2.1.1).
+
+    The first value is signed if what goes into the table can be; the descriptor's own
+    representation is lost in implicit VR.
+    """
     item = header[keyword].value[0]
     count, first, bits = (int(number) for number in item.LUTDescriptor)
-    count = count or _MAX_LUT
-    if first >= 2**15 and _number(header, "PixelRepresentation", 0):
+    count = count or MOST_ENTRIES
+    if first >= 2**15 and signed:
         first -= 2**16
-    data = item.LUTData
-    if isinstance(data, bytes):
-        little = header.original_encoding[1] is not False
-        word = "u1" if len(data) in (count, count + 1) and bits <= 8 else f"{'><'[little]}u2"
-        data = np.frombuffer(data, dtype=word)
-    table = np.atleast_1d(np.asarray(data)).astype(np.uint16)[:count]
+    table = words_of(item.LUTData, count, little=is_little(header), bits=bits)
     if len(table) < count or not 1 <= bits <= 16:
         raise IntakeError(
             f"its {keyword} describes {count} entries of {bits} bits and holds {len(table)}"
@@ -169,37 +240,6 @@ def _looked_up(values: Floats, table: NDArray[np.float32], first: int) -> Floats
     finite = np.nan_to_num(values)
     index: NDArray[np.int64] = np.clip(np.rint(finite) - first, 0, len(table) - 1).astype(np.int64)
     return table[index]
-
-
-def _through_palette(stored: NDArray[Any], header: Dataset) -> tuple[NDArray[Any], int]:
-    """RGB from a palette (PS3.3 C.7.6.3.1.5), and its highest value."""
-    for name in _PALETTES:
-        _check_segments(header, f"Segmented{name}ColorLookupTableData")
-    colours = apply_color_lut(stored, header)[..., :3]
-    bits = int(header.RedPaletteColorLookupTableDescriptor[2])
-    eight = colours.dtype.itemsize == 1 or (bits == 8 and colours.max() < 2**8)
-    return colours, 2**8 - 1 if eight else 2**16 - 1
-
-
-def _check_segments(header: Dataset, keyword: str) -> None:
-    """Refuse a segmented palette that would grow beyond a palette (PS3.3 C.7.9.2).
-
-    A linear segment of three words stands for up to 65535 entries, and an indirect one for other
-    segments: a few kilobytes could ask for all memory.
-    """
-    data = header.get(keyword)
-    if not data:
-        return
-    words = np.frombuffer(bytes(data)[: len(data) // 2 * 2], dtype="<u2").tolist()
-    position, entries = 0, 0
-    while position + 1 < len(words):
-        kind, count = words[position : position + 2]
-        entries += count
-        position += 2 + (count if kind == 0 else 1)
-        if kind > 1 or entries > _MAX_LUT:
-            raise IntakeError(
-                f"its {keyword} has an indirect segment or more than {_MAX_LUT} entries"
-            )
 
 
 def _decimal(header: Dataset, keyword: str) -> float | None:

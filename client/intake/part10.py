@@ -38,13 +38,21 @@ from client.intake.deidentify import quoted, registered_name, text_of
 from common.errors import IntakeError
 
 _PREFIX_AT, _PREFIX = 128, b"DICM"
-_META_GROUP, _FIRST_GROUPS = 0x0002, (0x0002, 0x0008)
+_META_GROUP, _FIRST_GROUPS = 0x0002, {0x0002, 0x0008}
+_ORDERS: tuple[Literal["little", "big"], ...] = ("little", "big")
 _FLOAT, _DOUBLE, _INTEGER = 0x7FE00008, 0x7FE00009, 0x7FE00010
 _PIXELS = {_FLOAT: "FloatPixelData", _DOUBLE: "DoubleFloatPixelData", _INTEGER: "PixelData"}
 _FLOAT_BYTES = {"FloatPixelData": 4, "DoubleFloatPixelData": 8}
 _UNDEFINED = 0xFFFFFFFF
 CLOSED_FOLDER = "a link to a folder, or a folder that cannot be listed: nobody looked into it"
 _DIRECTORY = "1.2.840.10008.1.3.10"
+# Names that the standard (PS3.6 annex A) has given since pydicom's dictionary was made.
+_NEWER_SYNTAXES = {
+    "1.2.840.10008.1.2.4.110": "JPEG XL Lossless",
+    "1.2.840.10008.1.2.4.111": "JPEG XL JPEG Recompression",
+    "1.2.840.10008.1.2.4.112": "JPEG XL",
+    "1.2.840.10008.1.2.8.1": "Deflated Image Frame Compression",
+}
 
 
 @dataclass(frozen=True)
@@ -162,19 +170,23 @@ class DicomFile:
     def pixel_element(self) -> PixelElement:
         """Where the pixels are. Ask once, straight after `parse` (PS3.5 7.1.2).
 
+        The header's own encoding counts, for some files are in another than they say.
+
         Raises:
-            IntakeError: if there are none.
+            IntakeError: if there are none, or they are in a coding that is not read.
         """
+        _check_decodable(self.syntax)
+        implicit, little = self.header.original_encoding
         head = self.stream.read(12)
-        order: Literal["little", "big"] = "little" if self.syntax.is_little_endian else "big"
+        order: Literal["little", "big"] = "big" if little is False else "little"
         group, element = (int.from_bytes(head[at : at + 2], order) for at in (0, 2))
         keyword = _PIXELS.get((group << 16) + element)
         if keyword is None or len(head) < 12:
             raise IntakeError(f"it has no pixel data ({_class_name(self.header)})")
-        if self.syntax.is_implicit_VR:
+        if implicit:
             start = self.stream.seek(-4, os.SEEK_CUR)
             return PixelElement(keyword, None, start, int.from_bytes(head[4:8], order))
-        name = head[4:6].decode("ascii")
+        name = head[4:6].decode("ascii", errors="replace")
         return PixelElement(keyword, name, self.stream.tell(), int.from_bytes(head[8:], order))
 
 
@@ -199,14 +211,8 @@ class FrameDecoder:
     unused_bits: bool = False
 
     def __post_init__(self) -> None:
-        syntax = self.file.syntax
-        try:
-            get_decoder(syntax)
-        except NotImplementedError as error:
-            raise IntakeError(
-                f"its transfer syntax is {registered_name(syntax)}, which cannot be decoded here"
-            ) from error
-        if not syntax.is_encapsulated:
+        _check_decodable(self.file.syntax)
+        if not self.file.syntax.is_encapsulated:
             self._check_complete()
 
     def __call__(self, frame: int) -> NDArray[Any]:
@@ -228,7 +234,7 @@ class FrameDecoder:
         if file.syntax.is_encapsulated:
             self._check_claim(frame, options.get("extended_offsets"))
         file.stream.seek(element.start)
-        with _without_panic():
+        with _told_by_codec(file.syntax):
             array, _ = get_decoder(file.syntax).as_array(file.stream, index=frame, **options)
         return array
 
@@ -262,14 +268,41 @@ class FrameDecoder:
 
 
 @contextmanager
-def _without_panic() -> Iterator[None]:
-    """A panic of a decoder written in Rust is no `Exception`: it would end the whole intake."""
+def _told_by_codec(syntax: UID) -> Iterator[None]:
+    """What a codec says of a broken image is in its own words; which codec it was is enough.
+
+    A panic of a decoder written in Rust is no `Exception`: it would end the whole intake.
+    """
     try:
         yield
     except BaseException as error:
-        if type(error).__name__ != "PanicException":
+        if type(error).__name__ not in ("PanicException", "RuntimeError"):
             raise
-        raise IntakeError("its compressed image breaks the decoder") from None
+        raise IntakeError(
+            f"its compressed image breaks the decoder of {registered_name(syntax)}"
+        ) from None
+
+
+def _check_decodable(syntax: UID) -> None:
+    """Refuse a coding that no decoder is there for.
+
+    Raises:
+        IntakeError: with the standard's name of it, and the plugins that would decode it if they
+            were installed.
+    """
+    try:
+        decoder = get_decoder(syntax)
+    except NotImplementedError:
+        name = repr(_NEWER_SYNTAXES[syntax]) if syntax in _NEWER_SYNTAXES else ""
+        raise IntakeError(
+            f"its transfer syntax is {name or registered_name(syntax)}, "
+            "which cannot be decoded here"
+        ) from None
+    if not decoder.is_available:
+        raise IntakeError(
+            f"its transfer syntax is {registered_name(syntax)}, which cannot be decoded here: "
+            f"not installed is {' or '.join(decoder.missing_dependencies)}"
+        )
 
 
 def _file_meta(stream: BinaryIO) -> Dataset:
@@ -279,7 +312,7 @@ def _file_meta(stream: BinaryIO) -> Dataset:
     """
     start = stream.read(_PREFIX_AT + len(_PREFIX))
     if start[_PREFIX_AT:] != _PREFIX:
-        if int.from_bytes(start[:2], "little") not in _FIRST_GROUPS:
+        if not {int.from_bytes(start[:2], order) for order in _ORDERS} & _FIRST_GROUPS:
             raise IntakeError("not a DICOM file")
         stream.seek(0)
     return read_dataset(stream, False, True, stop_when=_behind_meta)
