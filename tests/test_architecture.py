@@ -50,7 +50,7 @@ ONLY_IN = {
 # Each of these runs code that is found in the bytes it reads.
 UNPICKLERS = {"cloudpickle", "dill", "joblib", "marshal", "pickle", "shelve"}
 # Libraries whose own loggers the product may turn down.
-TALKATIVE = {"flwr", "matplotlib", "pydicom", "ray"}
+TALKATIVE = {"dicomweb_client", "flwr", "matplotlib", "pydicom", "pynetdicom", "ray", "urllib3"}
 LONGEST_FUNCTION = 50
 
 Law = Callable[[str, ast.Module], Iterator[str]]
