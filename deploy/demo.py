@@ -13,11 +13,12 @@ from pathlib import Path
 
 from rich.console import Console
 
-from client.intake.dicom import DicomFolder
 from client.intake.keys import SiteKey
+from client.intake.labels import read_labels
+from client.intake.take import Order
 from common.errors import ConfigError
 from common.spec import read_run_file
-from deploy.cli_intake import take_in
+from deploy.cli_take import take_in_shown
 from deploy.hospitals import Hospital, make_hospitals
 
 RUN_FILE = "run.toml"
@@ -52,10 +53,10 @@ def prepare_demo(folder: Path, console: Console, *, size: float = 1.0) -> Path:
 
 
 def _take_in(hospital: Hospital, cohort: Path, run_file: Path) -> None:
-    """What `cloister intake dicom` does."""
+    """What `cloister intake run` does."""
     spec = read_run_file(run_file).spec
-    source = DicomFolder.of(hospital.folder, hospital.labels, spec, SiteKey(bytes(32)))
-    take_in(source, cohort, spec)
+    labels = read_labels(hospital.labels, spec.task)
+    take_in_shown(Order(hospital.folder, cohort, spec, labels, SiteKey(bytes(32))))
 
 
 def _claim(folder: Path) -> None:

@@ -7,7 +7,6 @@ from typing import Literal
 
 from client.intake.deid.burned_in import Box
 
-
 LONGEST = 1024
 """Pixels of the longer side of a picture."""
 

@@ -1,30 +1,37 @@
-"""A folder of DICOM as a source of a cohort: any depth, any names, every file with an outcome."""
+"""One object of DICOM into what a cohort keeps of it; whatever is wrong with it is a result."""
 
 from __future__ import annotations
 
+import hashlib
 import math
-import os
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Self
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from typing import BinaryIO
 
-from numpy.typing import NDArray
 from pydicom.dataset import Dataset
 
 from client.intake.builder import ImageRecord
-from client.intake.deid.seam import SafePixels
-from client.intake.deidentify import Deidentifier, text_of
+from client.intake.decision import Decision, Shot
+from client.intake.deid.seam import CleanFile, CleanFrame, Deidentifier, found_text
+from client.intake.deid.walk import Account
+from client.intake.deidentify import text_of
 from client.intake.display import brightness
-from client.intake.keys import SiteKey
-from client.intake.labels import LabelEntry, LabelTable, read_labels
-from client.intake.part10 import BoundedFile, DicomFile, Directory, FrameDecoder, Geometry, Limits
+from client.intake.items import Item
+from client.intake.labels import LabelEntry, LabelTable
+from client.intake.part10 import DicomFile, Directory, FrameDecoder, Geometry, Limits
 from client.intake.pixels import to_shape
 from client.intake.quiet import quiet
-from client.intake.source import Kept, NotUsed, Step
-from common.cohort import PIXEL, Unit
-from common.errors import IntakeError
-from common.spec import Input, RunSpec
+from client.intake.shots import shot
+from client.intake.source import Kept
+from common.cohort import PIXEL
+from common.errors import IntakeError, ReviewError
+from common.spec import Input
+
+MOST_SHOTS = 16
+"""Pictures of one file for review; of more frames, they are spread evenly."""
+
+_PIECE = 2**20
 
 # Pixel data that shows no patient: what someone or something drew or computed upon an image.
 _NO_PICTURES = {
@@ -37,26 +44,75 @@ _NO_PICTURES = {
 
 @dataclass(frozen=True)
 class FileResult:
-    """What became of one file.
+    """What became of one object.
 
     Attributes:
         images: what is kept.
         reason: why nothing is; empty if something is, or if the file is a DICOMDIR.
+        reviewable: a person may let it through.
         names_patient: whether it is DICOM with a patient identifier.
         put_aside: it names no patient, and was not decoded for that.
         line: the line of the label table that spoke of it; 0 if none did.
+        content: SHA-256 of its bytes; empty if they could not be read.
+        written: files that were written of it, for an export.
+        account: what was done to its header.
+        shots: for a person's eyes.
     """
 
     images: tuple[Kept, ...] = ()
     reason: str = ""
+    reviewable: bool = False
     names_patient: bool = False
     put_aside: bool = False
     line: int = 0
+    content: str = ""
+    written: int = 0
+    account: Account = field(default_factory=Account)
+    shots: tuple[Shot, ...] = ()
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a worker is asked: one object, what a person said of it, and whether it needs a patient.
+
+    Attributes:
+        without_patient: the source names no patients at all, so an object that names none is
+            read like any other and not put aside.
+    """
+
+    item: Item
+    decision: Decision | None = None
+    without_patient: bool = False
+
+
+def result_of(task: Task, limits: Limits, read: Callable[[DicomFile], FileResult]) -> FileResult:
+    """Open and parse an object, and read it; all that goes wrong is in the result.
+
+    Args:
+        task: whose decision is passed over if the bytes are no longer those that were decided on.
+        limits: what a file may ask for.
+        read: what is made of it.
+    """
+    content = ""
+    try:
+        with quiet(), task.item.open(limits.read_bytes) as stream:
+            content = _digest(stream)
+            return replace(read(DicomFile.parse(stream, limits)), content=content)
+    except Directory:
+        return FileResult(content=content)
+    except IntakeError as error:
+        review = isinstance(error, ReviewError)
+        return FileResult(reason=str(error), reviewable=review, content=content)
+    except MemoryError:
+        return FileResult(reason="it needs more memory than a worker may take", content=content)
+    except Exception as error:  # noqa: BLE001
+        # Parsers and codecs raise whatever the bytes of a broken file drive them to.
+        return FileResult(reason=f"cannot be read ({_brief(error)})", content=content)
 
 
 @dataclass(frozen=True)
 class FileReader:
-    """Reads one file at a time into what is kept of it; it can be sent to another process.
+    """Reads one object at a time into what a cohort keeps of it; works in any process.
 
     Args:
         settings: the run's `Input`.
@@ -72,42 +128,87 @@ class FileReader:
     split: str = ""
     limits: Limits = field(default_factory=Limits)
 
-    def read(self, path: Path, *, without_patient: bool = False) -> FileResult:
-        """Read a file; all that is wrong with it is in the result.
+    def __call__(self, task: Task) -> FileResult:
+        """Read an object; all that is wrong with it is in the result."""
+        found = FileResult()
 
-        Args:
-            path: a file of any kind.
-            without_patient: the source names no patients at all, so a file that names none is
-                read like any other and not put aside.
-        """
-        found: dict[str, Any] = {}
+        def read(file: DicomFile) -> FileResult:
+            nonlocal found
+            found = replace(found, names_patient=bool(text_of(file.header, "PatientID")))
+            if kind := _NO_PICTURES.get(text_of(file.header, "SOPClassUID")):
+                raise IntakeError(f"it is {kind}, no picture of a patient")
+            element = file.pixel_element()
+            entry = self._label(file.header)
+            found = replace(found, line=entry.line)
+            if not found.names_patient and not task.without_patient:
+                return replace(found, put_aside=True)
+            clean = self.deidentify(file.header, task.decision)
+            geometry = file.geometry(self.limits)
+            frames = self._frames(geometry)
+            decode = FrameDecoder(file, element, geometry)
+            return self._judged(clean, entry, frames, decode, found)
+
+        result = result_of(task, self.limits, read)
+        return replace(result, names_patient=found.names_patient, line=found.line)
+
+    def _judged(
+        self,
+        clean: CleanFile,
+        entry: LabelEntry,
+        frames: range,
+        decode: FrameDecoder,
+        found: FileResult,
+    ) -> FileResult:
+        """What is kept, or what a person is to look at."""
         try:
-            with quiet(), BoundedFile(path, self.limits.read_bytes) as stream:
-                file = DicomFile.parse(stream, self.limits)
-                return self._read(file, found, without_patient)
-        except Directory:
-            return FileResult()
-        except IntakeError as error:
-            return FileResult(reason=str(error), **found)
-        except Exception as error:  # noqa: BLE001
-            # Parsers and codecs raise whatever the bytes of a broken file drive them to.
-            return FileResult(reason=f"cannot be read ({_brief(error)})", **found)
+            clean.check()
+            return self._kept(clean, entry, frames, decode, found)
+        except ReviewError as error:
+            shots = tuple(self._seen(clean, frames, decode))
+            return replace(found, reason=str(error), reviewable=True, shots=shots)
 
-    def _read(self, file: DicomFile, found: dict[str, Any], without_patient: bool) -> FileResult:
-        header = file.header
-        found["names_patient"] = bool(text_of(header, "PatientID"))
-        if kind := _NO_PICTURES.get(text_of(header, "SOPClassUID")):
-            raise IntakeError(f"it is {kind}, no picture of a patient")
-        element = file.pixel_element()
-        entry = self._label(header)
-        found["line"] = entry.line
-        if not found["names_patient"] and not without_patient:
-            return FileResult(put_aside=True, **found)
-        geometry = file.geometry(self.limits)
-        frames = self._frames(geometry)
-        decode = FrameDecoder(file, element, geometry)
-        kept = tuple(self._keep(header, entry, frame, decode(frame)) for frame in frames)
-        return FileResult(kept, **found)
+    def _kept(
+        self,
+        clean: CleanFile,
+        entry: LabelEntry,
+        frames: range,
+        decode: FrameDecoder,
+        found: FileResult,
+    ) -> FileResult:
+        images: list[Kept] = []
+        shots: list[Shot] = []
+        counts = clean.account.counts
+        for number in frames:
+            stored = decode(number)
+            shown = brightness(stored, clean.header, number, self.settings.window)
+            frame = clean.frame(number, shown)
+            counts["pixels: box blanked", "PixelData"] += len(frame.boxes)
+            counts["pixels: outside of regions blanked", "PixelData"] += frame.outside
+            if (frame.boxes or frame.outside) and len(shots) < MOST_SHOTS:
+                shots.append(shot(number, shown, frame.pixels, frame.boxes))
+            record = self._record(frame, entry, stored.shape)
+            images.append(Kept(record, to_shape(frame.pixels, self.settings)))
+        return replace(found, images=tuple(images), account=clean.account, shots=tuple(shots))
+
+    def _record(self, frame: CleanFrame, entry: LabelEntry, size: tuple[int, ...]) -> ImageRecord:
+        return ImageRecord(
+            patient=frame.patient or frame.instance,
+            study=frame.study,
+            series=frame.series,
+            instance=frame.instance,
+            label=entry.label,
+            height=size[0],
+            width=size[1],
+            split=self.split or entry.split,
+        )
+
+    def _seen(self, clean: CleanFile, frames: range, decode: FrameDecoder) -> Iterator[Shot]:
+        """Pictures of a file that waits for a person; one that cannot be shown has none."""
+        step = max(1, math.ceil(len(frames) / MOST_SHOTS))
+        for number in frames[::step]:
+            with suppress(Exception):
+                pixels = brightness(decode(number), clean.header, number, self.settings.window)
+                yield shot(number, pixels, None, found_text(pixels))
 
     def _label(self, header: Dataset) -> LabelEntry:
         key = text_of(header, self.labels.key)
@@ -136,130 +237,14 @@ class FileReader:
             )
         return range(count)
 
-    def _keep(self, header: Dataset, entry: LabelEntry, frame: int, stored: NDArray[Any]) -> Kept:
-        shown = brightness(stored, header, frame, self.settings.window)
-        clean = self.deidentify(header, frame, shown)
-        record = ImageRecord(
-            patient=clean.patient or clean.instance,
-            study=clean.study,
-            series=clean.series,
-            instance=clean.instance,
-            label=entry.label,
-            height=stored.shape[0],
-            width=stored.shape[1],
-            split=self.split or entry.split,
-        )
-        return Kept(record, to_shape(clean.pixels, self.settings))
 
-
-@dataclass
-class DicomFolder:
-    """A folder of DICOM with a label table.
-
-    Files are visited in an order drawn from the site key: the order of a cohort's images then
-    says nothing of file names, which often are patients' names.
-
-    A file without a patient identifier waits until all others are seen. If any of them names a
-    patient it is not used; if none does, the source has no patients to protect by name, and the
-    cohort's unit is the image.
-
-    Raises:
-        IntakeError: if there is no such folder.
-    """
-
-    folder: Path
-    reader: FileReader
-    key: SiteKey
-    kind: str = field(default="dicom", init=False)
-    unit: Unit = field(default="patient", init=False)
-
-    def __post_init__(self) -> None:
-        if not self.folder.is_dir():
-            raise IntakeError(f"{self.folder}: no such folder; expected a folder of DICOM files")
-        self._files = sorted(walk(self.folder), key=self._place)
-
-    @classmethod
-    def of(
-        cls,
-        folder: Path,
-        labels: Path,
-        spec: RunSpec,
-        key: SiteKey,
-        *,
-        split: str = "",
-    ) -> Self:
-        """A folder with its label table, for a run, under the strictest profile.
-
-        Args:
-            folder: searched at any depth.
-            labels: a CSV; see `client.intake.labels`.
-            spec: the run.
-            key: of the pseudonyms.
-            split: put on every image; if empty, the label table's split is.
-
-        Raises:
-            IntakeError: if there is no such folder.
-            ConfigError: if the label table is wrong.
-        """
-        table = read_labels(labels, spec.task)
-        return cls(folder, FileReader(spec.input, table, SafePixels(key), split), key)
-
-    def __len__(self) -> int:
-        return len(self._files)
-
-    def steps(self) -> Iterator[Step]:
-        """See `Source`."""
-        aside: list[Path] = []
-        lines: set[int] = set()
-        named = False
-        for path in self._files:
-            result = self.reader.read(path)
-            named = named or result.names_patient
-            lines.add(result.line if result.images else 0)
-            if result.put_aside:
-                aside.append(path)
-            else:
-                yield self._step(path, result)
-        self.unit = "image" if aside and not named else "patient"
-        for path in aside:
-            if named:
-                yield self._step(path, FileResult(reason="no patient identifier"))
-            else:
-                result = self.reader.read(path, without_patient=True)
-                lines.add(result.line if result.images else 0)
-                yield self._step(path, result)
-        table = self.reader.labels
-        yield Step(table.source, not_used=tuple(_labels_without_image(table, lines)))
-
-    def _step(self, path: Path, result: FileResult) -> Step:
-        what = str(path.relative_to(self.folder))
-        refused = (NotUsed(what, result.reason),) if result.reason else ()
-        return Step(what, result.images, refused)
-
-    def _place(self, path: Path) -> str:
-        return self.key.pseudonym("order", os.fspath(path.relative_to(self.folder)))
-
-
-def walk(folder: Path) -> Iterator[Path]:
-    """All files below `folder` but DICOMDIRs, and each folder that is not looked into.
-
-    Those are links to folders, which could lead anywhere and back again, and folders that the
-    system does not list.
-    """
-    closed: list[Path] = []
-    for place, folders, files in os.walk(folder, onerror=lambda e: closed.append(Path(e.filename))):
-        for name in files:
-            if name.upper() != "DICOMDIR":
-                yield Path(place, name)
-        yield from (link for name in folders if (link := Path(place, name)).is_symlink())
-    yield from closed
-
-
-def _labels_without_image(labels: LabelTable, used: set[int]) -> Iterator[NotUsed]:
-    for name, entry in labels.entries.items():
-        if entry.line not in used:
-            where = f"{labels.source}:{entry.line} ({labels.key} {name})"
-            yield NotUsed(where, "label without a usable image")
+def _digest(stream: BinaryIO) -> str:
+    """SHA-256 of a stream from its beginning, where it stands again afterwards."""
+    digest = hashlib.sha256()
+    while piece := stream.read(_PIECE):
+        digest.update(piece)
+    stream.seek(0)
+    return digest.hexdigest()
 
 
 def _brief(error: Exception) -> str:

@@ -9,11 +9,12 @@ for each class, holding 0 or 1. An optional column ``split`` holds ``train``, ``
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from client.intake.builder import Label
+from client.intake.source import NotUsed
 from common.cohort import SPLITS
 from common.errors import ConfigError
 from common.spec import Task
@@ -71,6 +72,14 @@ def read_labels(path: Path, task: Task, keys: Sequence[str] = DICOM_KEYS) -> Lab
             return _read(str(path), csv.DictReader(file, strict=True), task, keys)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise ConfigError(f"{path}: cannot be read as a CSV in UTF-8 ({error})") from error
+
+
+def labels_without_image(labels: LabelTable, used: Collection[int]) -> Iterator[NotUsed]:
+    """The lines of a table of which nothing was kept; for the hospital's own eyes."""
+    for name, entry in labels.entries.items():
+        if entry.line not in used:
+            where = f"{labels.source}:{entry.line} ({labels.key} {name})"
+            yield NotUsed(where, "label without a usable image")
 
 
 def _read(source: str, reader: csv.DictReader[str], task: Task, keys: Sequence[str]) -> LabelTable:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from client.intake.builder import ImageRecord
-from client.intake.dicom import walk
+from client.intake.items import walk
 from client.intake.keys import SiteKey
 from client.intake.labels import LabelEntry, LabelTable, read_labels
 from client.intake.part10 import CLOSED_FOLDER, Limits

@@ -33,7 +33,7 @@ EVERY = list(commands(typer.main.get_command(cli.app)))
 
 
 def test_the_commands_are_found():
-    assert {("simulate",), ("spec", "explain"), ("intake", "dicom"), ("demo",)} <= set(EVERY)
+    assert {("simulate",), ("spec", "explain"), ("intake", "run"), ("demo",)} <= set(EVERY)
 
 
 @pytest.mark.parametrize("path", EVERY, ids=" ".join)

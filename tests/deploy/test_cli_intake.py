@@ -34,12 +34,12 @@ def call(*arguments: object) -> Result:
     return runner.invoke(intake_app, list(map(str, arguments)))
 
 
-def test_dicom_then_show(hospital: Hospital, run_file: Path, tmp_path: Path) -> None:
+def test_run_then_show(hospital: Hospital, run_file: Path, tmp_path: Path) -> None:
     cohort, key, listing = tmp_path / "c", tmp_path / "site.key", tmp_path / "not-used.csv"
     files = ("--spec", run_file, "--labels", hospital.labels)
     options = ("--site-key", key, "--not-used", listing, "--split", "train")
 
-    taken = call("dicom", hospital.folder, cohort, *files, *options)
+    taken = call("run", hospital.folder, cohort, *files, *options)
 
     assert taken.exit_code == 0, taken.output
     for text in ("its pixel data is cut short", "not a DICOM file", "unit of privacy", "opacity"):
@@ -61,8 +61,8 @@ def test_one_key_makes_the_same_patients_in_every_cohort(
 ) -> None:
     options = ("--spec", run_file, "--labels", hospital.labels)
     for name in ("a", "b"):
-        call("dicom", hospital.folder, tmp_path / name, *options, "--site-key", tmp_path / "key")
-    call("dicom", hospital.folder, tmp_path / "c", *options)
+        call("run", hospital.folder, tmp_path / name, *options, "--site-key", tmp_path / "key")
+    call("run", hospital.folder, tmp_path / "c", *options)
 
     a, b, c = (set(Cohort.open(tmp_path / name).patients) for name in "abc")
     assert a == b
@@ -99,9 +99,9 @@ def test_mistakes_are_errors_of_ours(hospital: Hospital, run_file: Path, tmp_pat
     options = ("--spec", run_file, "--labels", hospital.labels)
     (tmp_path / "there").mkdir()
 
-    existing = call("dicom", hospital.folder, tmp_path / "there", *options)
+    existing = call("run", hospital.folder, tmp_path / "there", *options)
     unlabelled = call(
-        "dicom",
+        "run",
         hospital.folder,
         tmp_path / "c",
         "--spec",
@@ -115,6 +115,6 @@ def test_mistakes_are_errors_of_ours(hospital: Hospital, run_file: Path, tmp_pat
     assert not (tmp_path / "c").exists()
 
 
-@pytest.mark.parametrize("command", ["dicom", "medmnist", "pictures", "show"])
+@pytest.mark.parametrize("command", ["run", "medmnist", "pictures", "show"])
 def test_help_teaches_with_an_example(command: str) -> None:
     assert f"Example: cloister intake {command}" in call(command, "--help").output

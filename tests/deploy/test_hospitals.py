@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from pydicom import dcmread
 
-from client.intake.dicom import DicomFolder
 from client.intake.keys import SiteKey
-from client.intake.run import IntakeSummary, intake
+from client.intake.labels import read_labels
+from client.intake.run import IntakeSummary
+from client.intake.take import Order, take_in
 from common.cohort import Cohort
 from common.spec import RunSpec
 from deploy.films import Anatomy, Opacity, draw
@@ -36,8 +37,8 @@ def taken_in(
     taken = {}
     for hospital in hospitals:
         key = SiteKey(bytes(32))
-        source = DicomFolder.of(hospital.folder, hospital.labels, run, key)
-        summary = intake(source, folder / hospital.name, run)
+        labels = read_labels(hospital.labels, run.task)
+        summary = take_in(Order(hospital.folder, folder / hospital.name, run, labels, key))
         taken[hospital.name] = (summary, Cohort.open(folder / hospital.name))
     return taken
 

@@ -51,6 +51,11 @@ class Cleaned:
     account: Account
 
 
+def check_allowed(header: Dataset, _profile: Profile) -> None:
+    """Refuse classes that are not on the list (`check_class`)."""
+    check_class(header)
+
+
 def check_patient(header: Dataset, _profile: Profile) -> None:
     """Refuse what names no patient: nothing would hold the patient's images together."""
     if not text_of(header, "PatientID"):
@@ -83,7 +88,7 @@ def check_faces(header: Dataset, profile: Profile) -> None:
 
 
 CHECKS: Mapping[str, Check] = {
-    "class": lambda header, _profile: check_class(header),
+    "class": check_allowed,
     "patient": check_patient,
     "instance": check_instance,
     "text": check_text,
@@ -135,13 +140,31 @@ class Engine:
         with _told_by_kind(), quiet():
             return self._clean(DicomFile.parse(stream, limits or Limits()))
 
+    def clean_header(self, header: Dataset, account: Account) -> Dataset:
+        """The header of a file by the profile's rules, without pixels; nothing is checked.
+
+        Args:
+            header: all of it, as the file has it.
+            account: what is done is added to it.
+        """
+        patient = (text_of(header, "IssuerOfPatientID"), text_of(header, "PatientID"))
+        walk = Walk(
+            self.profile,
+            self.key,
+            patient=self.key.pseudonym("patient", *patient),
+            days=self.key.date_shift(*patient),
+            treatments=self.treatments,
+            account=account,
+        )
+        return walk(header)
+
     def _clean(self, file: DicomFile) -> Cleaned:
         header = file.header
         for check in self.checks.values():
             check(header, self.profile)
         pixels = (self.pixels or PixelCleaner(self.profile))(file)
         account = Account()
-        clean = self._walk(header, account)(header)
+        clean = self.clean_header(header, account)
         _put_pixels(clean, pixels, account)
         if self.profile.clean_graphics:
             account.counts["overlays: box blanked", "OverlayData"] += clean_overlays(
@@ -152,17 +175,6 @@ class Engine:
         dataset = FileDataset("", clean, preamble=_PREAMBLE, file_meta=meta)
         dataset.set_original_encoding(False, True)
         return Cleaned(dataset, f"{text_of(clean, 'SOPInstanceUID')}.dcm", account)
-
-    def _walk(self, header: Dataset, account: Account) -> Walk:
-        patient = (text_of(header, "IssuerOfPatientID"), text_of(header, "PatientID"))
-        return Walk(
-            self.profile,
-            self.key,
-            patient=self.key.pseudonym("patient", *patient),
-            days=self.key.date_shift(*patient),
-            treatments=self.treatments,
-            account=account,
-        )
 
 
 @contextmanager

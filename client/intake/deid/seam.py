@@ -1,54 +1,172 @@
-"""The engine at the intake's seam: a cohort keeps pixels and pseudonyms, so those are what counts.
+"""The seam of de-identification: every image of a cohort passes here before anything is kept.
 
-Nothing of a header comes into a cohort but its pseudonyms. What is left of de-identification are
-the classes that are taken, text burned into the pixels, and faces.
+Reading (`client.intake.dicom`) hands over a file's whole header and gets back a new one, built by
+the engine; brightness is computed from that one alone. Then each frame goes through at full
+resolution, and nothing of it is kept but what comes back.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import hashlib
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Protocol
 
 import numpy as np
 from pydicom.dataset import Dataset
 
-from client.intake.deid.burned_in import outside_regions
-from client.intake.deid.classes import check_class
-from client.intake.deid.engine import check_faces, check_text
+from client.intake.decision import Decision
+from client.intake.deid.burned_in import Box, outside_regions
+from client.intake.deid.engine import Engine
+from client.intake.deid.findtext import find_text
 from client.intake.deid.pixeldata import text_in
-from client.intake.deid.profile import Profile
-from client.intake.deidentify import Deidentified, PixelsOnly
+from client.intake.deid.walk import Account
+from client.intake.deidentify import text_of
 from client.intake.keys import SiteKey
 from client.intake.pixels import Floats
 
+_FOR_A_PERSON = ("text", "faces")
+
 
 @dataclass(frozen=True)
-class SafePixels:
-    """Keeps pixels without text, of allowed classes and without faces, under keyed pseudonyms.
+class CleanFrame:
+    """What may be kept of one frame: pseudonyms, and pixels in 0..1 at full resolution.
 
-    Args:
-        key: of the pseudonyms.
-        profile: what is done about text and faces; the rest of it is about headers.
+    ``patient`` is empty where the data set names none. ``boxes`` were blanked; ``outside`` says
+    whether what lies outside of ultrasound regions was.
     """
 
-    key: SiteKey
-    profile: Profile = field(default_factory=Profile)
+    patient: str
+    study: str
+    series: str
+    instance: str
+    pixels: Floats
+    boxes: tuple[Box, ...] = ()
+    outside: bool = False
 
-    def __call__(self, unverified: Dataset, frame: int, pixels: Floats) -> Deidentified:
+
+class CleanFile(Protocol):
+    """One file on its way into a cohort."""
+
+    @property
+    def header(self) -> Dataset:
+        """The new header, without pixels: all that making an image may know."""
+
+    @property
+    def account(self) -> Account:
+        """What was done to the header."""
+
+    def check(self) -> None:
+        """Judge what the header says.
+
+        Raises:
+            ReviewError: if a person has to look at the file first.
+            IntakeError: to keep nothing of it; the text is the reason.
+        """
+
+    def frame(self, number: int, pixels: Floats) -> CleanFrame:
+        """De-identify a frame.
+
+        Args:
+            number: of the frame, from 0.
+            pixels: its brightness in 0..1, (height, width) or (height, width, 3).
+
+        Raises:
+            ReviewError: if a person has to look at the file first.
+        """
+
+
+class Deidentifier(Protocol):
+    """Makes a `CleanFile` of an unverified data set, as a person decided if one did."""
+
+    def __call__(self, unverified: Dataset, decision: Decision | None = None) -> CleanFile:
+        """See `CleanFile`."""
+
+
+@dataclass(frozen=True)
+class CohortDeidentifier:
+    """Allowed classes, no faces, no text in pixels, keyed pseudonyms: as the engine's profile says.
+
+    A patient is an issuer and an identifier: the same number from two issuers is two patients.
+    """
+
+    engine: Engine
+
+    def __call__(self, unverified: Dataset, decision: Decision | None = None) -> _File:
         """See `Deidentifier`."""
-        check_class(unverified)
-        check_text(unverified, self.profile)
-        check_faces(unverified, self.profile)
-        return PixelsOnly(self.key)(unverified, frame, self._without_text(unverified, pixels))
+        return _File(self.engine, unverified, decision)
 
-    def _without_text(self, unverified: Dataset, pixels: Floats) -> Floats:
-        planes = [pixels] if pixels.ndim == 2 else [pixels.max(axis=2), pixels.min(axis=2)]
-        boxes = text_in(planes, self.profile)
-        outside = outside_regions(unverified, *pixels.shape[:2])
-        if not boxes and outside is None:
-            return pixels
-        clean: Floats = np.array(pixels)
-        for box in boxes:
-            clean[box.top : box.bottom, box.left : box.right] = 0
-        if outside is not None:
-            clean[outside] = 0
-        return clean
+
+@dataclass(frozen=True)
+class _File:
+    engine: Engine
+    unverified: Dataset
+    decision: Decision | None
+
+    @cached_property
+    def account(self) -> Account:
+        return Account()
+
+    @cached_property
+    def header(self) -> Dataset:
+        return self.engine.clean_header(self.unverified, self.account)
+
+    def check(self) -> None:
+        checks = dict(self.engine.checks)
+        for settled in ("patient", "instance", *(_FOR_A_PERSON if self.decision else ())):
+            checks.pop(settled, None)
+        for check in checks.values():
+            check(self.unverified, self.engine.profile)
+
+    def frame(self, number: int, pixels: Floats) -> CleanFrame:
+        key, names = self.engine.key, self.unverified
+        patient = patient_of(names)
+        instance = text_of(names, "SOPInstanceUID") or _digest(pixels)
+        boxes, outside = self._text(pixels), outside_regions(names, *pixels.shape[:2])
+        clean = pixels
+        if boxes or outside is not None:
+            clean = np.array(pixels)
+            for box in boxes:
+                clean[box.top : box.bottom, box.left : box.right] = 0
+            if outside is not None:
+                clean[outside] = 0
+        return CleanFrame(
+            patient=key.pseudonym("patient", *patient) if patient[1] else "",
+            study=key.pseudonym("study", text_of(names, "StudyInstanceUID")),
+            series=key.pseudonym("series", text_of(names, "SeriesInstanceUID")),
+            instance=key.pseudonym("instance", instance, str(number)),
+            pixels=clean,
+            boxes=boxes,
+            outside=outside is not None,
+        )
+
+    def _text(self, pixels: Floats) -> tuple[Box, ...]:
+        said = self.decision
+        if said is None:
+            return tuple(text_in(planes(pixels), self.engine.profile))
+        return (*said.blank, *(found_text(pixels) if said.found else ()))
+
+
+def patient_of(unverified: Dataset) -> tuple[str, str]:
+    """Issuer and identifier of a data set's patient; an empty identifier where it names none."""
+    return text_of(unverified, "IssuerOfPatientID"), text_of(unverified, "PatientID")
+
+
+def planes(pixels: Floats) -> list[Floats]:
+    """Where text would stand out: grey as it is, of colour the brightest and darkest channel."""
+    return [pixels] if pixels.ndim == 2 else [pixels.max(axis=2), pixels.min(axis=2)]
+
+
+def found_text(pixels: Floats) -> tuple[Box, ...]:
+    """The boxes of what looks like text, wherever and however much; nothing is judged."""
+    return tuple(box for plane in planes(pixels) for box in find_text(plane))
+
+
+def pseudonym_of(key: SiteKey, unverified: Dataset) -> str:
+    """The pseudonym of a data set's patient."""
+    return key.pseudonym("patient", *patient_of(unverified))
+
+
+def _digest(pixels: Floats) -> str:
+    """Stands in for a missing instance UID, so that a copy is still recognised as one."""
+    return hashlib.sha256(np.ascontiguousarray(pixels).tobytes()).hexdigest()

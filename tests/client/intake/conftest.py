@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import pytest
@@ -12,9 +12,14 @@ from numpy.typing import NDArray
 from pydicom.dataset import FileDataset, FileMetaDataset
 from pydicom.uid import UID, ComputedRadiographyImageStorage, ExplicitVRLittleEndian
 
-from client.intake.dicom import DicomFolder
+from client.intake.deid.profile import Profile
+from client.intake.dicom import FileResult, Task
 from client.intake.keys import SiteKey
-from client.intake.run import IntakeSummary, intake
+from client.intake.labels import read_labels
+from client.intake.pool import Bounds
+from client.intake.reading import Reader
+from client.intake.run import IntakeSummary
+from client.intake.take import Order, take_in
 from common.cohort import Cohort
 from common.spec import RunSpec
 
@@ -73,6 +78,28 @@ def film() -> Callable[..., FileDataset]:
     return make_film
 
 
+class InThisProcess:
+    """Reads one object after another, without another process."""
+
+    def __init__(self, reader: Reader, _workers: int = 1, _bounds: Bounds | None = None) -> None:
+        self._reader = reader
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def map(self, tasks: Iterable[Task]) -> Iterator[FileResult]:
+        return map(self._reader, tasks)
+
+
+@pytest.fixture(scope="session")
+def in_this_process() -> Callable[..., InThisProcess]:
+    """`take_in(order, pool=in_this_process)`."""
+    return InThisProcess
+
+
 class Hospital:
     """A folder of DICOM files, a label table, a site key, and the way in."""
 
@@ -103,10 +130,30 @@ class Hospital:
     def take_in(
         self, labels: Path, name: str = "cohort", *, split: str = "", **changes: Any
     ) -> Taken:
-        """Take the folder in for the small run with `changes`."""
-        run, path = self.make_spec(**changes), self.place / name
-        folder = DicomFolder.of(self.folder, labels, run, self.key, split=split)
-        return Taken(intake(folder, path, run), Cohort.open(path))
+        """Take the folder in for the small run with `changes`, one object after another."""
+        order = self.order(labels, name, split=split, **changes)
+        return Taken(take_in(order, pool=InThisProcess), Cohort.open(order.cohort))
+
+    def order(
+        self,
+        labels: Path,
+        name: str = "cohort",
+        *,
+        split: str = "",
+        profile: Profile | None = None,
+        **changes: Any,
+    ) -> Order:
+        """What `take_in` takes in."""
+        run = self.make_spec(**changes)
+        return Order(
+            self.folder,
+            self.place / name,
+            run,
+            read_labels(labels, run.task),
+            self.key,
+            profile or Profile(),
+            split,
+        )
 
 
 @pytest.fixture

@@ -11,12 +11,14 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from client.intake.deidentify import Deidentified, PixelsOnly
-from client.intake.dicom import DicomFolder, FileReader, walk
+from client.intake.deid.engine import Engine
+from client.intake.deid.profile import Profile
+from client.intake.deid.seam import CleanFile, CleanFrame, CohortDeidentifier
+from client.intake.dicom import FileReader
+from client.intake.items import walk
 from client.intake.keys import SiteKey
-from client.intake.labels import read_labels
 from client.intake.pixels import Floats
-from client.intake.run import intake
+from client.intake.take import take_in
 from common.cohort import Cohort
 from common.errors import CohortError, IntakeError
 
@@ -228,7 +230,7 @@ def test_what_is_no_regular_file_is_listed(hospital: Any) -> None:
     taken = hospital.take_in(hospital.labels({"P1": "normal"}))
 
     assert taken.reasons["pipe"] == "not a regular file"
-    assert "No such file" in taken.reasons["dangling"]
+    assert taken.reasons["dangling"] == "not a regular file"
     assert taken.reasons["loop"].startswith("a link to a folder")
     assert len(taken.cohort) == 1
 
@@ -308,48 +310,52 @@ def test_splits_from_the_table_or_for_all(hospital: Any) -> None:
     assert hospital.take_in(table, "b", split="test").cohort.splits == ["test"]
 
 
-class Engine:
-    """A de-identifier that refuses P2, and makes every other image black."""
+class OneFile:
+    """Of one file: P2 is refused, and every other image is made black."""
 
-    def __init__(self, key: SiteKey) -> None:
-        self._plain = PixelsOnly(key)
-        self.seen: list[tuple[str, int, tuple[int, ...]]] = []
+    def __init__(self, plain: CleanFile, patient: str, seen: list[Any]) -> None:
+        self.header, self.account = plain.header, plain.account
+        self._plain, self._patient, self._seen = plain, patient, seen
 
-    def __call__(self, unverified: Any, frame: int, pixels: Floats) -> Deidentified:
-        self.seen.append((str(unverified.PatientName), frame, pixels.shape))
-        if unverified.PatientID == "P2":
+    def check(self) -> None:
+        if self._patient == "P2":
             raise IntakeError("burned-in text")
-        clean = self._plain(unverified, frame, pixels)
-        return Deidentified("aa", "bb", "cc", clean.instance, np.zeros_like(pixels))
+
+    def frame(self, number: int, pixels: Floats) -> CleanFrame:
+        self._seen.append((self._patient, number, pixels.shape))
+        clean = self._plain.frame(number, pixels)
+        return CleanFrame("aa", "bb", "cc", clean.instance, np.zeros_like(pixels))
 
 
-def test_every_image_passes_the_seam_and_only_what_it_gives_is_kept(hospital: Any) -> None:
+def test_every_image_passes_the_seam_and_only_what_it_gives_is_kept(
+    hospital: Any, in_this_process: Any
+) -> None:
     for patient in ("P1", "P2"):
         hospital.film(patient, PatientID=patient, PatientName=f"Name^{patient}")
-    run, engine = hospital.make_spec(), Engine(hospital.key)
-    table = read_labels(hospital.labels({"P1": "normal", "P2": "normal"}), run.task)
+    order = hospital.order(hospital.labels({"P1": "normal", "P2": "normal"}), "c")
+    plain, seen = CohortDeidentifier(Engine(Profile(), hospital.key)), []
 
-    reader = FileReader(run.input, table, engine)
-    source = DicomFolder(hospital.folder, reader, hospital.key)
-    summary = intake(source, hospital.place / "c", run)
+    def deidentify(unverified: Any, decision: Any = None) -> OneFile:
+        return OneFile(plain(unverified, decision), str(unverified.PatientID), seen)
 
-    cohort = Cohort.open(hospital.place / "c")
-    assert sorted(engine.seen) == [("Name^P1", 0, (20, 30)), ("Name^P2", 0, (20, 30))]
+    reader = FileReader(order.spec.input, order.labels, deidentify)
+    summary = take_in(order, pool=lambda *_: in_this_process(reader))
+
+    cohort = Cohort.open(order.cohort)
+    assert seen == [("P1", 0, (20, 30))]
     assert cohort.patients == ("aa",)
     assert cohort.images([0]).max() == 0
     assert {item.what: item.reason for item in summary.not_used}["P2"] == "burned-in text"
 
 
-def test_progress_comes_to_its_end(hospital: Any, tmp_path: Path) -> None:
+def test_progress_comes_to_its_end(hospital: Any, in_this_process: Any) -> None:
     for name in "abc":
         hospital.film(name, PatientID="")
     table = hospital.labels({STUDY: "normal"}, "StudyInstanceUID")
     calls: list[tuple[int, int]] = []
     note: Callable[[int, int], None] = lambda done, total: calls.append((done, total))  # noqa: E731
 
-    run = hospital.make_spec()
-    source = DicomFolder.of(hospital.folder, table, run, hospital.key)
-    intake(source, tmp_path / "c", run, progress=note)
+    take_in(hospital.order(table), progress=note, pool=in_this_process)
 
     assert calls[-1] == (3, 3)
     assert [done for done, _ in calls] == sorted(done for done, _ in calls)

@@ -18,8 +18,11 @@ from pydicom import dcmread
 from pydicom.encaps import encapsulate
 from pydicom.uid import MPEG2MPML, UID, JPEG2000Lossless, JPEGBaseline8Bit, RLELossless
 
-from client.intake.deidentify import PixelsOnly
-from client.intake.dicom import FileReader, FileResult
+from client.intake.deid.engine import Engine
+from client.intake.deid.profile import Profile
+from client.intake.deid.seam import CohortDeidentifier
+from client.intake.dicom import FileReader, FileResult, Task
+from client.intake.items import FileItem
 from client.intake.labels import read_labels
 from client.intake.part10 import Limits
 from common.spec import RunSpec
@@ -42,12 +45,12 @@ def memory_below(limit: int) -> Iterator[None]:
 def reader(hospital: Any) -> FileReader:
     run: RunSpec = hospital.make_spec(input={"frames": "all"})
     table = read_labels(hospital.labels({"P1": "normal"}), run.task)
-    return FileReader(run.input, table, PixelsOnly(hospital.key))
+    return FileReader(run.input, table, CohortDeidentifier(Engine(Profile(), hospital.key)))
 
 
 @pytest.fixture
 def read(reader: FileReader) -> Callable[[Path], FileResult]:
-    return reader.read
+    return lambda path: reader(Task(FileItem(path, "")))
 
 
 def encoded(kind: str, side: int) -> bytes:
@@ -111,7 +114,7 @@ def test_a_codestream_that_is_larger_than_its_header(
 def test_a_deflated_bomb(hospital: Any, reader: FileReader) -> None:
     path = hospital.film("x", np.zeros((16, 16), dtype=np.uint16))
     plain = transfer(path, UID("1.2.840.10008.1.2.1.99"))
-    assert len(reader.read(plain).images) == 1
+    assert len(reader(Task(FileItem(plain, ""))).images) == 1
     data = plain.read_bytes()
     start = data.index(b"1.2.840.10008.1.2.1.99") + 22
     packer = zlib.compressobj(9, wbits=-15)
@@ -122,7 +125,7 @@ def test_a_deflated_bomb(hospital: Any, reader: FileReader) -> None:
     small = dataclasses.replace(reader, limits=Limits(read_bytes=4 * MEGABYTE))
 
     with memory_below(16 * MEGABYTE):
-        result = small.read(plain)
+        result = small(Task(FileItem(plain, "")))
 
     assert "inflates to more than 4194304 bytes" in result.reason
 

@@ -11,11 +11,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from client.intake.deidentify import Deidentified, PixelsOnly
-from client.intake.dicom import DicomFolder, FileReader
-from client.intake.labels import read_labels
+from client.intake.deid.engine import Engine
+from client.intake.deid.profile import Profile
+from client.intake.deid.seam import CleanFrame, CohortDeidentifier
+from client.intake.dicom import FileReader
 from client.intake.pixels import Floats
-from client.intake.run import intake
+from client.intake.take import take_in
 
 CANARIES = {
     "PatientID": "MRN-4711-0815",
@@ -61,25 +62,34 @@ def test_no_identifier_path_or_date_is_in_a_cohort(hospital: Any) -> None:
     assert found_in(taken.cohort.path, canaries(hospital)) == set()
 
 
-def test_the_search_sees_a_leak(hospital: Any) -> None:
+def test_the_search_sees_a_leak(hospital: Any, in_this_process: Any) -> None:
     """Negative control: a de-identifier that forgets one attribute at a time."""
     hospital.film(FILE, **CANARIES)
-    run = hospital.make_spec()
-    table = read_labels(hospital.labels({CANARIES["PatientID"]: "normal"}), run.task)
+    labels = hospital.labels({CANARIES["PatientID"]: "normal"})
+    plain = CohortDeidentifier(Engine(Profile(), hospital.key))
+
+    class Forgetful:
+        """Puts one attribute of the source where a pseudonym belongs."""
+
+        def __init__(self, unverified: Any, leaked: str) -> None:
+            self._plain, self._leaked = plain(unverified), str(unverified[leaked].value)
+            self.header, self.account = self._plain.header, self._plain.account
+
+        def check(self) -> None:
+            self._plain.check()
+
+        def frame(self, number: int, pixels: Floats) -> CleanFrame:
+            return dataclasses.replace(self._plain.frame(number, pixels), study=self._leaked)
 
     for keyword, value in CANARIES.items():
-        plain = PixelsOnly(hospital.key)
-
-        def forgetful(
-            unverified: Any, frame: int, pixels: Floats, leaked: str = keyword
-        ) -> Deidentified:
-            clean = plain(unverified, frame, pixels)  # noqa: B023
-            return dataclasses.replace(clean, study=str(unverified[leaked].value))
-
-        source = DicomFolder(hospital.folder, FileReader(run.input, table, forgetful), hospital.key)
-        path = hospital.place / keyword
-        intake(source, path, run)
-        assert value in found_in(path, canaries(hospital))
+        order = hospital.order(labels, keyword)
+        reader = FileReader(
+            order.spec.input,
+            order.labels,
+            lambda unverified, _=None, leaked=keyword: Forgetful(unverified, leaked),
+        )
+        take_in(order, pool=lambda *_, reader=reader: in_this_process(reader))
+        assert value in found_in(order.cohort, canaries(hospital))
 
 
 def test_a_cohort_is_a_function_of_pixels_pseudonyms_and_labels_alone(hospital: Any) -> None:

@@ -11,8 +11,12 @@ import pytest
 from numpy.typing import NDArray
 from pydicom import dcmread
 
-from client.intake.deidentify import PixelsOnly
-from client.intake.dicom import FileReader, FileResult
+from client.intake.decision import Decision
+from client.intake.deid.engine import Engine
+from client.intake.deid.profile import Profile
+from client.intake.deid.seam import CohortDeidentifier
+from client.intake.dicom import FileReader, FileResult, Task
+from client.intake.items import FileItem
 from client.intake.keys import SiteKey
 from client.intake.labels import DICOM_KEYS, LabelEntry, LabelTable
 from common.spec import RunSpec
@@ -34,14 +38,15 @@ class EveryKey(dict[str, LabelEntry]):
 @pytest.fixture(scope="module")
 def read(make_spec: Callable[..., RunSpec]) -> Read:
     settings = make_spec(input={"height": 128, "width": 128, "frames": "middle"}).input
-    deidentify = PixelsOnly(SiteKey(bytes(32)))
+    deidentify = CohortDeidentifier(Engine(Profile(), SiteKey(bytes(32)), checks={}))
+    whole = Decision("release", found=False)
 
     def _read(path: Path) -> FileResult:
         """Read by whichever identifier the file has."""
         dataset = dcmread(path, stop_before_pixels=True, specific_tags=list(DICOM_KEYS), force=True)
         column = next((key for key in DICOM_KEYS if dataset.get(key)), "PatientID")
         table = LabelTable("labels.csv", column, EveryKey())
-        return FileReader(settings, table, deidentify).read(path, without_patient=True)
+        return FileReader(settings, table, deidentify)(Task(FileItem(path, ""), whole, True))
 
     return _read
 

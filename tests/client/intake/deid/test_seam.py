@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,11 +12,13 @@ from PIL import Image, ImageDraw, ImageFont
 from pydicom.dataset import Dataset, FileDataset
 from pydicom.sequence import Sequence
 
+from client.intake.decision import Decision
+from client.intake.deid.burned_in import Box
+from client.intake.deid.engine import Engine
 from client.intake.deid.profile import Profile
-from client.intake.deid.seam import SafePixels
-from client.intake.deidentify import PixelsOnly
+from client.intake.deid.seam import CleanFrame, CohortDeidentifier
 from client.intake.keys import SiteKey
-from common.errors import IntakeError
+from common.errors import ReviewError
 
 Film = Callable[..., FileDataset]
 KEY = SiteKey(bytes(32))
@@ -32,12 +35,47 @@ def grey(*lines: str) -> NDArray[np.float32]:
     return image
 
 
-def test_pseudonyms_are_those_of_pixels_only_and_clean_pixels_untouched(film: Film) -> None:
-    safe, plain = SafePixels(KEY)(film(), 0, grey()), PixelsOnly(KEY)(film(), 0, grey())
+def clean(film: Dataset, pixels: NDArray[np.float32], **profile: Any) -> CleanFrame:
+    return CohortDeidentifier(Engine(Profile(**profile), KEY))(film).frame(0, pixels)
 
-    assert (safe.patient, safe.study, safe.series) == (plain.patient, plain.study, plain.series)
-    assert safe.instance == plain.instance
-    np.testing.assert_array_equal(safe.pixels, plain.pixels)
+
+def test_pseudonyms_are_keyed_and_clean_pixels_untouched(film: Film) -> None:
+    seen = clean(film(), grey())
+
+    assert seen.patient == KEY.pseudonym("patient", "", "P1")
+    assert seen.study == KEY.pseudonym("study", film().StudyInstanceUID)
+    assert seen.series == KEY.pseudonym("series", film().SeriesInstanceUID)
+    assert seen.instance == KEY.pseudonym("instance", film().SOPInstanceUID, "0")
+    np.testing.assert_array_equal(seen.pixels, grey())
+    assert (seen.boxes, seen.outside) == ((), False)
+
+
+def test_what_makes_an_image_is_told_by_the_new_header_alone(film: Film) -> None:
+    given = film(PatientName="Doe^John", WindowCenter=7, PatientComments="of Doe")
+
+    header = CohortDeidentifier(Engine(Profile(), KEY))(given).header
+
+    assert header.WindowCenter == 7
+    assert "Doe" not in str(header)
+    assert "PixelData" not in header
+
+
+def test_a_release_lets_the_file_through_and_blanks_what_the_person_said(film: Film) -> None:
+    shown = film(BurnedInAnnotation="YES")
+    deidentify = CohortDeidentifier(Engine(Profile(), KEY))
+    image = grey("DOE JOHN", "12.08.1964")
+    blank = (Box(100, 100, 110, 120),)
+
+    with pytest.raises(ReviewError):
+        deidentify(shown).check()
+    released = deidentify(shown, Decision("release", blank))
+    released.check()
+    seen = released.frame(0, image).pixels
+    as_it_is = deidentify(shown, Decision("release", found=False)).frame(0, image)
+
+    assert seen[100:110, 100:120].max() == 0
+    assert seen.max() < 0.8
+    np.testing.assert_array_equal(as_it_is.pixels, image)
 
 
 @pytest.mark.parametrize("colour", [False, True])
@@ -45,19 +83,17 @@ def test_text_is_black_and_the_given_pixels_are_left(film: Film, colour: bool) -
     given = grey("DOE JOHN", "12.08.1964")
     image = np.stack([given, 0.5 * given, 0 * given], axis=-1) if colour else given
 
-    clean = SafePixels(KEY)(film(), 0, image).pixels
+    cleaned = clean(film(), image).pixels
 
     assert image.max() == 1
-    assert clean.max() < 0.8
-    np.testing.assert_array_equal(clean[64:], image[64:])
+    assert cleaned.max() < 0.8
+    np.testing.assert_array_equal(cleaned[64:], image[64:])
 
 
 def test_text_is_refused_if_pixels_are_not_to_be_cleaned(film: Film) -> None:
-    seam = SafePixels(KEY, Profile(clean_pixel_data=False))
-
-    assert seam(film(), 0, grey()).pixels.max() < 1
-    with pytest.raises(IntakeError, match="text in its pixels"):
-        seam(film(), 0, grey("DOE JOHN", "12.08.1964"))
+    assert clean(film(), grey(), clean_pixel_data=False).pixels.max() < 1
+    with pytest.raises(ReviewError, match="text in its pixels"):
+        clean(film(), grey("DOE JOHN", "12.08.1964"), clean_pixel_data=False)
 
 
 def test_outside_of_ultrasound_regions_is_black(film: Film) -> None:
@@ -70,7 +106,8 @@ def test_outside_of_ultrasound_regions_is_black(film: Film) -> None:
         SequenceOfUltrasoundRegions=Sequence([region]),
     )
 
-    clean = SafePixels(KEY)(screen, 0, grey()).pixels
+    seen = clean(screen, grey())
 
-    np.testing.assert_array_equal(clean[32:96, 32:96], grey()[32:96, 32:96])
-    assert clean[:32].max() == clean[:, 96:].max() == 0
+    np.testing.assert_array_equal(seen.pixels[32:96, 32:96], grey()[32:96, 32:96])
+    assert seen.pixels[:32].max() == seen.pixels[:, 96:].max() == 0
+    assert seen.outside

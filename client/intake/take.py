@@ -1,0 +1,327 @@
+"""Taking DICOM in: every object of a source once, over all cores, into a cohort that is whole.
+
+    plan      what is in the source is entered in the desk's journal, in an order the key draws
+    read      worker processes read and de-identify; results are committed in that order
+    finish    the index is written, the folder takes the cohort's name, the journal says so
+
+Killed at any point and started again with the same arguments, it goes on where it was and comes to
+the same bytes. Started again when it was complete, it takes in what is new in the source and what
+a person has released since, and takes out what a person has rejected.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import secrets
+import shutil
+from collections.abc import Mapping
+from contextlib import closing
+from dataclasses import dataclass, field
+from datetime import date
+from pathlib import Path
+
+import numpy as np
+
+from client.intake.builder import ImageFile, write_index
+from client.intake.deid.engine import Engine
+from client.intake.deid.profile import Profile
+from client.intake.deid.seam import CohortDeidentifier
+from client.intake.desk import SUFFIX, WORK, Desk, Row, State
+from client.intake.dicom import FileReader, FileResult
+from client.intake.digest import deidentification_digest
+from client.intake.items import Item, Listing, listed
+from client.intake.keys import SiteKey
+from client.intake.labels import LabelTable, labels_without_image
+from client.intake.pool import Bounds, Pool
+from client.intake.reading import Reading, Workers
+from client.intake.run import IntakeSummary, Progress
+from client.intake.source import NotUsed
+from client.intake.summary import summarise
+from common.cohort import PIXEL, PIXEL_MAX, Cohort, CohortMeta, Unit
+from common.cohort_seal import CohortSeal
+from common.errors import CohortError, IntakeError
+from common.files import flush_folder, locked
+from common.spec import RunSpec
+
+_COPIED = 256
+_SUPERSEDED = "superseded"
+_WORKING, _FINISHING, _COMPLETE = "working", "finishing", "complete"
+_NOT_USED = (State.WAITS, State.REFUSED, State.COPY, State.REJECTED, State.GONE)
+
+
+@dataclass(frozen=True)
+class Order:
+    """What is taken in, for which run, and how.
+
+    Args:
+        source: a folder, a ZIP, or a DICOMDIR.
+        cohort: the cohort's directory.
+        spec: the run that the cohort is for: its classes and its input.
+        labels: of its images.
+        key: the site's, for pseudonyms and for the desk.
+        profile: the hospital's choice of de-identification.
+        split: put on every image; if empty, the label table's split is.
+        cohort_key: 32 bytes that seal the cohort at rest; None leaves it plain.
+        workers: processes that read; one for each core if 0.
+        bounds: what one object may take.
+    """
+
+    source: Path
+    cohort: Path
+    spec: RunSpec
+    labels: LabelTable
+    key: SiteKey
+    profile: Profile = field(default_factory=Profile)
+    split: str = ""
+    cohort_key: bytes | None = field(default=None, repr=False)
+    workers: int = 0
+    bounds: Bounds = field(default_factory=Bounds)
+
+    @property
+    def desk(self) -> Path:
+        """The folder of the desk, beside the cohort."""
+        return desk_of(self.cohort)
+
+    @property
+    def reader(self) -> FileReader:
+        """What reads one object."""
+        deidentify = CohortDeidentifier(Engine(self.profile, self.key))
+        return FileReader(self.spec.input, self.labels, deidentify, self.split)
+
+
+def desk_of(target: Path) -> Path:
+    """Where the desk of a cohort, or of exported files, lies."""
+    return target.with_name(target.name + SUFFIX)
+
+
+def check_target(target: Path) -> None:
+    """What is there already is an intake's own, beside its desk.
+
+    Raises:
+        CohortError: otherwise.
+    """
+    if target.exists() and not desk_of(target).exists():
+        raise CohortError(
+            f"{target}: exists already, without the desk {desk_of(target).name} of an intake; "
+            "nothing is ever overwritten: choose another name, or remove it if it is yours to "
+            "remove"
+        )
+
+
+def take_in(
+    order: Order,
+    *,
+    progress: Progress | None = None,
+    today: date | None = None,
+    pool: Workers = Pool,
+) -> IntakeSummary:
+    """Take a source in, or go on with it, or add what has come since.
+
+    Args:
+        order: what and how.
+        progress: called with the objects that were read and those to read.
+        today: the date that the cohort bears; today's if none is given.
+        pool: makes what reads objects, given what reads one, how many at a time, and bounds.
+
+    Raises:
+        CohortError: if the cohort cannot be written, or is not that of this desk.
+        ConfigError: if it was begun with another key, spec, profile or label table.
+        IntakeError: if there is no such source, or it is not of one kind.
+    """
+    check_target(order.cohort)
+    listing = listed(order.source)
+    with Desk.create(order.desk, order.key, order.cohort_key) as desk:
+        try:
+            with locked(order.desk):
+                started = _Intake(order, desk, listing, today or date.today(), pool)
+                return started.run(progress)
+        except BlockingIOError:
+            raise CohortError(
+                f"{order.desk}: another intake is at work here; wait for it to end"
+            ) from None
+
+
+class _Intake:
+    """One start of an intake, at a desk that is its own."""
+
+    def __init__(
+        self, order: Order, desk: Desk, listing: Listing, today: date, pool: Workers
+    ) -> None:
+        self._order = order
+        self._desk = desk
+        self._listing = listing
+        self._today = today
+        self._pool = pool
+        self._work = desk.path / WORK
+        self._digest = deidentification_digest(order.profile)
+
+    def run(self, progress: Progress | None) -> IntakeSummary:
+        """Go on with what was begun, then with what has come since."""
+        order = self._order
+        self._desk.settle(
+            spec=_spec_digest(order.spec),
+            labels=_labels_digest(order.labels),
+            split=order.split,
+            profile=order.profile.digest,
+            deidentification=self._digest,
+        )
+        self._check_cohort()
+        if self._phase == _FINISHING:
+            self._finish()
+        items = self._desk.plan(order.source, self._listing.items)
+        if self._phase == _WORKING:
+            self._pass(items, progress)
+        self._desk.reopen_decided()
+        if self._anything_new():
+            self._begin()
+            self._pass(items, progress)
+        return self._summary()
+
+    @property
+    def _phase(self) -> str:
+        return self._desk.setting("phase")
+
+    def _check_cohort(self) -> None:
+        """The cohort in its place is the one that this desk knows, or there is none.
+
+        Raises:
+            CohortError: otherwise.
+        """
+        known, there = self._desk.setting("completed"), self._order.cohort.exists()
+        if there and not known and self._phase != _FINISHING:
+            raise CohortError(
+                f"{self._order.cohort}: exists already, and is not of this intake; a cohort is "
+                "never overwritten: move it away, or choose another name"
+            )
+        if known and not there and self._phase != _FINISHING:
+            raise CohortError(
+                f"{self._order.cohort}: this intake was complete, and its cohort is gone; put it "
+                f"back, or remove {self._order.desk} to begin anew (its decisions go with it)"
+            )
+
+    def _anything_new(self) -> bool:
+        desk = self._desk
+        dead = desk.images() > len(desk.live_rows())
+        return not self._phase or dead or bool(desk.numbers(State.OPEN, State.ASIDE))
+
+    def _begin(self) -> None:
+        """A working folder with the images that are there already and still the cohort's."""
+        shutil.rmtree(self._work, ignore_errors=True)
+        self._work.mkdir(mode=0o700)
+        number = secrets.token_hex(16)
+        if self._phase == _COMPLETE:
+            self._copy(number)
+        created = self._today.isoformat()
+        self._desk.drop_dead_rows(phase=_WORKING, created=created, cohort=number)
+
+    def _copy(self, number: str) -> None:
+        cohort = Cohort.open(self._order.cohort, self._order.cohort_key)
+        digests = [row.sha256 for row in self._desk.rows()]
+        live = self._desk.live_rows()
+        with closing(self._images(number)) as images:
+            for start in range(0, len(live), _COPIED):
+                rows = live[start : start + _COPIED]
+                stored = np.rint(cohort.images(rows) * PIXEL_MAX).astype(PIXEL)
+                seen = [images.append(pixels.tobytes()) for pixels in stored]
+                if seen != [digests[row] for row in rows]:
+                    raise CohortError(
+                        f"{self._order.cohort}: its images are not those that were taken in; the "
+                        "file is damaged or was changed: put back a copy, or take in anew"
+                    )
+            images.flush()
+
+    def _images(self, number: str) -> ImageFile:
+        meta = self._meta("patient")
+        return ImageFile(self._work, meta.image_bytes, self._seal(number))
+
+    def _seal(self, number: str) -> CohortSeal | None:
+        key = self._order.cohort_key
+        return None if key is None else CohortSeal(key, number)
+
+    def _meta(self, unit: Unit) -> CohortMeta:
+        return CohortMeta.of(
+            self._order.spec,
+            unit=unit,
+            source="dicom",
+            created=self._desk.setting("created"),
+            deidentification=self._digest,
+        )
+
+    def _pass(self, items: Mapping[int, Item], progress: Progress | None) -> None:
+        """Read all that is open into the working folder, and give it the cohort's name."""
+        desk, order = self._desk, self._order
+        workers = order.workers or len(os.sched_getaffinity(0))
+        with closing(self._images(desk.setting("cohort"))) as images:
+            images.truncate(desk.images())
+            with self._pool(order.reader, workers, order.bounds) as pool:
+                reading = Reading(desk, items, pool, _Images(desk, images), progress)
+                reading.through(desk.numbers(State.OPEN))
+                unit = reading.those_aside()
+        if desk.setting("unit", unit) != unit:
+            raise IntakeError(
+                f"{order.source}: names patients, and what was taken in before names none, so its "
+                "unit is the image; take this source in under another cohort's name"
+            )
+        desk.change(phase=_FINISHING, unit=unit)
+        self._finish()
+
+    def _finish(self) -> None:
+        """The index, then the name; done again from any point of it."""
+        desk, cohort = self._desk, self._order.cohort
+        old = desk.path / _SUPERSEDED
+        if self._work.exists():
+            unit: Unit = "image" if desk.setting("unit") == "image" else "patient"
+            rows = ((row.record, row.sha256) for row in desk.rows())
+            write_index(self._work, self._meta(unit), rows, self._seal(desk.setting("cohort")))
+            if cohort.exists():
+                shutil.rmtree(old, ignore_errors=True)
+                cohort.rename(old)
+            self._work.rename(cohort)
+            flush_folder(cohort.parent)
+        desk.change(phase=_COMPLETE, completed="yes")
+        shutil.rmtree(old, ignore_errors=True)
+
+    def _summary(self) -> IntakeSummary:
+        order, desk = self._order, self._desk
+        told = desk.entries(*_NOT_USED)
+        not_used = [NotUsed(desk.place(entry), entry.reason) for entry in told]
+        labels = labels_without_image(order.labels, desk.lines())
+        contents = summarise(Cohort.open(order.cohort, order.cohort_key))
+        unusable = self._listing.unusable
+        return IntakeSummary(order.cohort, contents, (*not_used, *unusable, *labels))
+
+
+class _Images:
+    """The images of a cohort as a sink: copies are known by their instance."""
+
+    def __init__(self, desk: Desk, images: ImageFile) -> None:
+        self._desk = desk
+        self._images = images
+        self._pending: set[str] = set()
+
+    def take(self, result: FileResult) -> list[Row]:
+        rows = []
+        for image in result.images:
+            instance = image.record.instance
+            if instance in self._pending or self._desk.knows(instance):
+                continue
+            self._pending.add(instance)
+            pixels = image.pixels.astype(PIXEL, copy=False).tobytes()
+            rows.append(Row(image.record, self._images.append(pixels)))
+        return rows
+
+    def flush(self) -> None:
+        self._images.flush()
+        self._pending.clear()  # the journal knows them from here on
+
+
+def _spec_digest(spec: RunSpec) -> str:
+    """Of what a cohort depends on: how images are made, and the classes."""
+    said = (spec.input.preprocessing_digest, spec.task.kind, *spec.task.classes)
+    return hashlib.sha256("\n".join(said).encode()).hexdigest()
+
+
+def _labels_digest(labels: LabelTable) -> str:
+    entries = sorted((name, entry.label, entry.split) for name, entry in labels.entries.items())
+    return hashlib.sha256(repr((labels.key, entries)).encode()).hexdigest()

@@ -1,0 +1,186 @@
+"""`cloister intake run`: DICOM of any origin into a cohort, with the evidence."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from deploy.intake_words import console, print_summary, progress_bar, write_listing
+
+if TYPE_CHECKING:
+    from client.intake.deid.profile import Profile
+    from client.intake.keys import SiteKey
+    from client.intake.run import IntakeSummary
+    from client.intake.take import Order
+
+KEY_FILE = "site.key"
+Node = Annotated[
+    Path | None,
+    typer.Option(help="A node's folder: its node.toml names profile, site key and encryption."),
+]
+ProfileFile = Annotated[
+    Path | None,
+    typer.Option("--profile", help="A TOML file with the profile, where there is no node."),
+]
+KeyFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--site-key",
+        help="File of the site's pseudonym key, made on first use. With it, a patient has the "
+        "same pseudonym in every cohort; without it, each cohort has a key of its own.",
+    ),
+]
+CohortKeyFile = Annotated[
+    Path | None,
+    typer.Option("--cohort-key", help="File of the key that seals the cohort at rest."),
+]
+
+
+@dataclass(frozen=True)
+class Means:
+    """With what a hospital takes in: its key, its profile, and the key of sealed cohorts."""
+
+    key: SiteKey
+    profile: Profile
+    cohort_key: bytes | None
+
+
+def means_of(
+    desk: Path,
+    node: Path | None,
+    profile: Path | None,
+    site_key: Path | None,
+    cohort_key: Path | None = None,
+) -> Means:
+    """What the options say; a key that is nowhere yet is made.
+
+    Args:
+        desk: of the intake: its own key lies there, unless another is named.
+        node: a node's folder.
+        profile: a TOML file.
+        site_key: a file.
+        cohort_key: a file.
+
+    Raises:
+        ConfigError: if a file is missing or wrong, or a node and one of the others are given.
+    """
+    from client.intake.deid.profile import Profile, parse_profile
+    from client.intake.keys import SiteKey
+    from client.intake.settings import cohort_key as key_of_cohorts
+    from client.keyfile import read_key
+    from client.policy import read_policy
+    from common.errors import ConfigError
+
+    if node is not None:
+        if profile or site_key or cohort_key:
+            raise ConfigError(
+                "--node together with --profile, --site-key or --cohort-key: the node's "
+                "node.toml says all of that in [intake]; expected one or the other"
+            )
+        settings = read_policy(node / "node.toml").intake
+        key = SiteKey.from_file(node / settings.site_key)
+        return Means(key, settings.profile, key_of_cohorts(node, settings))
+    chosen = parse_profile(_text(profile), source=str(profile)) if profile else Profile()
+    key = SiteKey.from_file(site_key or desk / KEY_FILE)
+    return Means(key, chosen, read_key(cohort_key, "cohort key") if cohort_key else None)
+
+
+def _text(file: Path) -> str:
+    from common.errors import ConfigError
+
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file}: cannot be read as text in UTF-8 ({error})") from error
+
+
+def run(
+    source: Annotated[
+        Path, typer.Argument(help="A folder of DICOM files at any depth, a ZIP, or a DICOMDIR.")
+    ],
+    cohort: Annotated[Path, typer.Argument(help="The cohort's directory.")],
+    *,
+    spec: Annotated[
+        Path,
+        typer.Option(
+            help="The run's TOML file: its [task] names the classes, its [input] the shape."
+        ),
+    ],
+    labels: Annotated[Path, typer.Option(help="A CSV with the labels; see above.")],
+    node: Node = None,
+    profile: ProfileFile = None,
+    site_key: KeyFile = None,
+    cohort_key: CohortKeyFile = None,
+    split: Annotated[
+        str, typer.Option(help="Put every image into this split: train, validation or test.")
+    ] = "",
+    workers: Annotated[
+        int, typer.Option(min=0, help="Processes that read; 0: one for each core.")
+    ] = 0,
+    not_used: Annotated[
+        Path | None,
+        typer.Option(help="Write everything that was not used, with its reason, to this CSV."),
+    ] = None,
+) -> None:
+    """Take DICOM in: every object de-identified, the images into a cohort, and a report.
+
+    Killed or interrupted, it goes on where it was when it is started again. Started again when it
+    was complete, it takes in what is new in the source and what a person has released since
+    (`cloister intake review`). What waits, what was done and what was blanked is in the folder
+    `COHORT.intake`; its `report.html` holds no identity and can be shown.
+
+    The CSV has one column that says what a line is about (`PatientID`, `StudyInstanceUID`,
+    `AccessionNumber` or `SOPInstanceUID`) and one named `label` with the name of a class. A
+    multilabel task has a column of 0 and 1 for each class. A column `split` is optional.
+
+    Example: `cloister intake run /archive/chest north.cohort --spec run.toml
+    --labels labels.csv --node north`
+    """
+    from client.intake.labels import read_labels
+    from client.intake.take import Order, check_target, desk_of
+    from common.cohort import SPLITS
+    from common.errors import ConfigError
+    from common.spec import read_run_file
+
+    if split not in SPLITS:
+        raise ConfigError(f"--split {split!r}; expected train, validation or test, or none at all")
+    check_target(cohort)
+    described = read_run_file(spec).spec
+    table = read_labels(labels, described.task)
+    means = means_of(desk_of(cohort), node, profile, site_key, cohort_key)
+    order = Order(
+        source,
+        cohort,
+        described,
+        table,
+        means.key,
+        means.profile,
+        split,
+        means.cohort_key,
+        workers,
+    )
+    summary = take_in_shown(order)
+    if not_used is not None:
+        write_listing(not_used, summary.not_used)
+
+
+def take_in_shown(order: Order) -> IntakeSummary:
+    """Take in under a progress bar, and show what became of it.
+
+    Raises:
+        CohortError, ConfigError, IntakeError: as `client.intake.take.take_in` does.
+    """
+    from client.intake.take import take_in
+
+    with progress_bar() as progress:
+        task = progress.add_task("Taking in", total=None)
+        summary = take_in(
+            order,
+            progress=lambda done, total: progress.update(task, completed=done, total=total),
+        )
+    print_summary(summary)
+    console.print(f"What was done, and what waits: [bold]{order.desk}[/]", highlight=False)
+    return summary

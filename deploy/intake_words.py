@@ -1,0 +1,112 @@
+"""What the intake commands show: progress, what was not used and why, what is in a cohort."""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from client.intake.run import IntakeSummary
+from client.intake.source import NotUsed
+from client.intake.summary import CohortSummary
+from common.errors import ConfigError
+
+_EXAMPLES_SHOWN = 3
+_REASONS_SHOWN = 25
+console = Console()
+
+
+@contextmanager
+def progress_bar() -> Iterator[Progress]:
+    """A bar that moves while the body works."""
+    with Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=console,
+    ) as progress:
+        yield progress
+
+
+def print_summary(summary: IntakeSummary) -> None:
+    """Show what an intake has done: contents, what was not used and why, warnings."""
+    if summary.not_used:
+        console.print(_reasons(summary.not_used))
+    print_contents(summary.cohort, summary.contents)
+
+
+def print_contents(path: Path, contents: CohortSummary) -> None:
+    """Show what is in a cohort."""
+    few, mean, many = contents.images_a_patient
+    table = Table(title=f"Cohort {escape(str(path))}", title_justify="left", show_header=False)
+    table.add_row("source", contents.source)
+    table.add_row("unit of privacy", f"[bold]{contents.unit}")
+    table.add_row("images", str(contents.images))
+    if contents.unit == "patient":
+        table.add_row("patients", str(contents.patients))
+        table.add_row("images a patient", f"{few} to {many}, {mean:.2f} on average")
+    for count in contents.classes:
+        patients = f" of {count.patients} patients" if contents.unit == "patient" else ""
+        table.add_row(f"class {escape(count.name)}", f"{count.images} images{patients}")
+    for name, images in contents.splits.items():
+        table.add_row(f"split {name or '(none)'}", f"{images} images")
+    console.print(table)
+    for warning in contents.warnings:
+        console.print(f"[bold yellow]Attention:[/] {escape(warning)}", highlight=False)
+
+
+def _reasons(not_used: tuple[NotUsed, ...]) -> Table:
+    """One line a reason, the most frequent first, with a few examples."""
+    by_reason: defaultdict[str, list[str]] = defaultdict(list)
+    for item in not_used:
+        by_reason[item.reason].append(printable(item.what))
+    title = f"Not used: {len(not_used)}. For your own eyes: names may tell of patients"
+    table = Table("reason", "how many", "for example", title=title, title_justify="left")
+    ranked = sorted(by_reason.items(), key=lambda entry: -len(entry[1]))
+    for reason, things in ranked[:_REASONS_SHOWN]:
+        more = "\n…" if len(things) > _EXAMPLES_SHOWN else ""
+        examples = "\n".join(things[:_EXAMPLES_SHOWN]) + more
+        table.add_row(escape(reason), str(len(things)), escape(examples))
+    if len(ranked) > _REASONS_SHOWN:
+        table.add_row(
+            f"{len(ranked) - _REASONS_SHOWN} more reasons", "", "all with --not-used FILE"
+        )
+    return table
+
+
+def write_listing(path: Path, not_used: tuple[NotUsed, ...]) -> None:
+    """Write everything that was not used to a new file, readable by its owner alone.
+
+    Raises:
+        ConfigError: if it exists, or cannot be written.
+    """
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(descriptor, "w", encoding="utf-8", newline="") as file:
+            table = csv.writer(file)
+            table.writerow(("what", "reason"))
+            table.writerows((printable(item.what), item.reason) for item in not_used)
+    except OSError as error:
+        raise ConfigError(f"{path}: the listing cannot be written ({error})") from error
+
+
+def printable(name: str) -> str:
+    """A file name may hold bytes that are no text."""
+    return name.encode("utf-8", "backslashreplace").decode("utf-8")
