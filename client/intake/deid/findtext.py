@@ -2,18 +2,21 @@
 
 A glyph is a small piece that stands out of what lies around it: lighter or darker than an opening
 or closing of the image would have it (Soille 2003, 4.5), or of exactly one grey value, as overlays
-are drawn. A line of text is a row of such pieces of like height, side by side, with quiet around
-them. Found lines are boxed with a margin.
+are drawn. A line of text is a row of such pieces of like height, side by side or one above the
+other, with quiet around them. Found lines are boxed with a margin.
 
-It finds lines of about four glyphs and more, nearly upright, 6 pixels high or higher. It does not
-see handwriting, single letters, steep lines or text that is fainter than what it lies on.
+It finds lines of about four glyphs and more, 6 pixels high or higher, nearly level or nearly
+upright. It does not see handwriting, single letters, slanting lines or text that is fainter than
+what it lies on.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
+import cv2
 import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
@@ -23,8 +26,12 @@ from scipy.spatial import cKDTree
 
 from client.intake.deid.burned_in import Box
 
+# The intake has a process for each core; threads of the library's own would only disturb them.
+cv2.setNumThreads(1)
+
 Grey = NDArray[np.int16]
 Mask = NDArray[np.bool_]
+Column = NDArray[np.float64]
 
 _SMALLEST_SIDE = 24
 _GREYS = 255.0
@@ -39,6 +46,10 @@ _WIDEST = 10.0
 """Widest piece in heights: several letters may touch."""
 _FILL = (0.08, 0.97)
 _MOST_PIECES = 20_000
+_LEAST_AREA = 5
+_DENSE, _MOST_PAIRS = 2000, 1_000_000
+_OFF_LINE = 0.6
+"""Farthest that centres on one line are apart upwards, in heights."""
 _FEWEST_GLYPHS = 3.4
 _ALIKE_HEIGHT, _ALIKE_CONTRAST = 2.2, 2.2
 _GAP = 1.5
@@ -50,8 +61,11 @@ _UNEVEN = (24, 0.24, 0.6)
 """From this height on strokes are wide and even; below, their soft edges count for more."""
 _SPIKES = 4
 _MOST_STEPS = 8
-_HALVED, _QUARTERED = 400, 1400
+_SMALLER = ((383, 2), (1400, 4))
 """Images with a longer side are searched at a smaller size too, for larger letters."""
+_MOST_BINS = 2**16
+_FEWEST_PIXELS = 15
+"""Three pieces of five pixels."""
 
 
 class _Pieces(NamedTuple):
@@ -62,10 +76,14 @@ class _Pieces(NamedTuple):
     bottom: NDArray[np.int64]
     right: NDArray[np.int64]
     area: NDArray[np.int64]
-    contrast: NDArray[np.float64]
+    contrast: Column
 
     def chosen(self, rows: Any) -> _Pieces:
         return _Pieces(*(column[rows] for column in self))
+
+    def turned(self) -> _Pieces:
+        """With rows for columns: an upright line is then a level one."""
+        return self._replace(top=self.left, left=self.top, bottom=self.right, right=self.bottom)
 
 
 class _Line(NamedTuple):
@@ -73,139 +91,218 @@ class _Line(NamedTuple):
 
     box: Box
     certain: bool
+    upright: bool = False
 
     def enlarged(self, times: int) -> _Line:
-        return _Line(Box(*(times * end for end in self.box)), self.certain)
+        return self._replace(box=Box(*(times * end for end in self.box)))
+
+    def turned(self) -> _Line:
+        top, left, bottom, right = self.box
+        return self._replace(box=Box(left, top, right, bottom), upright=True)
+
+
+class _Groups(NamedTuple):
+    """Pieces in groups: their numbers, group by group, and each group's first place and size."""
+
+    order: NDArray[np.int64]
+    starts: NDArray[np.int64]
+    sizes: NDArray[np.int64]
+
+    @classmethod
+    def of(cls, group: NDArray[Any]) -> _Groups:
+        sizes = np.bincount(group)
+        return cls(np.argsort(group, kind="stable"), np.cumsum(sizes) - sizes, sizes)
+
+    def over(self, how: np.ufunc, column: NDArray[Any]) -> Column:
+        """Reduce a column of the pieces to one of the groups."""
+        reduced: Column = how.reduceat(column[self.order].astype(np.float64), self.starts)
+        return reduced
+
+    def spread(self, column: Column) -> Column:
+        """A column of the groups as one of the pieces."""
+        pieces = np.empty(len(self.order))
+        pieces[self.order] = np.repeat(column, self.sizes)
+        return pieces
+
+    def median(self, column: NDArray[Any]) -> Column:
+        group = np.repeat(np.arange(len(self.sizes)), self.sizes)
+        rising = column[self.order][np.lexsort((column[self.order], group))]
+        ends = (self.starts + (self.sizes - 1) // 2, self.starts + self.sizes // 2)
+        middle: Column = (rising[ends[0]] + rising[ends[1]]) / 2
+        return middle
+
+    def members(self, chosen: Mask) -> Iterator[NDArray[np.int64]]:
+        for place in np.flatnonzero(chosen):
+            yield self.order[self.starts[place] :][: self.sizes[place]]
+
+
+class _Histogram(NamedTuple):
+    """The values of an image, rising, and how often each stands in it."""
+
+    values: NDArray[Any]
+    counts: NDArray[np.int64]
+
+    @classmethod
+    def of(cls, plane: NDArray[Any]) -> _Histogram:
+        low, high = plane.min(), plane.max()
+        if plane.dtype.kind == "f" or int(high) - int(low) >= _MOST_BINS:
+            return cls(*np.unique(plane, return_counts=True))
+        bins = int(high) - int(low) + 1
+        counts = cv2.calcHist([(plane - low).astype(np.uint16)], [0], None, [bins], [0, bins])
+        places = np.flatnonzero(counts)
+        return cls(places.astype(plane.dtype) + low, counts.ravel()[places].astype(np.int64))
+
+    def percentile(self, part: float) -> float:
+        """The value below which a part of the pixels lies, between two by the straight line."""
+        upto = np.cumsum(self.counts)
+        position = part * (int(upto[-1]) - 1)
+        ends = np.searchsorted(upto, [np.floor(position), np.ceil(position)], side="right")
+        lower, upper = (float(self.values[end]) for end in ends)
+        return lower + (upper - lower) * (position % 1)
 
 
 def find_text(plane: NDArray[Any]) -> list[Box]:
     """Boxes of the lines of text in a plane of any numbers; (rows, columns).
 
-    Each call looks at this image alone. Where one line is certain, more are likely: then those
-    count too that would be too uncertain by themselves.
+    Each call looks at this image alone. Where one line is certain, more are likely: then those of
+    its direction count too that would be too uncertain by themselves. Boxes may overlap.
     """
     if min(plane.shape) < _SMALLEST_SIDE:
         return []
-    grey = _stretched(plane)
-    lines = [*_by_shape(grey), *_by_one_value(plane, grey)]
-    for longest, times in ((_HALVED, 2), (_QUARTERED, 4)):
+    plane = _numbers(plane)
+    histogram = _Histogram.of(plane)
+    grey = _stretched(plane, histogram)
+    values = list(_spikes(histogram, plane.size))
+    lines = [*_by_shape(grey), *_by_one_value(plane, grey, values)]
+    for longest, times in _SMALLER:
         if max(plane.shape) > longest:
-            lines += [line.enlarged(times) for line in _by_shape(_shrunk(grey, times))]
-    if not any(line.certain for line in lines):
-        return []
-    return _merged([line.box for line in lines], plane.shape)
+            smaller = [*_by_shape(_shrunk(grey, times))]
+            smaller += _by_one_value(_thinned(plane, times), _thinned(grey, times), values)
+            lines += [line.enlarged(times) for line in smaller]
+    return [box for upright in (False, True) for box in _boxes(lines, upright, plane.shape)]
+
+
+def _numbers(plane: NDArray[Any]) -> NDArray[Any]:
+    """Integers as they are, all else as finite floats."""
+    if plane.dtype.kind in "iu":
+        return plane
+    return np.nan_to_num(plane.astype(np.float32), posinf=0.0, neginf=0.0)
+
+
+def _thinned(plane: NDArray[Any], times: int) -> NDArray[Any]:
+    """Every second or fourth pixel: wide strokes keep their one value."""
+    return np.ascontiguousarray(plane[::times, ::times])
 
 
 def _shrunk(grey: Grey, times: int) -> Grey:
     """The means of squares; an incomplete row or column of them is left out."""
     rows, columns = (side // times for side in grey.shape)
-    squares = grey[: rows * times, : columns * times].reshape(rows, times, columns, times)
-    shrunk: Grey = squares.mean(axis=(1, 3), dtype=np.float32).astype(np.int16)
+    whole = grey[: rows * times, : columns * times].astype(np.float32)
+    shrunk: Grey = cv2.resize(whole, (columns, rows), interpolation=cv2.INTER_AREA).astype(np.int16)
     return shrunk
 
 
-def _stretched(plane: NDArray[Any]) -> Grey:
+def _stretched(plane: NDArray[Any], histogram: _Histogram) -> Grey:
     """0 to 255 between the 0.5th and the 99.5th percentile, or the range if they are equal.
 
     What lies beyond is held only at twice that: text is often all there is beyond them.
     """
-    values = np.nan_to_num(plane.astype(np.float32), posinf=0.0, neginf=0.0)
-    low, high = np.percentile(values, (0.5, 99.5))
+    low, high = histogram.percentile(0.005), histogram.percentile(0.995)
     if high <= low:
-        low, high = float(values.min()), float(values.max())
+        low, high = float(histogram.values[0]), float(histogram.values[-1])
     if high <= low:
         return np.zeros(plane.shape, dtype=np.int16)
-    stretched = (values - low) * (_GREYS / (high - low))
-    held: Grey = np.clip(stretched, -_GREYS, 2 * _GREYS).astype(np.int16)
+    stretched = plane.astype(np.float32)
+    stretched -= np.float32(low)
+    stretched *= np.float32(_GREYS / (high - low))
+    held: Grey = np.clip(stretched, -_GREYS, 2 * _GREYS, out=stretched).astype(np.int16)
     return held
 
 
-def _by_shape(grey: Grey) -> list[_Line]:
+def _by_shape(grey: Grey) -> Iterator[_Line]:
     """Lines of what is lighter, then of what is darker than its surroundings."""
-    lighter = grey - _highest(_lowest(grey, _BODY), _BODY)
-    darker = _lowest(_highest(grey, _BODY), _BODY) - grey
-    return [line for relief in (lighter, darker) for line in _of_relief(relief)]
-
-
-def _highest(grey: Grey, size: int) -> Grey:
-    """The highest value in a square around each pixel, by windows that double (van Herk 1992)."""
-    for _ in range(2):
-        window, highest = 1, np.pad(grey, ((size // 2, size // 2), (0, 0)), mode="edge")
-        while 2 * window <= size:
-            highest = np.maximum(highest[:-window], highest[window:])
-            window *= 2
-        if rest := size - window:
-            highest = np.maximum(highest[:-rest], highest[rest:])
-        grey = np.ascontiguousarray(highest.T)
-    return grey
-
-
-def _lowest(grey: Grey, size: int) -> Grey:
-    lowest: Grey = -_highest(-grey, size)
-    return lowest
+    square = np.ones((_BODY, _BODY), dtype=np.uint8)
+    for relief in (cv2.MORPH_TOPHAT, cv2.MORPH_BLACKHAT):
+        yield from _of_relief(cv2.morphologyEx(grey, relief, square).astype(np.int16, copy=False))
 
 
 def _of_relief(relief: Grey) -> Iterator[_Line]:
     """Search at falling contrast: bright text is found before texture joins it."""
-    highest = float(np.percentile(relief, 99.9))
+    highest = _Histogram.of(relief).percentile(0.999)
     levels = {max(_FAINTEST, part * highest) for part in (0.6, 0.35, 0.18)}
     for level in sorted(levels, reverse=True):
         yield from _lines(relief > level, relief)
 
 
-def _by_one_value(plane: NDArray[Any], grey: Grey) -> list[_Line]:
-    """Lines drawn in one value: of those that have many more pixels than the values beside them."""
-    lines: list[_Line] = []
-    edges = _highest(grey, 3) - _lowest(grey, 3)
-    for value in _spikes(plane):
+def _by_one_value(plane: NDArray[Any], grey: Grey, values: list[Any]) -> Iterator[_Line]:
+    """Lines drawn in one value."""
+    edges = cv2.morphologyEx(grey, cv2.MORPH_GRADIENT, np.ones((3, 3), dtype=np.uint8))
+    for value in values:
         mask = plane == value
-        if mask.mean() < 0.3:
-            lines += _lines(mask, np.where(mask, edges, 0), least=_CLEAREST)
-    return lines
+        yield from _lines(mask, np.where(mask, edges, 0).astype(np.int16), least=_CLEAREST)
 
 
-def _spikes(plane: NDArray[Any]) -> Iterator[Any]:
-    """The lowest and highest values, and those that stand out of the histogram."""
-    values, counts = np.unique(plane, return_counts=True)
+def _spikes(histogram: _Histogram, pixels: int) -> Iterator[Any]:
+    """The lowest and highest values, and those with many more pixels than the values beside them.
+
+    Not one that a third of the image has, which is its ground.
+    """
+    values, counts = histogram
     around = ndimage.median_filter(counts, size=9, mode="nearest")
-    excess = counts - 3 * around
-    chosen = {0, len(values) - 1, *np.argsort(excess)[::-1][:_SPIKES].tolist()}
-    yield from (values[place] for place in sorted(chosen) if counts[place] > 20)
+    most = np.argsort(counts - 3 * around)[::-1][:_SPIKES].tolist()
+    for place in sorted({0, len(values) - 1, *most}):
+        if 20 < counts[place] < 0.3 * pixels:
+            yield values[place]
 
 
 def _lines(mask: Mask, relief: Grey, least: float = _CLEAR) -> Iterator[_Line]:
-    everything = _pieces(mask, relief)
-    pieces = everything.chosen(_glyphlike(everything))
-    if not 3 <= len(pieces.top) <= _MOST_PIECES:
+    """Level lines, and of the pieces that are in none of them, upright ones."""
+    pixels = cv2.countNonZero(mask.view(np.uint8))
+    if pixels < _FEWEST_PIXELS:
         return
+    everything = _pieces(mask, relief, pixels)
+    pieces = everything.chosen(_glyphlike(everything))
+    free = np.ones(len(pieces.top), dtype=np.bool_)
     for group in _rows_of(pieces):
-        line = pieces.chosen(group)
-        ends = (line.top.min(), line.left.min(), line.bottom.max(), line.right.max())
-        box = Box(*map(int, ends))
-        if _is_text(line, box) and (noise := _noise(line, box, relief)) <= _LESS_QUIET:
-            certain = noise <= _QUIET and _is_certain(line, least)
-            yield _Line(_extended(box, line, everything), certain)
+        if line := _line(pieces.chosen(group), everything, relief, least):
+            free[group] = False
+            yield line
+    everything, pieces = everything.turned(), pieces.chosen(free).turned()
+    for group in _rows_of(pieces):
+        if line := _line(pieces.chosen(group), everything, relief.T, least):
+            yield line.turned()
 
 
-def _pieces(mask: Mask, relief: Grey) -> _Pieces:
+def _line(line: _Pieces, everything: _Pieces, relief: Grey, least: float) -> _Line | None:
+    """What looks like a line by its pieces, if there is quiet around them."""
+    ends = (line.top.min(), line.left.min(), line.bottom.max(), line.right.max())
+    box = Box(*map(int, ends))
+    noise = _noise(line, box, relief)
+    if noise > _LESS_QUIET:
+        return None
+    certain = noise <= _QUIET and _is_certain(line, least)
+    return _Line(_extended(box, line, everything), certain)
+
+
+def _pieces(mask: Mask, relief: Grey, pixels: int) -> _Pieces:
     """All connected pieces."""
-    labels, count = ndimage.label(mask, structure=np.ones((3, 3)))
-    places = ndimage.find_objects(labels)
-    ends = np.array([(r.start, c.start, r.stop, c.stop) for r, c in places], dtype=np.int64)
-    inside = labels[mask]
-    area = np.bincount(inside, minlength=count + 1)[1:]
-    total = np.bincount(inside, weights=relief[mask], minlength=count + 1)[1:]
-    top, left, bottom, right = ends.reshape(-1, 4).T
-    return _Pieces(top, left, bottom, right, area, total / np.maximum(area, 1))
+    count, labels, found, _ = cv2.connectedComponentsWithStats(
+        mask.view(np.uint8), connectivity=8, ltype=cv2.CV_16U if pixels < 2**16 else cv2.CV_32S
+    )
+    left, top, width, height, area = found[1:].T.astype(np.int64)
+    places = np.flatnonzero(mask)
+    inside, weights = labels.ravel()[places], relief.ravel()[places]
+    total = np.bincount(inside, weights=weights, minlength=count)[1:]
+    return _Pieces(top, left, top + height, left + width, area, total / np.maximum(area, 1))
 
 
 def _glyphlike(pieces: _Pieces) -> Mask:
-    """Which have the size and the fill of glyphs."""
+    """Which have the size and the fill of glyphs, level or upright."""
     height, width = pieces.bottom - pieces.top, pieces.right - pieces.left
     fill = pieces.area / (height * width)
     sized = (height >= _HEIGHTS[0]) & (height <= _HEIGHTS[1]) & (width <= _WIDEST * height)
     solid = (fill >= _FILL[0]) & ((fill <= _FILL[1]) | (height > 3 * width))
-    return sized & solid & (pieces.area >= 5)
+    return sized & solid & (pieces.area >= _LEAST_AREA)
 
 
 def _extended(box: Box, line: _Pieces, everything: _Pieces) -> Box:
@@ -232,12 +329,24 @@ def _extended(box: Box, line: _Pieces, everything: _Pieces) -> Box:
 
 
 def _rows_of(pieces: _Pieces) -> Iterator[NDArray[np.int64]]:
-    """Groups of pieces that are neighbours on one line, each of like height and contrast."""
+    """Groups of pieces that have the proportions of a line of text."""
+    if not 3 <= len(pieces.top) <= _MOST_PIECES:
+        return
+    first, second = _linked(pieces)
+    if len(first) < 2:
+        return
+    count = len(pieces.top)
+    graph = coo_array((np.ones(len(first)), (first, second)), shape=(count, count))
+    _, group = connected_components(graph, directed=False)
+    groups = _Groups.of(group)
+    yield from groups.members(_are_text(pieces, groups))
+
+
+def _linked(pieces: _Pieces) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Pairs that are neighbours on one line, of like height and contrast."""
     height = (pieces.bottom - pieces.top).astype(np.float64)
     middle = (pieces.top + pieces.bottom) / 2
-    ends = np.stack([(pieces.left + pieces.right) / 2, middle], axis=1)
-    reach = float(np.percentile(height, 95)) * (_GAP + 2)
-    first, second = cKDTree(ends).query_pairs(reach, output_type="ndarray").T
+    first, second = _near(pieces, middle, height)
     taller = np.maximum(height[first], height[second])
     lower = np.minimum(height[first], height[second])
     gap = np.maximum(pieces.left[first], pieces.left[second]) - np.minimum(
@@ -255,57 +364,68 @@ def _rows_of(pieces: _Pieces) -> Iterator[NDArray[np.int64]]:
         & (gap > -0.5 * lower)
         & (strong <= _ALIKE_CONTRAST * weak)
     )
-    count = len(height)
-    graph = coo_array(
-        (np.ones(int(linked.sum())), (first[linked], second[linked])), shape=(count, count)
-    )
-    _, group = connected_components(graph, directed=False)
-    order = np.argsort(group, kind="stable")
-    for members in np.split(order, np.flatnonzero(np.diff(group[order])) + 1):
-        if len(members) >= 2:
-            yield members
+    return first[linked], second[linked]
 
 
-def _is_text(line: _Pieces, box: Box) -> bool:
-    """Enough glyphs of like height that stand on one line and not behind each other."""
-    height = (line.bottom - line.top).astype(np.float64)
-    typical = float(np.median(height))
-    length, width = box.right - box.left, line.right - line.left
-    glyphs = float(np.maximum(1, width / (0.75 * typical)).sum())
-    return bool(
-        len(line.top) >= 3
-        and glyphs >= _FEWEST_GLYPHS
-        and box.bottom - box.top <= 2.2 * typical
-        and length >= _SHORTEST * typical
-        and 0.45 <= width.sum() / length <= 1.35
-        and _on_one_line(line, typical) >= _ON_LINE
-        and (abs(height / typical - 1) <= 0.25).mean() >= _OF_ONE_HEIGHT
+def _near(pieces: _Pieces, middle: Column, height: Column) -> NDArray[np.int64]:
+    """Pairs that may be on one line, by their centres: (2, pairs); of dense texture the nearest."""
+    reach = float(np.percentile(height, 95)) * (_GAP + 2)
+    flattened = middle * (reach / (_OFF_LINE * float(height.max())))
+    tree = cKDTree(np.stack([(pieces.left + pieces.right) / 2, flattened], axis=1))
+    while len(height) > _DENSE and tree.count_neighbors(tree, reach, p=np.inf) > _MOST_PAIRS:
+        reach /= 2
+    pairs: NDArray[np.int64] = tree.query_pairs(reach, p=np.inf, output_type="ndarray").T
+    return pairs
+
+
+def _are_text(pieces: _Pieces, groups: _Groups) -> Mask:
+    """Which have enough glyphs of like height that stand on one line and not behind each other."""
+    height, width = pieces.bottom - pieces.top, pieces.right - pieces.left
+    typical = groups.median(height)
+    of_piece = groups.spread(typical)
+    length = groups.over(np.maximum, pieces.right) - groups.over(np.minimum, pieces.left)
+    tall = groups.over(np.maximum, pieces.bottom) - groups.over(np.minimum, pieces.top)
+    filled = groups.over(np.add, width) / length
+    alike = groups.over(np.add, abs(height / of_piece - 1) <= 0.25) / groups.sizes
+    likely = (
+        (groups.sizes >= 3)
+        & (groups.over(np.add, np.maximum(1, width / (0.75 * of_piece))) >= _FEWEST_GLYPHS)
+        & (tall <= 2.2 * typical)
+        & (length >= _SHORTEST * typical)
+        & (filled >= 0.45)
+        & (filled <= 1.35)
+        & (alike >= _OF_ONE_HEIGHT)
     )
+    text: Mask = likely & (_on_one_line(pieces, groups, typical) >= _ON_LINE)
+    return text
+
+
+def _on_one_line(pieces: _Pieces, groups: _Groups, typical: Column) -> Column:
+    """The part of the glyphs that stand on a level line, or on one that rises or falls a little."""
+    tolerance = groups.spread(np.maximum(1.0, 0.1 * typical))
+    over, spread, sizes = partial(groups.over, np.add), groups.spread, groups.sizes
+    middle, bottom = (pieces.left + pieces.right) / 2, pieces.bottom
+    away = middle - spread(over(middle) / sizes)
+    slope = over(away * bottom) / np.maximum(over(away * away), 1e-9)
+    rising = spread(slope) * away + spread(over(bottom) / sizes)
+    level = over(abs(bottom - spread(groups.median(bottom))) <= tolerance) / sizes
+    sloping = over(abs(bottom - rising) <= tolerance) / sizes
+    return np.maximum(level, np.where(abs(slope) < 0.1, sloping, 0))
 
 
 def _is_certain(line: _Pieces, least: float) -> bool:
     """Whether it would be text even in an image that has no other, at this contrast at least."""
     height = (line.bottom - line.top).astype(np.float64)
+    groups = _Groups.of(np.zeros(len(height), dtype=np.int64))
     typical = float(np.median(height))
     alike = float((abs(height / typical - 1) <= 0.25).mean())
     return (
         len(height) >= 4
         and alike >= 0.5
-        and _on_one_line(line, typical) >= 0.65
+        and float(_on_one_line(line, groups, np.array([typical]))[0]) >= 0.65
         and _under_one_line(line, typical) >= 0.4
         and float(np.median(line.contrast)) >= least
     )
-
-
-def _on_one_line(line: _Pieces, typical: float) -> float:
-    """The part of the glyphs that stand on a level line, or on one that rises or falls a little."""
-    tolerance = max(1.0, 0.1 * typical)
-    middle = (line.left + line.right) / 2
-    slope, start = np.polyfit(middle, line.bottom, 1)
-    lines = [np.full(len(middle), np.median(line.bottom))]
-    if abs(slope) < 0.1:
-        lines.append(slope * middle + start)
-    return max(float((abs(line.bottom - level) <= tolerance).mean()) for level in lines)
 
 
 def _under_one_line(line: _Pieces, typical: float) -> float:
@@ -317,32 +437,40 @@ def _under_one_line(line: _Pieces, typical: float) -> float:
 
 def _noise(line: _Pieces, box: Box, relief: Grey) -> float:
     """How much there is between and around the glyphs, of what is in them; 1 for uneven strokes."""
+    inside, pixels = float((line.contrast * line.area).sum()), int(line.area.sum())
+    if inside < _FAINTEST * pixels:
+        return 1.0
     typical = int(np.median(line.bottom - line.top))
     margin = max(2, typical // 3)
     top, left = max(0, box.top - margin), max(0, box.left - margin)
     around = relief[top : box.bottom + margin, left : box.right + margin]
-    inside = float((line.contrast * line.area).sum())
-    pixels = int(line.area.sum())
+    rest = (float(around.sum()) - inside) / max(1, around.size - pixels)
+    noise = rest * pixels / inside
+    if noise > _LESS_QUIET:
+        return noise
     strokes = around[around > 0.5 * float(np.median(line.contrast))]
     height, even, uneven = _UNEVEN
-    faint = inside < _FAINTEST * pixels
-    if faint or strokes.std() > (even if typical >= height else uneven) * strokes.mean():
-        return 1.0
-    rest = (float(around.sum()) - inside) / max(1, around.size - pixels)
-    return rest * pixels / inside
+    return (
+        1.0 if strokes.std() > (even if typical >= height else uneven) * strokes.mean() else noise
+    )
+
+
+def _boxes(lines: list[_Line], upright: bool, shape: tuple[int, ...]) -> list[Box]:
+    """Those of one direction, if any of them is certain."""
+    alike = [line for line in lines if line.upright == upright]
+    certain = any(line.certain for line in alike)
+    return _merged([line.box for line in alike], shape) if certain else []
 
 
 def _merged(boxes: list[Box], shape: tuple[int, ...]) -> list[Box]:
     """Each box with a margin of a third of its height; those that overlap are one."""
-    if not boxes:
-        return []
-    covered = np.zeros(shape, dtype=np.bool_)
+    covered = np.zeros(shape, dtype=np.uint8)
     for box in boxes:
-        margin = 2 + (box.bottom - box.top) // 3
+        margin = 2 + min(box.bottom - box.top, box.right - box.left) // 3
         top, left = max(0, box.top - margin), max(0, box.left - margin)
-        covered[top : box.bottom + margin, left : box.right + margin] = True
-    labels, _ = ndimage.label(covered)
+        covered[top : box.bottom + margin, left : box.right + margin] = 1
+    _, _, found, _ = cv2.connectedComponentsWithStats(covered, connectivity=4)
     return [
-        Box(rows.start, columns.start, rows.stop, columns.stop)
-        for rows, columns in ndimage.find_objects(labels)
+        Box(top, left, top + height, left + width)
+        for left, top, width, height, _ in found[1:].tolist()
     ]
