@@ -22,10 +22,11 @@ from typing import Self
 
 from client.approval import Requests
 from client.book import Limit
+from client.intake.settings import cohort_key
 from client.keyfile import NodeKey
 from client.ledger import Ledger, Place, Signed
 from client.policy import Policy, read_policy
-from common.cohort import index_file
+from common.cohort import Cohort, index_file
 from common.errors import CohortError, ConfigError
 
 POLICY_FILE, KEY_FILE, LEDGER = "node.toml", "node.key", "ledger"
@@ -75,6 +76,24 @@ class NodeFolder:
     def cohort_path(self) -> Path:
         """Where the cohort lies."""
         return self.path / self.policy.cohort
+
+    @cached_property
+    def cohort_key(self) -> bytes | None:
+        """What seals the cohort; None where ``[intake.encryption]`` is not set.
+
+        Raises:
+            ConfigError: if it cannot be had.
+        """
+        return cohort_key(self.path, self.policy.intake)
+
+    def open_cohort(self) -> Cohort:
+        """The cohort.
+
+        Raises:
+            CohortError: if there is none that can be used.
+            ConfigError: if its key cannot be had.
+        """
+        return Cohort.open(self.cohort_path, self.cohort_key)
 
     def ledger(self) -> Ledger:
         """The ledger, checked whole.

@@ -58,19 +58,21 @@ class NodeHome(NodeFolder):
         """The gate of this node, for its worker process.
 
         Raises:
-            ConfigError: if node.toml's budget is not the one that a person booked.
+            ConfigError: if node.toml's budget is not the one that a person booked, or the
+                cohort's key cannot be had.
             LedgerError: if the ledger cannot be relied on.
             CohortError: if there is no cohort; what is wrong with it shows when it is used.
         """
         ledger, policy = self.ledger(), self.policy
         check_budget(policy, ledger.book.limit)
         compute, admitted = compute_of(policy), cohort_digest(self.cohort_path)
+        key = self.cohort_key  # one that cannot be had stops the node now, not in a round
         if admitted != ledger.book.admitted:
-            Cohort.open(self.cohort_path)  # damaged, it opens no gate that would be kept
+            Cohort.open(self.cohort_path, key)  # damaged, it opens no gate that would be kept
 
         @cache
         def whole() -> Cohort:  # read within a reply's slot: how long it takes tells its size
-            return Cohort.open(self.cohort_path)
+            return Cohort.open(self.cohort_path, key)
 
         def trainer_for(spec: RunSpec, mechanism: SubsampledGaussian | None) -> LocalTrainer:
             cohort = whole().with_split("", "train")

@@ -19,6 +19,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from client.book import Book, Limit
+from client.intake.settings import IntakeSettings, PathText
 from client.ledger import stamp
 from common import accounting
 from common.accounting import Part, Share, SubsampledGaussian, Unit
@@ -37,7 +38,6 @@ from common.spec import (
 _ROUNDING = 1 + 1e-9  # one sum taken in two orders
 _SET_ASIDE = 1 + 2e-9  # what was granted whole is not refused in the middle by another rounding
 Names = tuple[str, ...] | Literal["any"]
-PathText = Annotated[str, Field(pattern=r"^\P{Cc}*$")]  # a control character is no part of a name
 
 
 class Period(Section):
@@ -205,6 +205,7 @@ class Policy(Section):
         allow_no_privacy: whether runs without differential privacy are taken at all.
         budget: for life; None only where no real patient stands behind the cohort.
         data: None only there as well.
+        intake: how images are taken in; no run is judged by it.
     """
 
     site: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$")]
@@ -219,6 +220,7 @@ class Policy(Section):
     release: Releases = Releases()
     machine: Machine = Machine()
     ledger: LedgerFiles = LedgerFiles()
+    intake: IntakeSettings = IntakeSettings()
 
     @model_validator(mode="after")
     def _delta_is_meaningful(self) -> Self:

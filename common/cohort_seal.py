@@ -73,8 +73,9 @@ class CohortSeal:
         cohort, expected = _read_seal_file(folder / SEAL_FILE)
         if key is None:
             raise CohortError(
-                f"{folder}: sealed under the key {expected}; expected that key: at a node the one "
-                "that [intake.encryption] in node.toml names, elsewhere `--cohort-key FILE`"
+                f"{folder}: sealed under the key {expected}; expected the file of that key: "
+                "[intake.encryption] in a node's node.toml names it, and the commands that take a "
+                "sealed cohort have `--cohort-key FILE`"
             )
         seal = cls(key, cohort)
         if not hmac.compare_digest(key_id(key), expected):

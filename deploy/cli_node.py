@@ -72,6 +72,9 @@ def init(
     cohort: Annotated[
         Path | None, typer.Option(help="A cohort whose public description fills [data].")
     ] = None,
+    cohort_key: Annotated[
+        Path | None, typer.Option(help="The file of its key, if that cohort is sealed.")
+    ] = None,
     by: ByOption = "",
 ) -> None:
     """Make a node: a commented node.toml on the safe side, its key, and an empty ledger.
@@ -84,7 +87,7 @@ def init(
     """
     from deploy.node_setup import NewNode, set_up
 
-    new = NewNode(site, declared_size, epsilon, delta, cohort)
+    new = NewNode(site, declared_size, epsilon, delta, cohort, cohort_key)
     set_up(home, new, by=_by(by))
     _say(f"{home} is a node now: node.toml, node.key, an empty ledger and its witness.")
     _say("Keep a copy of node.key apart from this machine: without it nothing can be read.")
@@ -169,7 +172,6 @@ def admit(home: HomeArgument = Path(), *, reason: ReasonOption, by: ByOption = "
     Example: `cloister node admit north --reason "checked against the register"`
     """
     from client.folder import cohort_digest
-    from common.cohort import Cohort
     from deploy import node_pages, node_review
 
     node, signed = _folder(home), _signed(by, reason)
@@ -181,7 +183,7 @@ def admit(home: HomeArgument = Path(), *, reason: ReasonOption, by: ByOption = "
     if bad:
         _show(node_pages.data_as_it_is(node))
         _no("not admitted, nothing was booked", " ".join(bad))
-    cohort = Cohort.open(node.cohort_path)
+    cohort = node.open_cohort()
     for _ in track(cohort.verified(), "Comparing images", len(cohort), console=console):
         pass
     ledger.admit(digest, signed)

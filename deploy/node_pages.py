@@ -20,8 +20,7 @@ from client.chain import UNWRITABLE
 from client.folder import LEDGER, NodeFolder
 from client.policy import Policy
 from client.recovery import Recovered, Standing
-from common.cohort import Cohort
-from common.errors import CohortError
+from common.errors import CohortError, ConfigError
 from common.spec import DpSgd, RunSpec
 from deploy.node_budget import Figures, RunShare
 from deploy.node_setup import data_table
@@ -72,8 +71,8 @@ def facts(rows: Iterable[tuple[str, str]]) -> Table:
 def data_as_it_is(node: NodeFolder) -> Iterator[RenderableType]:
     """What [data] would say of the cohort that lies there, if there is one."""
     try:
-        meta = Cohort.open(node.cohort_path).meta
-    except CohortError:
+        meta = node.open_cohort().meta
+    except (CohortError, ConfigError):
         return
     yield Text("[data] as the cohort has it:", style="bold")
     yield data_table(meta)

@@ -115,14 +115,15 @@ def examine(home: NodeFolder) -> Iterator[Finding]:
     """Whether the cohort is one that a run can be trained on here."""
     policy = home.policy
     try:
-        cohort = Cohort.open(home.cohort_path)
-    except CohortError as error:
+        cohort = home.open_cohort()
+    except (CohortError, ConfigError) as error:
         yield Finding(False, str(error))
         return
     differences = list(_differences(cohort, policy.data))
     yield from (Finding(False, text) for text in differences)
     if not differences:
         yield Finding(True, "The cohort is the one that [data] describes.")
+    yield from _at_rest(cohort, policy)
     training = cohort.with_split("", "train")
     seen, least = len(training.patients), policy.limits.least_patients
     compared = "at least" if seen >= least else "fewer than the"
@@ -131,6 +132,15 @@ def examine(home: NodeFolder) -> Iterator[Finding]:
         f"{seen} {cohort.unit}s to train on, {compared} {least} of least_patients.",
     )
     yield _variety(training)
+
+
+def _at_rest(cohort: Cohort, policy: Policy) -> Iterator[Finding]:
+    if cohort.is_sealed:
+        yield Finding(True, "It is sealed on the disk.")
+    elif policy.intake.encryption is not None:
+        yield Finding(
+            False, "It lies there unsealed, but [intake.encryption] is set: take it in again."
+        )
 
 
 def _differences(cohort: Cohort, data: Data | None) -> Iterator[str]:

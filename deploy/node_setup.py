@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from client.folder import KEY_FILE, LEDGER, POLICY_FILE, NodeFolder
+from client.keyfile import read_key
 from client.policy import LedgerFiles
 from common import accounting
 from common.cohort import Cohort, CohortMeta
@@ -28,6 +29,7 @@ class NewNode:
         declared_size: typed by a person; nothing derives it from the data.
         epsilon, delta: the lifetime budget.
         cohort: a cohort whose public description fills ``[data]``.
+        cohort_key: the file of its key, if it is sealed.
     """
 
     site: str
@@ -35,6 +37,7 @@ class NewNode:
     epsilon: float
     delta: float
     cohort: Path | None = None
+    cohort_key: Path | None = None
 
 
 def set_up(home: Path, new: NewNode, *, by: str) -> NodeFolder:
@@ -66,7 +69,11 @@ def set_up(home: Path, new: NewNode, *, by: str) -> NodeFolder:
 
 def _check(new: NewNode) -> None:
     """What no policy could be written with."""
-    for option, text in (("--site", new.site), ("--cohort", str(new.cohort or ""))):
+    for option, text in (
+        ("--site", new.site),
+        ("--cohort", str(new.cohort or "")),
+        ("--cohort-key", str(new.cohort_key or "")),
+    ):
         try:
             text.encode()
         except UnicodeEncodeError:  # bytes of the command line that are no text
@@ -97,7 +104,8 @@ def _put(made: Path, home: Path) -> None:
 
 
 def _policy_text(home: Path, new: NewNode) -> str:
-    meta = None if new.cohort is None else Cohort.open(new.cohort).meta
+    key = None if new.cohort_key is None else read_key(new.cohort_key, "cohort key")
+    meta = None if new.cohort is None else Cohort.open(new.cohort, key).meta
     return _TEMPLATE.format(
         site=_quoted(new.site),
         declared_size=new.declared_size,
@@ -106,6 +114,8 @@ def _policy_text(home: Path, new: NewNode) -> str:
         delta=new.delta,
         order=accounting.filter_order(new.epsilon, new.delta),
         data=data_table(meta) if meta else _NO_DATA,
+        key=_quoted(_path(home, new.cohort_key or home / "cohort.key")),
+        unsealed="" if new.cohort_key else "# ",
     )
 
 
@@ -190,4 +200,10 @@ gradient_memory = 512  # MiB
 
 [ledger]
 witness = "ledger.witness"  # best on another machine
+
+[intake]  # profile of de-identification, keys: docs/node-file.md
+site_key = "site.key"  # of all pseudonyms; made on first use
+
+{unsealed}[intake.encryption]  # seals cohorts on the disk; `cloister intake new-key` makes one
+{unsealed}key_file = {key}
 """

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import os
 import re
+import resource
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
@@ -16,6 +21,8 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from client.book import Book, Entry, Kind, columns, note
+from client.intake.settings import Encryption, IntakeSettings, cohort_key
+from client.keyfile import create_key
 from client.ledger import Ledger, Signed, TaskKey
 from client.policy import Policy, read_policy
 from common import accounting
@@ -856,3 +863,197 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, content: bytes | No
         path.write_bytes(content)
     with pytest.raises(ConfigError, match=r"node\.toml: .*expected the node's TOML file"):
         read_policy(path)
+
+
+# --- [intake] -----------------------------------------------------------------------------------
+
+NODE_TOML = """
+site = "north"
+declared_size = 400
+cohort = "cohort"
+[budget]
+epsilon = 8.0
+delta = 1e-5
+[data]
+unit = "patient"
+kind = "binary"
+classes = ["a", "b"]
+shape = [1, 8, 8]
+preprocessing = "0000000000000000000000000000000000000000000000000000000000000000"
+"""
+HEX = "0123456789abcdef" * 4
+
+
+def read_intake(folder: Path, section: str) -> IntakeSettings:
+    (folder / "node.toml").write_text(NODE_TOML + section)
+    return read_policy(folder / "node.toml").intake
+
+
+def test_an_intake_that_nobody_wrote_of_is_on_the_safe_side(tmp_path: Path):
+    found = read_intake(tmp_path, "")
+    assert found == IntakeSettings()
+    assert (found.site_key, found.profile.options) == ("site.key", frozenset())
+    assert found.profile.risky_pixels == found.profile.faces == "refuse"
+    assert cohort_key(tmp_path, found) is None
+
+
+def test_the_hospital_chooses_its_profile(tmp_path: Path):
+    section = """
+    [intake]
+    site_key = "keys/site.key"
+    [intake.profile]
+    dates = "modified"
+    retain_safe_private = ["(0019,xx0C) SIEMENS MR HEADER"]
+    """
+    found = read_intake(tmp_path, section)
+    assert found.site_key == "keys/site.key"
+    assert found.profile.options == {"modified_dates", "safe_private"}
+
+
+REFUSED_SECTIONS = {
+    "UIDs without dates": ("[intake.profile]\nretain_uids = true", r"intake\.profile.*'full'"),
+    "graphics alone": (
+        "[intake.profile]\nclean_graphics = true\nclean_pixel_data = false",
+        r"intake\.profile.*expected both",
+    ),
+    "blank nothing": (
+        '[intake.profile]\nrisky_pixels = "blank"\nclean_pixel_data = false',
+        r"intake\.profile.*nothing would be blanked",
+    ),
+    "no private attribute": (
+        '[intake.profile]\nretain_safe_private = ["(0018,xx0C) A"]',
+        r"intake\.profile\.retain_safe_private.*names no private attribute",
+    ),
+    "an unknown option": (
+        "[intake.profile]\nretain_names = true",
+        r"intake\.profile\.retain_names",
+    ),
+    "a word that is none": ('[intake.profile]\ndates = "shifted"', r"intake\.profile\.dates"),
+    "a number for a word": ("[intake.profile]\nfaces = 1", r"intake\.profile\.faces"),
+    "no key": ("[intake.encryption]", r"intake\.encryption.*neither.*exactly one"),
+    "two keys": (
+        '[intake.encryption]\nkey_file = "a"\nkey_command = ["b"]',
+        r"intake\.encryption.*both of key_file and key_command",
+    ),
+    "a command in one text": (
+        '[intake.encryption]\nkey_command = "vault get key"',
+        r"intake\.encryption\.key_command",
+    ),
+    "a command of nothing": ("[intake.encryption]\nkey_command = []", r"key_command"),
+    "an empty program": ('[intake.encryption]\nkey_command = [""]', r"first entry is empty"),
+    "no time": (
+        '[intake.encryption]\nkey_command = ["a"]\ncommand_seconds = 0',
+        r"intake\.encryption\.command_seconds",
+    ),
+    "a key in the file itself": (
+        f'[intake.encryption]\nkey = "{HEX}"',
+        r"intake\.encryption\.key",
+    ),
+    "a control character": ('[intake]\nsite_key = "a\\u0000b"', r"intake\.site_key"),
+    "no site key": ('[intake]\nsite_key = ""', r"intake\.site_key"),
+    "no public key": ("[intake.reidentification]", r"intake\.reidentification\.public_key"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED_SECTIONS)
+def test_what_the_intake_cannot_be_is_refused_by_its_key(tmp_path: Path, name: str):
+    section, named = REFUSED_SECTIONS[name]
+    with pytest.raises(ConfigError, match=named) as refused:
+        read_intake(tmp_path, section)
+    assert str(tmp_path / "node.toml") in str(refused.value)
+
+
+def test_reading_a_policy_waits_for_no_dicom():
+    """A person at the command line does not wait for what only an intake needs."""
+    code = (
+        "import sys, client.policy; print(sorted({'pydicom', 'torch', 'PIL'} & set(sys.modules)))"
+    )
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert said.stdout == "[]\n"
+
+
+def encrypted(**says: Any) -> IntakeSettings:
+    return IntakeSettings(encryption=Encryption(**says))
+
+
+def test_the_key_of_cohorts_comes_from_a_file_beside_the_policy(tmp_path: Path):
+    settings = encrypted(key_file="keys/cohort.key")
+    with pytest.raises(ConfigError, match=r"keys.cohort\.key: the cohort key cannot be read"):
+        cohort_key(tmp_path, settings)
+    assert list(tmp_path.iterdir()) == []  # reading makes none
+    create_key(tmp_path / "keys" / "cohort.key")
+    found = cohort_key(tmp_path, settings)
+    assert found is not None
+    assert found.hex() == (tmp_path / "keys" / "cohort.key").read_text().strip()
+    (tmp_path / "keys" / "cohort.key").chmod(0o644)
+    with pytest.raises(ConfigError, match="mode 0644"):
+        cohort_key(tmp_path, settings)
+
+
+def printing(content: str, then: str = "") -> IntakeSettings:
+    code = f"import sys, time; sys.stdout.write({content!r}); sys.stdout.flush(); {then}"
+    return encrypted(key_command=(sys.executable, "-c", code), command_seconds=60.0)
+
+
+@pytest.mark.parametrize("content", [HEX, HEX + "\n", f"\n {HEX.upper()} \r\n"])
+def test_the_key_of_cohorts_comes_from_what_a_command_prints(tmp_path: Path, content: str):
+    assert cohort_key(tmp_path, printing(content)) == bytes.fromhex(HEX)
+
+
+def test_the_command_runs_in_the_folder_of_the_policy_and_in_no_shell(tmp_path: Path):
+    program = tmp_path / "print-key"
+    program.write_text(f'#!/bin/sh\n[ "$1" = "; exit 1" ] && echo {HEX}\n')
+    program.chmod(0o700)
+    assert cohort_key(tmp_path, encrypted(key_command=("./print-key", "; exit 1"))) is not None
+    assert list(tmp_path.iterdir()) == [program]
+
+
+@pytest.mark.parametrize("content", ["", HEX[:-1], HEX + "0", f"{HEX}\n{HEX}", "g" * 64, "ü" * 32])
+def test_a_command_that_prints_no_key_is_refused_and_not_quoted(
+    tmp_path: Path, content: str, capfd, caplog
+):
+    with pytest.raises(ConfigError, match=r"that are no key; expected 64 hex") as refused:
+        cohort_key(tmp_path, printing(content))
+    assert not any(HEX[n : n + 6] in str(refused.value).partition(":")[2] for n in range(58))
+    assert capfd.readouterr() == ("", "")
+    assert not caplog.records
+
+
+def test_a_command_that_fails_is_refused_whatever_it_printed(tmp_path: Path, capfd):
+    says = f"sys.stderr.write('{HEX}'); sys.exit(3)"
+    with pytest.raises(ConfigError, match=r"ended with status 3; run it by hand"):
+        cohort_key(tmp_path, printing(HEX, then=says))
+    assert capfd.readouterr() == ("", "")
+    with pytest.raises(ConfigError, match="cannot be run"):
+        cohort_key(tmp_path, encrypted(key_command=("./nowhere",)))
+
+
+def test_a_command_that_hangs_is_ended_with_all_that_it_started(tmp_path: Path):
+    mark = f"3599.{os.getpid()}"
+    code = f"import subprocess, time; subprocess.Popen(['sleep', '{mark}']); time.sleep(3599)"
+    settings = encrypted(key_command=(sys.executable, "-c", code), command_seconds=3.0)
+    begun = time.monotonic()
+    with pytest.raises(ConfigError, match="took longer than 3 s"):
+        cohort_key(tmp_path, settings)
+    assert time.monotonic() - begun < 60
+    deadline = time.monotonic() + 30
+    while mark in (left := running()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert mark not in left
+
+
+def running() -> str:
+    """The command lines of this machine."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            found.append(entry.read_bytes().replace(b"\0", b" ").decode("utf-8", "replace"))
+    return "\n".join(found)
+
+
+def test_a_command_that_never_stops_printing_fills_no_memory(tmp_path: Path):
+    settings = encrypted(key_command=("yes", HEX), command_seconds=60.0)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(ConfigError, match="are no key"):
+        cohort_key(tmp_path, settings)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # KiB

@@ -16,8 +16,6 @@ from functools import cache
 from importlib.resources import files
 from typing import Literal, NamedTuple, get_args
 
-from pydicom.tag import BaseTag
-
 EDITION = "2025c with the rows new in 2026c"
 PROFILE_FILE = "profile.csv"
 
@@ -98,7 +96,7 @@ class Table:
         object.__setattr__(self, "_by_tag", exact)
         object.__setattr__(self, "_masks", masks)
 
-    def find(self, tag: BaseTag) -> Row | None:
+    def find(self, tag: int) -> Row | None:
         """The row of a standard attribute; None if the table does not name it."""
         by_tag: dict[int, Row] = self._by_tag  # type: ignore[attr-defined]
         masks: tuple[_Mask, ...] = self._masks  # type: ignore[attr-defined]
