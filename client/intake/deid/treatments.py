@@ -15,7 +15,7 @@ from pydicom.sequence import Sequence
 
 from client.intake.deid import values
 from client.intake.deid.graphics import KEYWORDS
-from client.intake.deid.lookup import colour_profile, cut_table
+from client.intake.deid.lookup import colour_profile, cut_table, in_little_endian
 from client.intake.deid.profile import PrivateElement
 from client.intake.deid.rules import CODE_KEYWORDS, OF_ACTION, Rule, Scope, code_of
 from client.intake.deid.table import RESOLVED, Action, Row, standard_table
@@ -123,7 +123,7 @@ def clean(scope: Scope, element: DataElement) -> DataElement | None:
     if element.VR == "SQ":
         return clean_sequence(scope, element)
     if row is None or element.tag.group >> 8 == 0x60:
-        return _clean_overlay(element)
+        return _clean_overlay(scope, element)
     if row.is_date:
         return _move(scope, element, row)
     if element.VR in values.TEXTS and element.tag.group >> 8 != 0x50:
@@ -131,13 +131,15 @@ def clean(scope: Scope, element: DataElement) -> DataElement | None:
     return _as_in_basic(scope, element, row)
 
 
-def _clean_overlay(element: DataElement) -> DataElement | None:
+def _clean_overlay(scope: Scope, element: DataElement) -> DataElement | None:
     """What an overlay's bitmap needs; the bitmap itself is cleaned when the walk is over."""
     if keyword_for_tag(element.tag) not in KEYWORDS:
         return None
     if element.VR in ("CS", "IS"):
         known = values.kept_terms if element.VR == "CS" else values.whole_numbers
         return _new(element, known(values.values_of(element)))
+    if element.VR == "OW":
+        return _new(element, in_little_endian(element.value or b"", scope.level))
     return DataElement(element.tag, element.VR, element.value)
 
 
