@@ -15,8 +15,12 @@ from client.intake.run import intake
 from client.intake.sheet import write_sheet
 from client.intake.source import Source
 from client.intake.summary import summarise
+from client.keyfile import read_key
 from common.cohort import Cohort
 from common.spec import RunSpec, read_run_file
+from deploy.cli_keys import add_key_commands
+from deploy.cli_labels import labels
+from deploy.cli_review import review
 from deploy.cli_take import run
 from deploy.intake_words import (
     console,
@@ -125,6 +129,9 @@ def show(
     verify: Annotated[
         bool, typer.Option("--verify", help="Recompute the SHA-256 of every image.")
     ] = False,
+    cohort_key: Annotated[
+        Path | None, typer.Option(help="The file of its key, if it is sealed.")
+    ] = None,
     sheet: Annotated[
         Path | None, typer.Option(help="Write a PNG with a few of the images side by side.")
     ] = None,
@@ -133,7 +140,8 @@ def show(
 
     Example: `cloister intake show north.cohort --verify --sheet north.png`
     """
-    opened = Cohort.open(cohort)
+    key = None if cohort_key is None else read_key(cohort_key, "cohort key")
+    opened = Cohort.open(cohort, key)
     print_contents(cohort, summarise(opened))
     if verify:
         with console.status("Verifying every image …"):
@@ -175,3 +183,6 @@ def take_in(source: Source, cohort: Path, spec: RunSpec, listing: Path | None = 
 
 
 intake_app.command()(run)
+add_key_commands(intake_app)
+intake_app.command()(labels)
+intake_app.command()(review)

@@ -1,0 +1,202 @@
+"""`cloister intake review`: a person looks at what waits, and decides."""
+
+from __future__ import annotations
+
+import getpass
+import importlib.util
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+from rich.console import Console, RenderableType
+from rich.text import Text
+
+from common.errors import ConfigError
+from deploy.cli_take import CohortKeyFile, KeyFile, Node
+
+if TYPE_CHECKING:  # the command imports what it needs: --help answers at once
+    from client.intake.decision import Decision
+    from client.intake.desk import Desk
+    from deploy.intake_review import Case, Queue
+
+console = Console()
+Verdict = Literal["release", "reject"]
+
+
+def review(
+    cohort: Annotated[Path, typer.Argument(help="The cohort's directory, as `run` was given it.")],
+    identifier: Annotated[
+        str, typer.Argument(metavar="[ID]", help="The beginning of an object's id.")
+    ] = "",
+    *,
+    release: Annotated[
+        bool, typer.Option("--release", help="Let the object through at the next `run`.")
+    ] = False,
+    reject: Annotated[
+        bool, typer.Option("--reject", help="Nothing of it is kept, whatever was kept before.")
+    ] = False,
+    blank: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="TOP,LEFT,BOTTOM,RIGHT",
+            help="A rectangle to blank in every frame, each end excluded; may be given again.",
+        ),
+    ] = None,
+    leave_found: Annotated[
+        bool,
+        typer.Option("--leave-found", help="What was found by itself is NOT blanked: no text."),
+    ] = False,
+    because: Annotated[
+        str, typer.Option(help="Why, in your words; kept sealed. A rejection needs it.")
+    ] = "",
+    by: Annotated[
+        str, typer.Option(help="Who decides.", show_default="the user who is logged in")
+    ] = "",
+    yes: Annotated[bool, typer.Option("--yes", help="Without being asked.")] = False,
+    page: Annotated[
+        bool, typer.Option("--page", help="Show pictures in the browser of this machine.")
+    ] = False,
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, help="Of the page; 0: any that is free.")
+    ] = 0,
+    decisions: Annotated[
+        bool, typer.Option("--decisions", help="List what was decided: when, who, why.")
+    ] = False,
+    queue: Annotated[
+        str, typer.Option("--list", help="waits, decided, blanked (and kept), or rejected.")
+    ] = "waits",
+    rows: Annotated[int, typer.Option(min=1, help="How many of a list are shown.")] = 30,
+    node: Node = None,
+    site_key: KeyFile = None,
+    cohort_key: CohortKeyFile = None,
+) -> None:
+    """Look at what an intake would not keep without a person, and decide.
+
+    Without ID: a list of what waits, and why. With ID: one object. With `--release` or `--reject`
+    the decision is recorded with your name and the time, and the next `cloister intake run` acts
+    on it. What was kept with pixels blanked (`--list blanked`) can be decided otherwise too.
+
+    `--page` shows the pictures: before and after, with what was found; a rectangle is drawn with
+    the mouse. They are served from memory, to this machine alone, and never written to the disk.
+
+    Example: `cloister intake review north.cohort --page`, or without a browser
+    `cloister intake review north.cohort 3f2a9c --release --blank 0,0,40,512`
+    """
+    from deploy import intake_review
+
+    chosen = _queue(queue)
+    asked = release or reject
+    if (asked or leave_found or blank or because) and not identifier:
+        raise ConfigError("say on which object, by the beginning of its id: ID is missing")
+    if release and reject:
+        raise ConfigError("--release and --reject together; expected one of them")
+    if not asked and (leave_found or blank or because):
+        raise ConfigError("say what you decide: --release or --reject")
+    open_desk = _opener(cohort, node, site_key, cohort_key)
+    with open_desk() as desk:
+        if page:
+            first = desk.find(identifier).id if identifier else ""
+            _serve(open_desk, by.strip(), first, port)
+        elif decisions:
+            _show(intake_review.decisions(desk))
+        elif not identifier:
+            _show(intake_review.overview(desk, chosen, rows))
+        else:
+            case = intake_review.Case.of(desk, desk.find(identifier))
+            _show(intake_review.one(case))
+            if asked:
+                verdict: Verdict = "release" if release else "reject"
+                said = _said(verdict, blank or [], leave_found, because, _person(by))
+                _decide(desk, case, said, sure=yes)
+
+
+def _queue(name: str) -> Queue:
+    from deploy.intake_review import Queue
+
+    try:
+        return Queue(name)
+    except ValueError:
+        raise ConfigError(f"--list {name!r}; expected one of {', '.join(Queue)}") from None
+
+
+def _opener(
+    cohort: Path, node: Path | None, site_key: Path | None, cohort_key: Path | None
+) -> Callable[[], Desk]:
+    """Opens the desk of an intake that was begun; no key is made."""
+    from client.intake.desk import JOURNAL, Desk
+    from client.intake.take import desk_of
+    from deploy.cli_take import KEY_FILE, means_of
+
+    path = desk_of(cohort)
+    if not (path / JOURNAL).is_file():
+        raise ConfigError(
+            f"{path}: no desk of an intake; give the cohort as `cloister intake run` was given it"
+        )
+    own = site_key or path / KEY_FILE
+    if node is None and not own.is_file():
+        raise ConfigError(
+            f"{own}: no site key; name the one of the intake with --site-key, or the node's "
+            "folder with --node"
+        )
+    means = means_of(path, node, None, site_key, cohort_key)
+    return lambda: Desk(path, means.key, means.cohort_key)
+
+
+def _said(verdict: Verdict, blank: list[str], leave_found: bool, because: str, by: str) -> Decision:
+    from client.intake.decision import Decision
+    from deploy.intake_review import parsed_box
+
+    if verdict == "reject" and (blank or leave_found):
+        raise ConfigError("--reject keeps nothing: --blank and --leave-found go with --release")
+    boxes = tuple(map(parsed_box, blank))
+    return Decision(verdict, boxes, found=not leave_found, by=by, why=because)
+
+
+def _decide(desk: Desk, case: Case, said: Decision, *, sure: bool) -> None:
+    from deploy.intake_review import decide, in_words
+
+    if not sure and not sys.stdin.isatty():
+        raise ConfigError("nobody can be asked here; say --yes if you are sure")
+    if not sure and not typer.confirm(f"Record for {said.by}: {in_words(said)}?"):
+        console.print(Text("Nothing was recorded.", style="bold"))
+        raise typer.Exit(1)
+    done = decide(desk, case, said)
+    line = f"Recorded by {done.by}: {in_words(done)}. The next `cloister intake run` acts on it."
+    console.print(Text(line, style="bold"))
+
+
+def _serve(open_desk: Callable[[], Desk], by: str, first: str, port: int) -> None:
+    if importlib.util.find_spec("jinja2") is None:
+        raise ConfigError("--page needs jinja2: pip install jinja2")
+    from deploy.intake_page import Page
+
+    with Page(open_desk, by or _login(), named=bool(by), first=first, port=port) as page:
+        console.print("The review, for a browser on this machine; this address opens once:")
+        console.print(page.address, soft_wrap=True, markup=False, highlight=False)
+        console.print(Text("Ctrl-C ends it; so does half an hour without a click.", style="dim"))
+        try:
+            page.serve()
+        except KeyboardInterrupt:
+            console.print()
+    console.print("The page is closed. `cloister intake run` acts on what was decided.")
+
+
+def _show(parts: Iterable[RenderableType]) -> None:
+    for part in parts:
+        console.print(part)
+
+
+def _login() -> str:
+    try:
+        return getpass.getuser()
+    except (OSError, KeyError):
+        return ""
+
+
+def _person(by: str) -> str:
+    named = by.strip() or _login()
+    if not named:
+        raise ConfigError("nobody is logged in here; say who decides with --by")
+    return named
