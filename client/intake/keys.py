@@ -13,16 +13,14 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-import os
 import secrets
-import stat
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Self
 
+from client.keyfile import KEY_BYTES, create_key, read_key
 from common.errors import ConfigError
 
-KEY_BYTES = 32
 PSEUDONYM_BYTES = 16
 MOST_SHIFTED = 3652
 """Days by which dates are shifted at most: ten years, either way."""
@@ -57,13 +55,10 @@ class SiteKey:
         """The key in `path`; on first use a random one is put there (hex, mode 0600).
 
         Raises:
-            ConfigError: if others than the owner may read it, or it holds no key.
+            ConfigError: if others than the owner may read it, it holds no key, or none can be made.
         """
-        try:
-            _create(path)
-            return cls(_read(path))
-        except OSError as error:
-            raise ConfigError(f"{path}: the site key cannot be read or made ({error})") from error
+        create_key(path)
+        return cls(read_key(path, "site key"))
 
     def pseudonym(self, domain: Domain, *parts: str) -> str:
         """32 hexadecimal digits for an identifier, given as its `parts` in order.
@@ -101,37 +96,3 @@ class SiteKey:
         message += [part.encode("utf-8", "surrogatepass") for part in parts]
         framed = b"".join(len(piece).to_bytes(8, "big") + piece for piece in message)
         return hmac.new(self.secret, framed, hashlib.sha256).digest()
-
-
-def _create(path: Path) -> None:
-    """Write a new key under a name of its own, then link it to `path` unless that exists."""
-    if path.exists():
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
-    descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    try:
-        with os.fdopen(descriptor, "w", encoding="ascii") as file:
-            file.write(secrets.token_hex(KEY_BYTES) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.link(new, path)
-    except FileExistsError:
-        pass  # another intake made it in this moment: theirs is used
-    finally:
-        os.unlink(new)
-
-
-def _read(path: Path) -> bytes:
-    mode = stat.S_IMODE(path.stat().st_mode)
-    if mode & 0o077:
-        raise ConfigError(
-            f"{path}: the site key has mode {mode:04o}, others may reach it; expected 0600: "
-            f"run `chmod 600 {path}` and think about who has read it"
-        )
-    try:
-        return bytes.fromhex(path.read_text(encoding="ascii").strip())
-    except (ValueError, UnicodeDecodeError) as error:
-        raise ConfigError(
-            f"{path}: not a site key; expected {2 * KEY_BYTES} hexadecimal digits"
-        ) from error
