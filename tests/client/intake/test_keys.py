@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import signal
 import stat
+import subprocess
+import sys
 import uuid
+from datetime import date
 from pathlib import Path
 
 import pytest
 
 from client.intake.keys import MOST_SHIFTED, Domain, SiteKey
+from client.keyfile import rotate_key
 from common.errors import ConfigError
+from common.files import locked
 
 DOMAINS: tuple[Domain, ...] = ("patient", "study", "series", "instance", "order")
 
@@ -126,3 +132,101 @@ def test_every_use_of_the_key_has_its_own_domain() -> None:
     uid = f"{int(key.uid('P').removeprefix('2.25.')):032x}"
 
     assert not {pseudonym[:12] for pseudonym in pseudonyms} & {uid[:12], plain[:12]}
+
+
+# --- Rotation -----------------------------------------------------------------------------------
+
+TODAY = date(2026, 3, 1)
+
+
+def test_a_new_key_takes_the_place_and_the_old_one_is_kept(tmp_path: Path) -> None:
+    path = tmp_path / "site.key"
+    first = SiteKey.from_file(path)
+
+    old = rotate_key(path, TODAY)
+    second = SiteKey.from_file(path)
+    older = rotate_key(path, TODAY)
+
+    assert (old.name, older.name) == ("site.key.until-2026-03-01", "site.key.until-2026-03-01.2")
+    assert SiteKey.from_file(old) == first
+    assert SiteKey.from_file(older) == second
+    assert len({first, second, SiteKey.from_file(path)}) == 3
+    assert {file.name for file in tmp_path.iterdir()} == {"site.key", old.name, older.name}
+    for file in tmp_path.iterdir():
+        assert stat.S_IMODE(file.stat().st_mode) == 0o600
+
+
+def test_the_same_patient_is_another_one_after_a_rotation(tmp_path: Path) -> None:
+    path = tmp_path / "site.key"
+    before = SiteKey.from_file(path)
+    old = rotate_key(path, TODAY)
+    after = SiteKey.from_file(path)
+
+    for told in (
+        lambda key: key.pseudonym("patient", "", "4711"),
+        lambda key: key.uid("1.2.3"),
+        lambda key: key.date_shift("", "4711"),
+        lambda key: key.derive("purpose"),
+    ):
+        assert told(before) != told(after)
+        assert told(before) == told(SiteKey.from_file(old))
+
+
+def test_what_cannot_be_rotated_is_left_as_it_is(tmp_path: Path) -> None:
+    path, link = tmp_path / "site.key", tmp_path / "link"
+    with pytest.raises(ConfigError, match="cannot be read"):
+        rotate_key(path, TODAY)
+    assert list(tmp_path.iterdir()) == []
+    SiteKey.from_file(path)
+    link.symlink_to(path)
+    content = path.read_bytes()
+
+    with pytest.raises(ConfigError, match="a link; expected the file itself"):
+        rotate_key(link, TODAY)
+    with locked(tmp_path), pytest.raises(ConfigError, match="another process"):
+        rotate_key(path, TODAY)
+    path.chmod(0o644)
+    with pytest.raises(ConfigError, match="mode 0644"):
+        rotate_key(path, TODAY)
+
+    assert path.read_bytes() == content
+    assert {file.name for file in tmp_path.iterdir()} == {"site.key", "link"}
+
+
+KILLED = """
+import os, signal, sys
+from datetime import date
+from pathlib import Path
+from client.keyfile import rotate_key
+left = [int(sys.argv[2])]
+def count(event, arguments):
+    if event in ("open", "os.link", "os.rename", "os.remove"):
+        left[0] -= 1
+        if left[0] < 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+path, today = Path(sys.argv[1]), date(2026, 3, 1)
+sys.addaudithook(count)
+rotate_key(path, today)
+left[0] = 1000
+print("done")
+"""
+
+
+def test_a_rotation_that_is_killed_at_any_step_leaves_a_key_and_loses_none(tmp_path: Path) -> None:
+    seen = set()
+    for step in range(100):
+        path = tmp_path / str(step) / "site.key"
+        first = SiteKey.from_file(path)
+        command = [sys.executable, "-c", KILLED, str(path), str(step)]
+        ended = subprocess.run(command, capture_output=True, text=True, check=False)
+
+        kept = path.with_name("site.key.until-2026-03-01")
+        rotated = SiteKey.from_file(path) != first
+        assert SiteKey.from_file(kept if rotated else path) == first
+        assert rotate_key(path, TODAY).exists()  # and another goes on from there
+        assert first in map(SiteKey.from_file, path.parent.glob("site.key*"))
+        seen.add((rotated, kept.exists(), ended.returncode))
+        if ended.returncode == 0:
+            break
+        assert ended.returncode == -signal.SIGKILL, ended.stderr
+    assert {(rotated, code) for rotated, _, code in seen} == {(False, -9), (True, -9), (True, 0)}
