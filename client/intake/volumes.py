@@ -23,7 +23,7 @@ from client.intake.frames import Plane, macro, plane_of
 from common.errors import IntakeError
 
 MOST_VOXELS = 2**28
-"""Of one volume: 1 GiB of float32. Making or resampling one takes up to four times that."""
+"""Of one volume: 1 GiB of float32. To resample one takes up to four times that besides."""
 _SAME_DIRECTION = 1e-3
 _SAME_SPACING = 1e-3
 _UNEVEN = 0.02
@@ -32,8 +32,10 @@ _ASIDE = 0.5
 """Of a pixel: how far a slice may lie beside the first one."""
 _SAME_PLACE = 1e-2
 """Millimetres: slices that are no farther apart lie at one place."""
-_SIGMA = 0.5
-"""Gaussian blur before shrinking by f: (f - 1) / 2 voxels, as scikit-image's `rescale` has it."""
+_EDGE = 1e-3
+"""Of a voxel: how far the last one may lie beyond the given volume, for positions are rounded."""
+_WIDTH = 2 * float(np.sqrt(2 * np.log(2)))
+"""Of a Gaussian: its full width at half its height, in standard deviations."""
 
 
 class Slice(NamedTuple):
@@ -152,7 +154,7 @@ def resampled(
         raise IntakeError(f"spacing {spacing}: expected three lengths above 0, in millimetres")
     factors = tuple(new / old for new, old in zip(spacing, volume.spacing, strict=True))
     lengths = [
-        int((length - 1) / factor * (1 + 1e-9)) + 1
+        int((length - 1) / factor + _EDGE) + 1
         for length, factor in zip(volume.values.shape, factors, strict=True)
     ]
     _check_size(lengths)
@@ -160,7 +162,7 @@ def resampled(
     if rule == "linear":
         values = values.astype(np.float32, copy=False)
         for axis, factor in enumerate(factors):
-            values = _smoothed(values, axis, _SIGMA * (factor - 1))
+            values = _smoothed(values, axis, factor)
     order = 1 if rule == "linear" else 0
     values = ndimage.affine_transform(
         values, factors, output_shape=tuple(lengths), order=order, mode="nearest"
@@ -168,15 +170,17 @@ def resampled(
     return replace(volume, values=values, spacing=spacing, order=())
 
 
-def _smoothed(values: NDArray[np.float32], axis: int, sigma: float) -> NDArray[np.float32]:
-    """Blur along one axis.
+def _smoothed(values: NDArray[np.float32], axis: int, factor: float) -> NDArray[np.float32]:
+    """Blur along one axis, so that voxels are as wide as those that are `factor` times as large.
 
+    The width is that of Cardoso et al., Scale factor point spread function matching (2015).
     Beyond its ends the volume goes on as if mirrored in its last voxel, in place and value: a
     ramp goes on as a ramp.
     """
     length = values.shape[axis]
-    if sigma <= 0 or length == 1:
+    if factor <= 1 or length == 1:
         return values
+    sigma = float(np.sqrt(factor**2 - 1)) / _WIDTH
     radius = min(int(4 * sigma + 0.5) or 1, length - 1)
     margins = [(0, 0)] * values.ndim
     margins[axis] = (radius, radius)
