@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+import datetime
 import hashlib
+import ipaddress
 import json
 import os
-from collections.abc import Callable, Sequence
+import shutil
+import socket
+import subprocess
+import time
+import urllib.request
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import rsa
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from numpy.typing import NDArray
 from torch import nn
 
@@ -279,3 +291,196 @@ def _changed(document: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any
         else:
             changed[key] = value
     return changed
+
+
+@pytest.fixture(scope="session")
+def program() -> Callable[[str], str]:
+    """`program("storescu")`: where a peer is; skipped where it is not, but never so in CI."""
+
+    def find(name: str) -> str:
+        found = shutil.which(name, path=f"{os.environ.get('PATH', '')}:/usr/sbin:/usr/local/sbin")
+        if found is None:
+            if os.environ.get("CI") == "true":
+                pytest.fail(f"{name} is missing, and CI must not skip a real peer")
+            pytest.skip(f"{name} is not installed; this test speaks with it")
+        return found
+
+    return find
+
+
+@pytest.fixture
+def free_port() -> Callable[[], int]:
+    """A TCP port that nobody listens at now."""
+    return unused_port
+
+
+def unused_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@dataclass(frozen=True)
+class Issued:
+    """A certificate and its key, each a PEM file, and both in one."""
+
+    certificate: Path
+    key: Path
+    both: Path
+
+
+class Authority:
+    """A certificate authority of a test; `file` is its own certificate."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._key = rsa.generate_private_key(public_exponent=65537, key_size=2048)
+        self._name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, folder.name)])
+        self.file = folder / "authority.pem"
+        made = self._builder(self._name, self._key).add_extension(
+            x509.BasicConstraints(ca=True, path_length=0), critical=True
+        )
+        self.file.write_bytes(self._signed(made))
+
+    def issue(self, name: str) -> Issued:
+        """A certificate for the loopback address, for servers and clients."""
+        key = rsa.generate_private_key(public_exponent=65537, key_size=2048)
+        subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+        addresses = [x509.IPAddress(ipaddress.ip_address("127.0.0.1")), x509.DNSName("localhost")]
+        usage = [ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH]
+        made = (
+            self._builder(subject, key)
+            .add_extension(x509.SubjectAlternativeName(addresses), critical=False)
+            .add_extension(x509.ExtendedKeyUsage(usage), critical=False)
+        )
+        issued = Issued(*(self._folder / f"{name}.{end}" for end in ("crt", "key", "pem")))
+        secret = key.private_bytes(
+            serialization.Encoding.PEM,
+            serialization.PrivateFormat.TraditionalOpenSSL,
+            serialization.NoEncryption(),
+        )
+        issued.certificate.write_bytes(self._signed(made))
+        for path in (issued.key, issued.both):
+            path.touch(mode=0o600)
+        issued.key.write_bytes(secret)
+        issued.both.write_bytes(secret + issued.certificate.read_bytes())
+        return issued
+
+    def _builder(self, subject: x509.Name, key: rsa.RSAPrivateKey) -> x509.CertificateBuilder:
+        now = datetime.datetime.now(datetime.UTC)
+        return (
+            x509.CertificateBuilder()
+            .subject_name(subject)
+            .issuer_name(self._name)
+            .public_key(key.public_key())
+            .serial_number(x509.random_serial_number())
+            .not_valid_before(now - datetime.timedelta(days=1))
+            .not_valid_after(now + datetime.timedelta(days=2))
+        )
+
+    def _signed(self, builder: x509.CertificateBuilder) -> bytes:
+        made = builder.sign(self._key, hashes.SHA256())
+        return made.public_bytes(serialization.Encoding.PEM)
+
+
+@pytest.fixture(scope="session")
+def authority(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Authority]:
+    """`authority("hospital")`: one of that name, the same each time."""
+    made: dict[str, Authority] = {}
+
+    def make(name: str) -> Authority:
+        if name not in made:
+            folder = tmp_path_factory.mktemp("authority") / name
+            folder.mkdir()
+            made[name] = Authority(folder)
+        return made[name]
+
+    return make
+
+
+class Orthanc:
+    """A running Orthanc: a PACS with REST, DICOM over TLS and DICOMweb."""
+
+    def __init__(self, url: str, dicom_port: int) -> None:
+        self.url, self.dicom_port = url, dicom_port
+
+    def rest(self, path: str, data: bytes | None = None, method: str = "") -> Any:
+        """One request to its REST interface; what it answers as JSON."""
+        request = urllib.request.Request(  # noqa: S310
+            f"{self.url}/{path}", data, method=method or ("POST" if data is not None else "GET")
+        )
+        with urllib.request.urlopen(request, timeout=60) as answer:  # noqa: S310
+            return json.loads(answer.read() or b"null")
+
+    def upload(self, file: Path) -> str:
+        """Give it a file; its own identifier of the instance."""
+        return str(self.rest("instances", file.read_bytes())["ID"])
+
+    def send(self, port: int, identifiers: Sequence[str], *, tls: bool) -> Any:
+        """Have it send instances to a C-STORE service on this machine."""
+        peer = {"AET": "CLOISTER", "Host": "127.0.0.1", "Port": port, "UseDicomTls": tls}
+        self.rest("modalities/cloister", json.dumps(peer).encode(), "PUT")
+        asked = {"Resources": list(identifiers), "Synchronous": True}
+        return self.rest("modalities/cloister/store", json.dumps(asked).encode())
+
+
+ORTHANC_PLUGINS = ("/usr/share/orthanc/plugins", "/usr/lib/orthanc")
+
+
+@pytest.fixture(scope="session")
+def start_orthanc(
+    program: Callable[[str], str],
+    authority: Callable[[str], Authority],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[Callable[..., Orthanc]]:
+    """`start_orthanc(SslEnabled=True, …)`: a PACS of its own, with changes of its settings."""
+    running: list[subprocess.Popen[bytes]] = []
+    found = program("Orthanc")
+
+    def start(**changes: Any) -> Orthanc:
+        folder = tmp_path_factory.mktemp("orthanc")
+        issued = authority("hospital").issue(f"orthanc-{folder.name}")
+        http, dicom = unused_port(), unused_port()
+        settings = {
+            "StorageDirectory": str(folder),
+            "IndexDirectory": str(folder),
+            "HttpPort": http,
+            "DicomPort": dicom,
+            "DicomAet": "ORTHANC",
+            "RemoteAccessAllowed": False,
+            "AuthenticationEnabled": False,
+            "Plugins": [place for place in ORTHANC_PLUGINS if Path(place).is_dir()][:1],
+            "DicomWeb": {"Enable": True, "Root": "/dicom-web/"},
+            "DicomTlsEnabled": True,
+            "DicomTlsCertificate": str(issued.certificate),
+            "DicomTlsPrivateKey": str(issued.key),
+            "DicomTlsTrustedCertificates": str(authority("hospital").file),
+            "SslCertificate": str(issued.both),
+        } | changes
+        (folder / "orthanc.json").write_text(json.dumps(settings))
+        with (folder / "log").open("wb") as log:
+            command = [found, str(folder / "orthanc.json")]
+            running.append(subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT))
+        until = time.monotonic() + 60
+        while not _answers(http):
+            if running[-1].poll() is not None or time.monotonic() > until:
+                pytest.fail((folder / "log").read_text())
+            time.sleep(0.1)
+        return Orthanc(f"http://127.0.0.1:{http}", dicom)
+
+    yield start
+    for process in running:
+        process.terminate()
+    for process in running:
+        process.wait(60)
+
+
+@pytest.fixture(scope="session")
+def orthanc(start_orthanc: Callable[..., Orthanc]) -> Orthanc:
+    """One PACS for all tests."""
+    return start_orthanc()
+
+
+def _answers(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0

@@ -457,7 +457,8 @@ def _make(path: Path) -> None:
 
 
 def _folders(place: Path) -> list[Path]:
-    return [each for each in place.iterdir() if each.is_dir()]
+    with os.scandir(place) as entries:
+        return [Path(entry) for entry in entries if entry.is_dir(follow_symlinks=False)]
 
 
 def _newest(study: Path) -> float:

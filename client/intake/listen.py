@@ -13,6 +13,7 @@ from __future__ import annotations
 import io
 import logging
 import queue
+import socket
 import socketserver
 import ssl
 import stat
@@ -87,7 +88,10 @@ _LONGEST_PDU = 2**18
 """What is announced, and what is read: a request for association has no announced bound."""
 _COMMAND_BYTES = 2**14
 _WAITING_MESSAGES = 2
+_HEARD_OUT = 4
+"""So many times the greatest object are heard, so that its sender gets its answer."""
 _CONNECTIONS_AN_ASSOCIATION = 4
+_IDLE = "Sta1"  # PS3.8 9.2.1: no association
 _REJECTED_FOR_GOOD, _BY_USER = 1, 1  # PS3.8 table 9-21
 _CALLING_UNKNOWN, _CALLED_UNKNOWN = 3, 7
 _CIPHERS = "ECDHE+AESGCM:ECDHE+CHACHA20"
@@ -174,7 +178,11 @@ class Listener:
                 address,
                 settings.ae_title,
                 contexts(),
-                evt_handlers=[(evt.EVT_REQUESTED, self._judge), (evt.EVT_C_STORE, self._store)],
+                evt_handlers=[
+                    (evt.EVT_REQUESTED, self._judge),
+                    (evt.EVT_C_STORE, self._store),
+                    (evt.EVT_FSM_TRANSITION, self._end),
+                ],
                 request_handler=_Handler,
                 listener=self,
                 tls=tls,
@@ -191,9 +199,16 @@ class Listener:
         until = self.clock.now() + grace
         while left := self._server.active_associations:
             for association in left:
-                if not _messages(association).busy or self.clock.now() >= until:
+                if not association.is_established:
+                    _hang_up(association)
+                elif not _messages(association).busy or self.clock.now() >= until:
                     association.abort()
             self.clock.sleep(0.05)
+
+    def _end(self, event: Event) -> None:
+        """Wake the thread that still waits for a request on a connection that has ended."""
+        if event.next_state == _IDLE:
+            cast(queue.Queue[Any], event.assoc.dul.to_user_queue).put(None)
 
     def _judge(self, event: Event) -> None:
         """Turn away who is not on the list (PS3.8 9.3.4); whoever cannot be judged is."""
@@ -323,15 +338,19 @@ def _quiet_protocol() -> Iterator[None]:
 class _Body(io.BytesIO):
     """Stands where pynetdicom collects a data set in memory, and hands it on to the inbox."""
 
-    def __init__(self, begin: Callable[[], Arrival]) -> None:
+    def __init__(self, begin: Callable[[], Arrival], most: int) -> None:
         super().__init__()
         self.arrival: Arrival | None = None
         self._begin = begin
+        self._most = most
 
     def write(self, data: Any, /) -> int:
+        """Take in more of it; what is too large is heard to its end, but not for ever."""
         if self.arrival is None:
             self.arrival = self._begin()
         self.arrival.write(data)
+        if self.arrival.heard > self._most:
+            raise _Broken
         return len(data)
 
     def drop(self) -> None:
@@ -411,7 +430,8 @@ class _Messages(DIMSEServiceProvider):
             raise _Broken
         message = DIMSEMessage()
         message.encoded_command_set = _Command()
-        message.data_set = _Body(lambda: self._arrival(message))
+        most = _HEARD_OUT * self._listener.inbox.bounds.object_bytes
+        message.data_set = _Body(lambda: self._arrival(message), most)
         return message
 
     def _arrival(self, message: DIMSEMessage) -> Arrival:
@@ -537,6 +557,13 @@ class _Server(ThreadedAssociationServer):
     def shutdown(self) -> None:
         socketserver.BaseServer.shutdown(self)
         self.server_close()
+
+
+def _hang_up(association: Association) -> None:
+    connection = association.dul.socket.socket if association.dul.socket else None
+    if connection is not None:
+        with suppress(OSError):
+            connection.shutdown(socket.SHUT_RDWR)
 
 
 def _messages(association: Association) -> _Messages:
