@@ -9,14 +9,17 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
-def write_durably(path: Path, content: bytes) -> None:
+def write_durably(path: Path, content: bytes, mode: int = 0o666) -> None:
     """Replace `path` by `content` at once: written aside, flushed, renamed, the folder flushed.
+
+    `mode` is that of a new file, less what the process' umask takes away.
 
     Several processes may write one path: the last to finish wins, and none sees half of another.
     """
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
-        with partial.open("wb") as file:
+        descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
+        with os.fdopen(descriptor, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())

@@ -175,12 +175,16 @@ def take_in_shown(order: Order) -> IntakeSummary:
     """
     from client.intake.take import take_in
 
-    with progress_bar() as progress:
-        task = progress.add_task("Taking in", total=None)
-        summary = take_in(
-            order,
-            progress=lambda done, total: progress.update(task, completed=done, total=total),
-        )
+    try:
+        with progress_bar() as progress:
+            task = progress.add_task("Taking in", total=None)
+            summary = take_in(
+                order,
+                progress=lambda done, total: progress.update(task, completed=done, total=total),
+            )
+    except KeyboardInterrupt:
+        console.print("interrupted; the same command goes on where it was")
+        raise
     print_summary(summary)
     console.print(f"What was done, and what waits: [bold]{order.desk}[/]", highlight=False)
     return summary

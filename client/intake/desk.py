@@ -456,7 +456,7 @@ class Desk:
             asdict(shot) | {"before": len(shot.before), "after": len(shot.after)} for shot in shots
         ]
         content = json.dumps(heads).encode() + b"\n" + pictures
-        write_durably(file, self._seal.close(content, f"shots {entry.id}"))
+        write_durably(file, self._seal.close(content, f"shots {entry.id}"), 0o600)
 
     def shots(self, entry: Entry) -> tuple[Shot, ...]:
         """The pictures of an object; none if it waits for nobody and nothing was blanked.

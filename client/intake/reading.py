@@ -14,9 +14,8 @@ from client.intake.items import Item
 from client.intake.pool import Bounds, WorkerLostError
 from client.intake.run import Progress
 
-_MOST_IN_A_BATCH = 64
 _LONGEST_BATCH = 1.0
-"""Objects, and seconds of work, that a killed intake reads again at most."""
+"""Seconds of work that a killed intake does again at most, but for the object it was at."""
 Reader = Callable[[Task], FileResult]
 """What is done with one object."""
 CHANGED = "its bytes are no longer those that a person decided on: look at it again"
@@ -60,6 +59,7 @@ class Reading:
         items: each object's item, by number.
         pool: of workers that read.
         sink: takes their images.
+        batch: how many objects are committed together at most.
         progress: called with the objects that were read, and those to read.
     """
 
@@ -69,12 +69,14 @@ class Reading:
         items: Mapping[int, Item],
         pool: Mapper,
         sink: Sink,
+        batch: int,
         progress: Progress | None,
     ) -> None:
         self._desk = desk
         self._items = items
         self._pool = pool
         self._sink = sink
+        self._most = batch
         self._progress = progress
         self._done = 0
         self._total = len(desk.numbers(State.OPEN, State.ASIDE))
@@ -87,7 +89,7 @@ class Reading:
         for number, answer in zip(numbers, self._pool.map(tasks), strict=True):
             batch.append(self._told(number, answer))
             now = time.monotonic()
-            if len(batch) >= _MOST_IN_A_BATCH or now - began > _LONGEST_BATCH:
+            if len(batch) >= self._most or now - began > _LONGEST_BATCH:
                 self._commit(batch)
                 batch, began = [], now
         self._commit(batch)
@@ -131,14 +133,10 @@ class Reading:
             self.through(aside, without_patient=True)
             return "image" if aside or self._desk.setting("unit") == "image" else "patient"
         refused = FileResult(reason=NO_PATIENT)
-        for chunk in _chunks(aside):
-            self._commit([_Told(number, State.REFUSED, refused, ()) for number in chunk])
+        for start in range(0, len(aside), self._most):
+            some = aside[start : start + self._most]
+            self._commit([_Told(number, State.REFUSED, refused, ()) for number in some])
         return "patient"
-
-
-def _chunks(numbers: Sequence[int]) -> Iterator[Sequence[int]]:
-    for start in range(0, len(numbers), _MOST_IN_A_BATCH):
-        yield numbers[start : start + _MOST_IN_A_BATCH]
 
 
 def _state(result: FileResult, rows: Sequence[Row]) -> State:

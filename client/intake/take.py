@@ -65,6 +65,7 @@ class Order:
         cohort_key: 32 bytes that seal the cohort at rest; None leaves it plain.
         workers: processes that read; one for each core if 0.
         bounds: what one object may take.
+        batch: objects that are committed together: a killed intake reads them again at most.
     """
 
     source: Path
@@ -77,6 +78,7 @@ class Order:
     cohort_key: bytes | None = field(default=None, repr=False)
     workers: int = 0
     bounds: Bounds = field(default_factory=Bounds)
+    batch: int = 64
 
     @property
     def desk(self) -> Path:
@@ -169,6 +171,8 @@ class _Intake:
         self._check_cohort()
         if self._phase == _FINISHING:
             self._finish()
+        elif self._phase == _COMPLETE:
+            shutil.rmtree(self._desk.path / _SUPERSEDED, ignore_errors=True)
         items = self._desk.plan(order.source, self._listing.items)
         if self._phase == _WORKING:
             self._pass(items, progress)
@@ -255,7 +259,7 @@ class _Intake:
         with closing(self._images(desk.setting("cohort"))) as images:
             images.truncate(desk.images())
             with self._pool(order.reader, workers, order.bounds) as pool:
-                reading = Reading(desk, items, pool, _Images(desk, images), progress)
+                reading = Reading(desk, items, pool, _Images(desk, images), order.batch, progress)
                 reading.through(desk.numbers(State.OPEN))
                 unit = reading.those_aside()
         if desk.setting("unit", unit) != unit:
