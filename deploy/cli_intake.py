@@ -22,6 +22,7 @@ from deploy.cli_keys import add_key_commands
 from deploy.cli_labels import labels
 from deploy.cli_review import review
 from deploy.cli_take import run
+from deploy.cli_verify import verify
 from deploy.intake_words import (
     console,
     print_contents,
@@ -186,3 +187,4 @@ intake_app.command()(run)
 add_key_commands(intake_app)
 intake_app.command()(labels)
 intake_app.command()(review)
+intake_app.command()(verify)

@@ -1,0 +1,207 @@
+"""The independent checker: everything in a folder that looks like an identity.
+
+Without a source it goes by shape and structure; given the source, it looks for the source's own
+values as well.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from client.intake.quiet import quiet
+from client.intake.verify.finding import Finding, masked
+from client.intake.verify.identities import Identities
+from client.intake.verify.layout import is_dicom
+from client.intake.verify.objects import object_findings
+from client.intake.verify.places import Content, Text, content_of, members
+from client.intake.verify.search import Searcher
+from client.intake.verify.words import own_words, shapes_in
+from common.cohort import IMAGES_FILE
+from common.errors import DataError
+
+FORMAT = 1
+_PSEUDONYM = re.compile(r"[0-9a-f]{32}")
+# Names of files that say nothing: the product's own, and those made of UIDs and pseudonyms.
+_HARMLESS = re.compile(
+    r"(?:[0-9a-f]{32,}|2\.25\.\d+|index|images|journal|report|card|preamble)(?:\.[a-z0-9-]{1,12})*"
+)
+_MOST = 2**32
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the checker found.
+
+    Attributes:
+        files: how many files it looked into.
+        size: their bytes.
+        against_source: whether it knew the source's values.
+        findings: all of them.
+    """
+
+    files: int
+    size: int
+    against_source: bool
+    findings: tuple[Finding, ...]
+
+    def to_json(self) -> str:
+        """The record of it: no value, not even masked, and no name of a file that may be one."""
+        numbers = {name: number for number, name in enumerate(self._names(), 1)}
+        document = {
+            "format": FORMAT,
+            "files": self.files,
+            "bytes": self.size,
+            "against_source": self.against_source,
+            "findings_by_rule": dict(sorted(self.by_rule().items())),
+            "findings": [
+                {
+                    "file": _recorded(finding.file, numbers[finding.file]),
+                    "where": finding.where,
+                    "offset": finding.offset,
+                    "length": finding.length,
+                    "rule": finding.rule,
+                    "why": finding.why,
+                }
+                for finding in self.findings
+            ],
+        }
+        return json.dumps(document, indent=2) + "\n"
+
+    def by_rule(self) -> Counter[str]:
+        """Findings by rule."""
+        return Counter(finding.rule for finding in self.findings)
+
+    def _names(self) -> list[str]:
+        return sorted({finding.file for finding in self.findings})
+
+
+def _recorded(file: str, number: int) -> str:
+    harmless = all(_HARMLESS.fullmatch(part) for part in Path(file).parts)
+    return file if harmless else f"file {number} with findings (its name is not shown)"
+
+
+class Checker:
+    """Looks into files one by one.
+
+    Args:
+        identities: what the source says of people, if there is a source.
+    """
+
+    def __init__(self, identities: Identities | None = None) -> None:
+        self._headers = None if identities is None else Searcher(identities)
+        self._others = None if identities is None else Searcher(identities, own_words())
+
+    def findings(self, data: bytes, file: str, path: Path | None = None) -> Iterator[Finding]:
+        """Everything in one file that looks like an identity.
+
+        Args:
+            data: its bytes.
+            file: what to call it.
+            path: where it lies, if it is one by itself.
+        """
+        yield from self._in_name(file)
+        yield from self._in_file(data, file, path, 0)
+
+    def _in_file(self, data: bytes, file: str, path: Path | None, depth: int) -> Iterator[Finding]:
+        if is_dicom(data):
+            yield from object_findings(data, file, self._headers)
+            return
+        for name, inner in members(data, depth):
+            if name:
+                yield from self._in_name(f"{file}/{name}")
+            yield from self._in_file(inner, f"{file}/{name}" if name else file, None, depth + 1)
+        content = content_of(data, path)
+        if Path(file).name != IMAGES_FILE:
+            for text in content.texts:
+                yield from self._in_text(text, file)
+        if self._others is not None and not content.is_text:
+            yield from self._in_bytes(content, file)
+
+    def _in_bytes(self, content: Content, file: str) -> Iterator[Finding]:
+        searcher = self._others
+        if searcher is not None:
+            for hit in searcher.in_bulk(content.data):
+                value = content.data[hit.offset : hit.offset + hit.length]
+                yield Finding(file, "bytes", hit.offset, hit.length, "value of the source",
+                              f"{hit.kind} that stands in the source", masked(value))  # fmt: skip
+
+    def _in_text(self, text: Text, file: str) -> Iterator[Finding]:
+        if text.pseudonym and text.text and not _PSEUDONYM.fullmatch(text.text):
+            why = "expected a keyed pseudonym"
+            yield Finding(file, text.where, text.offset, len(text.text), "no pseudonym", why,
+                          masked(text.text))  # fmt: skip
+        for pattern, match in shapes_in(text.text):
+            at = text.offset + match.start()
+            yield Finding(file, text.where, at, len(match[0]), pattern.rule, pattern.why,
+                          masked(match[0]))  # fmt: skip
+        if self._others is None:
+            return
+        encoded = text.text.encode("utf-8", "replace")
+        for hit in (*self._others.in_text(encoded), *self._others.in_letters(text.text)):
+            value = encoded[hit.offset : hit.offset + hit.length]
+            at = text.offset + hit.offset
+            yield Finding(file, text.where, at, hit.length, "value of the source",
+                          f"{hit.kind} that stands in the source", masked(value))  # fmt: skip
+
+    def _in_name(self, file: str) -> Iterator[Finding]:
+        """The path of a file, all of it."""
+        for finding in self._in_text(Text("name of the file", 0, file), file):
+            yield replace(finding, offset=-1)
+
+
+def verify(
+    place: Path,
+    identities: Identities | None = None,
+    progress: Callable[[int, int], None] = lambda _done, _total: None,
+) -> Verdict:
+    """Look for identities in everything below a folder, or in one file.
+
+    Args:
+        place: a cohort, exported files, the desk of an intake, a report: anything.
+        identities: what the source says of people, if there is a source.
+        progress: told how many files are done, of how many.
+
+    Raises:
+        DataError: if there is nothing to look at, or a file cannot be read: what nobody has seen
+            is not clean.
+    """
+    files = [place] if place.is_file() else sorted(_files(place))
+    if not files:
+        raise DataError(f"{place}: there is no file in it; expected a cohort, or files of one")
+    checker, size = Checker(identities), 0
+    found: list[Finding] = []
+    for number, path in enumerate(files, 1):
+        name = path.name if path == place else str(path.relative_to(place))
+        data = _content(path)
+        size += len(data)
+        with quiet():
+            found += checker.findings(data, name, path)
+        progress(number, len(files))
+    return Verdict(len(files), size, identities is not None, tuple(found))
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    """All files below a folder, hidden ones too; a folder that is not listed is no clean one."""
+
+    def refuse(error: OSError) -> None:
+        raise DataError(f"{error.filename}: cannot be listed ({error.strerror}); run as its owner")
+
+    for place, _, names in os.walk(folder, onerror=refuse):
+        yield from (Path(place, name) for name in names)
+
+
+def _content(path: Path) -> bytes:
+    if path.is_symlink() or not path.is_file():
+        raise DataError(f"{path}: no regular file; expected none but such in what is checked")
+    try:
+        if path.stat().st_size > _MOST:
+            raise DataError(f"{path}: larger than {_MOST} bytes; check its parts one by one")
+        return path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); run as its owner") from error

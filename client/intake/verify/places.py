@@ -1,0 +1,164 @@
+"""What lies in a folder: databases, texts, archives, pixels, and bytes of any other kind."""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import io
+import re
+import sqlite3
+import zipfile
+import zlib
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import NamedTuple
+
+from common.cohort import INDEX_FILE
+
+_SQLITE, _ZIP, _GZIP, _PDF = b"SQLite format 3\0", b"PK\x03\x04", b"\x1f\x8b\x08", b"%PDF"
+_RUN = re.compile(rb"(?:[\t\x20-\x7e]|[\xc3-\xdf][\x80-\xbf]){8,}")
+_WIDE_RUN = re.compile(rb"(?:[\x20-\x7e]\0){6,}")
+_BASE64 = re.compile(r"(?<![\w+/=])[A-Za-z0-9+/]{24,}={0,2}(?![\w+/=])")
+_STREAM = re.compile(rb"stream\r?\n(.*?)endstream", re.DOTALL)
+_MOST = 2**31
+_DEEPEST = 3
+_HEX = re.compile(r"[0-9a-f]+")
+_PSEUDONYMS = ("patient", "study", "series", "instance")
+
+
+class Text(NamedTuple):
+    """A text of a file: where it stands, in words and from which byte, and what it is.
+
+    ``pseudonym`` is whether nothing but a pseudonym may stand there.
+    """
+
+    where: str
+    offset: int
+    text: str
+    pseudonym: bool = False
+
+
+class Content(NamedTuple):
+    """What one file holds: its texts, and its bytes as they are."""
+
+    texts: Iterator[Text]
+    data: bytes
+    is_text: bool
+
+
+def content_of(data: bytes, path: Path | None = None) -> Content:
+    """What the bytes of a file hold, by their own first bytes and not by its name.
+
+    Args:
+        data: the bytes.
+        path: where they lie, if they are a file by themselves; a database is opened there.
+    """
+    if data.startswith(_SQLITE) and path is not None:
+        return Content(_cells(path), data, is_text=False)
+    if data.startswith(_PDF):
+        return Content(_document(data), data, is_text=False)
+    text = _as_text(data)
+    if text is None:
+        return Content(_runs(data), data, is_text=False)
+    return Content(_text_and_encoded(text), data, is_text=True)
+
+
+def members(data: bytes, depth: int = 0) -> Iterator[tuple[str, bytes]]:
+    """Name and bytes of each file in an archive; none if it is no archive.
+
+    An archive within an archive is opened, too, up to three of them.
+    """
+    if depth >= _DEEPEST:
+        return
+    if data.startswith(_GZIP):
+        yield "", _unzipped(data)
+    elif data.startswith(_ZIP):
+        try:
+            with zipfile.ZipFile(io.BytesIO(data)) as archive:
+                for entry in archive.infolist():
+                    if not entry.is_dir() and entry.file_size < _MOST:
+                        yield entry.filename, archive.read(entry)
+        except (zipfile.BadZipFile, OSError, RuntimeError, NotImplementedError, ValueError):
+            return
+
+
+def _unzipped(data: bytes) -> bytes:
+    try:
+        return gzip.GzipFile(fileobj=io.BytesIO(data)).read(_MOST)
+    except (OSError, EOFError, zlib.error):
+        return b""
+
+
+def _as_text(data: bytes) -> str | None:
+    if b"\0" in data[:4096]:
+        return None
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError:
+        return None
+
+
+def _text_and_encoded(text: str) -> Iterator[Text]:
+    yield Text("text", 0, text)
+    for match in _BASE64.finditer(text):
+        decoded = _decoded(match[0])
+        for run in _RUN.finditer(decoded):
+            yield Text("text in base64", match.start(), run[0].decode("utf-8", "replace"))
+
+
+def _decoded(text: str) -> bytes:
+    if _HEX.fullmatch(text):
+        return b""
+    try:
+        return base64.b64decode(text + "=" * (-len(text) % 4))
+    except ValueError:
+        return b""
+
+
+def _runs(data: bytes) -> Iterator[Text]:
+    """Texts between other bytes, in one byte a letter or in two."""
+    for match in _RUN.finditer(data):
+        yield Text("text between bytes", match.start(), match[0].decode("utf-8", "replace"))
+    for match in _WIDE_RUN.finditer(data):
+        yield Text("text in UTF-16", match.start(), match[0].decode("utf-16-le"))
+
+
+def _document(data: bytes) -> Iterator[Text]:
+    """A PDF's texts, those of its compressed streams too; its letters may stand apart."""
+    yield from _runs(data)
+    for match in _STREAM.finditer(data):
+        inflater = zlib.decompressobj()
+        try:
+            inflated = inflater.decompress(match[1], _MOST)
+        except zlib.error:
+            continue
+        for run in _RUN.finditer(inflated):
+            yield Text("text in a stream", match.start(1), run[0].decode("utf-8", "replace"))
+
+
+def _cells(path: Path) -> Iterator[Text]:
+    """Every cell of every table of a database, opened as it lies there."""
+    location = f"{path.absolute().as_uri()}?mode=ro&immutable=1"
+    try:
+        with closing(sqlite3.connect(location, uri=True)) as database:
+            database.text_factory = lambda raw: raw.decode("utf-8", "replace")
+            names = database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")
+            for (name,) in names.fetchall():
+                yield from _rows(database, str(name), is_index=path.name == INDEX_FILE)
+    except sqlite3.Error:
+        yield Text("database", 0, "")
+
+
+def _rows(database: sqlite3.Connection, table: str, *, is_index: bool) -> Iterator[Text]:
+    quoted = '"' + table.replace('"', '""') + '"'
+    rows = database.execute(f"SELECT * FROM {quoted}")  # noqa: S608
+    columns = [column[0] for column in rows.description]
+    for row in rows:
+        for column, cell in zip(columns, row, strict=True):
+            where = f"table {table}, column {column}"
+            if isinstance(cell, str):
+                keyed = is_index and table == "image" and column in _PSEUDONYMS
+                yield Text(where, 0, cell, pseudonym=keyed)
+            elif isinstance(cell, bytes):
+                yield from (run._replace(where=where) for run in _runs(cell))
