@@ -48,7 +48,8 @@ def progress_bar() -> Iterator[Progress]:
 def print_summary(summary: IntakeSummary) -> None:
     """Show what an intake has done: contents, what was not used and why, warnings."""
     if summary.not_used:
-        console.print(_reasons(summary.not_used))
+        title = f"Not used: {len(summary.not_used)}. For your own eyes: names may tell of patients"
+        console.print(reasons(summary.not_used, title, "--not-used"))
     print_contents(summary.cohort, summary.contents)
 
 
@@ -72,12 +73,14 @@ def print_contents(path: Path, contents: CohortSummary) -> None:
         console.print(f"[bold yellow]Attention:[/] {escape(warning)}", highlight=False)
 
 
-def _reasons(not_used: tuple[NotUsed, ...]) -> Table:
-    """One line a reason, the most frequent first, with a few examples."""
+def reasons(not_used: tuple[NotUsed, ...], title: str, option: str) -> Table:
+    """One line a reason, the most frequent first, with a few examples.
+
+    `option` is that of the command which lists all of them in a file.
+    """
     by_reason: defaultdict[str, list[str]] = defaultdict(list)
     for item in not_used:
         by_reason[item.reason].append(printable(item.what))
-    title = f"Not used: {len(not_used)}. For your own eyes: names may tell of patients"
     table = Table("reason", "how many", "for example", title=title, title_justify="left")
     ranked = sorted(by_reason.items(), key=lambda entry: -len(entry[1]))
     for reason, things in ranked[:_REASONS_SHOWN]:
@@ -85,9 +88,7 @@ def _reasons(not_used: tuple[NotUsed, ...]) -> Table:
         examples = "\n".join(things[:_EXAMPLES_SHOWN]) + more
         table.add_row(escape(reason), str(len(things)), escape(examples))
     if len(ranked) > _REASONS_SHOWN:
-        table.add_row(
-            f"{len(ranked) - _REASONS_SHOWN} more reasons", "", "all with --not-used FILE"
-        )
+        table.add_row(f"{len(ranked) - _REASONS_SHOWN} more reasons", "", f"all with {option} FILE")
     return table
 
 
@@ -108,5 +109,6 @@ def write_listing(path: Path, not_used: tuple[NotUsed, ...]) -> None:
 
 
 def printable(name: str) -> str:
-    """A file name may hold bytes that are no text."""
-    return name.encode("utf-8", "backslashreplace").decode("utf-8")
+    """A file name may hold bytes that are no text, and characters that steer a terminal."""
+    text = name.encode("utf-8", "backslashreplace").decode("utf-8")
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
