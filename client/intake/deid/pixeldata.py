@@ -19,6 +19,7 @@ from pydicom.encaps import encapsulate, get_frame
 from pydicom.pixels.processing import apply_color_lut
 from pydicom.uid import UID, ExplicitVRLittleEndian
 
+from client.intake.decision import Decision
 from client.intake.deid.burned_in import Box, outside_regions
 from client.intake.deid.codestrip import stripped
 from client.intake.deid.findtext import find_text
@@ -64,6 +65,7 @@ class PixelCleaner:
         outside: where an ultrasound screen has no image.
         strip: takes the words out of a compressed frame.
         mask: takes out the bits that the header does not describe.
+        decision: what a person said of the file, if one did: it goes before the profile.
     """
 
     profile: Profile
@@ -72,6 +74,7 @@ class PixelCleaner:
     outside: Callable[[Dataset, int, int], NDArray[np.bool_] | None] = outside_regions
     strip: Callable[[bytes, UID], Any] = stripped
     mask: Callable[[NDArray[Any], Dataset], NDArray[Any]] = field(default_factory=lambda: masked)
+    decision: Decision | None = None
 
     def __call__(self, file: DicomFile) -> CleanPixels:
         """Clean all frames of a file that has just been parsed.
@@ -88,7 +91,7 @@ class PixelCleaner:
         frames, boxes = [], 0
         for number in range(geometry.frames):
             stored = self.mask(decode(number), file.header)
-            found = text_in(_planes(stored, file.header), self.profile, self.find)
+            found = self._boxes(list(_planes(stored, file.header)))
             boxes += len(found)
             frames.append(_blanked(stored, file.header, found, outside))
         if not boxes and outside is None:
@@ -98,6 +101,13 @@ class PixelCleaner:
         attributes = _COLOUR_BY_PIXEL if frames[0].ndim == 3 else {}
         data = _native(frames, file.header)
         return CleanPixels(ExplicitVRLittleEndian, data, attributes, boxes, outside is not None)
+
+    def _boxes(self, planes: list[NDArray[Any]]) -> list[Box]:
+        said = self.decision
+        if said is None:
+            return text_in(planes, self.profile, self.find)
+        found = [box for plane in planes for box in self.find(plane)] if said.found else []
+        return [*said.blank, *found]
 
     def _compressed(
         self, file: DicomFile, element: PixelElement, geometry: Geometry
