@@ -19,6 +19,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from client.book import Book, Limit
+from client.intake.reception import Listen
 from client.intake.settings import IntakeSettings, PathText
 from client.ledger import stamp
 from common import accounting
@@ -206,6 +207,7 @@ class Policy(Section):
         budget: for life; None only where no real patient stands behind the cohort.
         data: None only there as well.
         intake: how images are taken in; no run is judged by it.
+        listen: what may be sent here over the network; None: nothing listens.
     """
 
     site: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$")]
@@ -221,6 +223,7 @@ class Policy(Section):
     machine: Machine = Machine()
     ledger: LedgerFiles = LedgerFiles()
     intake: IntakeSettings = IntakeSettings()
+    listen: Listen | None = None
 
     @model_validator(mode="after")
     def _delta_is_meaningful(self) -> Self:

@@ -15,6 +15,7 @@ from rich.progress import track
 from rich.text import Text
 
 from common.errors import ConfigError, Refusal
+from deploy.cli_listen import listen
 from deploy.run_words import printable
 
 if TYPE_CHECKING:  # each command imports what it needs: --help answers at once
@@ -605,3 +606,6 @@ def _known(book: Book, start: str) -> str:
 
 def _limit(limit: Limit) -> str:
     return f"epsilon {limit.epsilon:g} at delta {limit.delta:g}, order {limit.order:g}"
+
+
+node_app.command()(listen)

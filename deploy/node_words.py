@@ -29,6 +29,7 @@ def explained(policy: Policy) -> tuple[Paragraph, ...]:
         Paragraph("What it may spend", tuple(_budget(policy))),
         Paragraph("What it trains on", tuple(_data(policy))),
         Paragraph("What leaves it", tuple(_leaves(policy))),
+        Paragraph("What is sent to it", tuple(_receives(policy))),
     )
 
 
@@ -220,6 +221,24 @@ def _names(names: Names) -> str:
     if names == "any":
         return "any"
     return _listed(names) if names else "none"
+
+
+def _receives(policy: Policy) -> Iterator[str]:
+    listen = policy.listen
+    if listen is None:
+        yield "Nothing listens: no DICOM comes here over the network."
+        return
+    callers = ", ".join(caller.ae_title for caller in listen.callers)
+    yield (
+        f"`cloister node listen` takes images from {callers}, at {listen.address}:{listen.port} "
+        f"under the name {listen.ae_title}, into {listen.inbox}: originals, with identities."
+    )
+    if listen.transport == "plain":
+        yield "It is plain TCP: whoever is on the way can read and change what is sent."
+    elif listen.ask_callers_for == "nothing":
+        yield "It is TLS, but callers show no certificate: an AE title is all that they need."
+    else:
+        yield "It is TLS, and a caller has to show a certificate."
 
 
 def _listed(names: tuple[str, ...]) -> str:

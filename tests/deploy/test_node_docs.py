@@ -75,7 +75,7 @@ def test_the_example_names_no_default_but_the_real_one(tmp_path: Path):
     (tmp_path / "node.toml").write_text(example())
     whole = read_policy(tmp_path / "node.toml")
     for name, field in Policy.model_fields.items():
-        if not field.is_required():
+        if not field.is_required() and name != "listen":  # shown whole, and left out by default
             assert getattr(whole, name) == field.get_default(), name
     assert whole.budget is not None
     without = whole.budget.model_copy(update={"order": None})

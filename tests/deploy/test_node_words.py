@@ -50,6 +50,7 @@ CHANGES: dict[str, Any] = {
     "machine.device": "cuda:1",
     "machine.gradient_memory": 999,
     "ledger.witness": "/mnt/log/north",
+    "listen": {"transport": "plain", "callers": [{"ae_title": "PACS"}]},
 }
 
 
