@@ -1,9 +1,10 @@
 """Finds lines of text in an image, by the shape of writing: no dictionary, no learned model.
 
 A glyph is a small piece that stands out of what lies around it: lighter or darker than an opening
-or closing of the image would have it (Soille 2003, 4.5), or of exactly one grey value, as overlays
-are drawn. A line of text is a row of such pieces of like height, side by side or one above the
-other, with quiet around them. Found lines are boxed with a margin.
+or closing of the image would have it (Soille 2003, 4.5), or of one grey value, as overlays are
+drawn, or of the lightest or darkest in the image. A line of text is a row of such pieces of like
+height, side by side or one above the other, with quiet around them. Found lines are boxed with a
+margin.
 
 It finds lines of about four glyphs and more, 6 pixels high or higher, nearly level or nearly
 upright. It does not see handwriting, single letters, slanting lines or text that is fainter than
@@ -59,7 +60,15 @@ _SHORTEST = 2.6
 _ON_LINE, _OF_ONE_HEIGHT = 0.5, 0.3
 _UNEVEN = (24, 0.24, 0.6)
 """From this height on strokes are wide and even; below, their soft edges count for more."""
+_STROKED = (12, 0.8)
+"""From this height on a glyph is made of strokes and fills no more of its box; a vertebra does."""
 _SPIKES = 4
+_END = 0.06
+"""Part of the image's range that is an end of it."""
+_GROUND = 0.3
+"""Part of the pixels from which on a value is no text but what text stands on."""
+_CLEAREST_COUNTED = 100
+"""So much contrast is enough: text at an end of the range may lie half on light, half on dark."""
 _MOST_STEPS = 8
 _SMALLER = ((383, 2), (1400, 4))
 """Images with a longer side are searched at a smaller size too, for larger letters."""
@@ -136,6 +145,13 @@ class _Groups(NamedTuple):
             yield self.order[self.starts[place] :][: self.sizes[place]]
 
 
+class _Span(NamedTuple):
+    """Values of an image, both ends included."""
+
+    low: Any
+    high: Any
+
+
 class _Histogram(NamedTuple):
     """The values of an image, rising, and how often each stands in it."""
 
@@ -172,12 +188,12 @@ def find_text(plane: NDArray[Any]) -> list[Box]:
     plane = _numbers(plane)
     histogram = _Histogram.of(plane)
     grey = _stretched(plane, histogram)
-    values = list(_spikes(histogram, plane.size))
-    lines = [*_by_shape(grey), *_by_one_value(plane, grey, values)]
+    spans = list(dict.fromkeys(_spans(histogram)))
+    lines = [*_by_shape(grey), *_by_value(plane, grey, spans)]
     for longest, times in _SMALLER:
         if max(plane.shape) > longest:
             smaller = [*_by_shape(_shrunk(grey, times))]
-            smaller += _by_one_value(_thinned(plane, times), _thinned(grey, times), values)
+            smaller += _by_value(_thinned(plane, times), _thinned(grey, times), spans)
             lines += [line.enlarged(times) for line in smaller]
     return [box for upright in (False, True) for box in _boxes(lines, upright, plane.shape)]
 
@@ -234,25 +250,32 @@ def _of_relief(relief: Grey) -> Iterator[_Line]:
         yield from _lines(relief > level, relief)
 
 
-def _by_one_value(plane: NDArray[Any], grey: Grey, values: list[Any]) -> Iterator[_Line]:
-    """Lines drawn in one value."""
+def _by_value(plane: NDArray[Any], grey: Grey, spans: list[_Span]) -> Iterator[_Line]:
+    """Lines drawn in one value, or in values at an end of the image's range."""
     edges = cv2.morphologyEx(grey, cv2.MORPH_GRADIENT, np.ones((3, 3), dtype=np.uint8))
-    for value in values:
-        mask = plane == value
-        yield from _lines(mask, np.where(mask, edges, 0).astype(np.int16), least=_CLEAREST)
+    even = np.minimum(edges, _CLEAREST_COUNTED)
+    for low, high in spans:
+        single = low == high
+        mask = plane == low if single else (plane >= low) & (plane <= high)
+        if cv2.countNonZero(mask.view(np.uint8)) < _GROUND * mask.size:
+            relief = np.where(mask, edges if single else even, 0).astype(np.int16)
+            yield from _lines(mask, relief, least=_CLEAREST)
 
 
-def _spikes(histogram: _Histogram, pixels: int) -> Iterator[Any]:
-    """The lowest and highest values, and those with many more pixels than the values beside them.
-
-    Not one that a third of the image has, which is its ground.
-    """
+def _spans(histogram: _Histogram) -> Iterator[_Span]:
+    """Values that text may have: single ones, and the highest and the lowest together."""
     values, counts = histogram
     around = ndimage.median_filter(counts, size=9, mode="nearest")
     most = np.argsort(counts - 3 * around)[::-1][:_SPIKES].tolist()
     for place in sorted({0, len(values) - 1, *most}):
-        if 20 < counts[place] < 0.3 * pixels:
-            yield values[place]
+        if counts[place] > 20:
+            yield _Span(values[place], values[place])
+    low, high = float(values[0]), float(values[-1])
+    reach = _END * (histogram.percentile(0.995) - histogram.percentile(0.005))
+    for part in (0, 0.001):
+        darkest, lightest = histogram.percentile(part), histogram.percentile(1 - part)
+        yield _Span(low, darkest + reach)
+        yield _Span(lightest - reach, high)
 
 
 def _lines(mask: Mask, relief: Grey, least: float = _CLEAR) -> Iterator[_Line]:
@@ -416,6 +439,7 @@ def _on_one_line(pieces: _Pieces, groups: _Groups, typical: Column) -> Column:
 def _is_certain(line: _Pieces, least: float) -> bool:
     """Whether it would be text even in an image that has no other, at this contrast at least."""
     height = (line.bottom - line.top).astype(np.float64)
+    fill = line.area / (height * (line.right - line.left))
     groups = _Groups.of(np.zeros(len(height), dtype=np.int64))
     typical = float(np.median(height))
     alike = float((abs(height / typical - 1) <= 0.25).mean())
@@ -423,6 +447,7 @@ def _is_certain(line: _Pieces, least: float) -> bool:
         len(height) >= 4
         and alike >= 0.5
         and float(_on_one_line(line, groups, np.array([typical]))[0]) >= 0.65
+        and (typical < _STROKED[0] or float(np.median(fill)) <= _STROKED[1])
         and _under_one_line(line, typical) >= 0.4
         and float(np.median(line.contrast)) >= least
     )
