@@ -425,9 +425,13 @@ def index_file(path: Path) -> Path:
     Raises:
         CohortError: if there is none, or parts of both: nobody could say which of them counts.
     """
-    plain, sealed = (
-        [name for name in names if (path / name).exists()] for names in (_PLAIN, _SEALED)
-    )
+    try:
+        there = {entry.name for entry in path.iterdir()}
+    except OSError as error:
+        raise CohortError(f"{path}: not a cohort ({error}); make one with `cloister intake`") from (
+            error
+        )
+    plain, sealed = ([name for name in names if name in there] for names in (_PLAIN, _SEALED))
     if plain and sealed:
         raise CohortError(
             f"{path}: has {plain[0]} beside {sealed[0]}, a plain and a sealed cohort at once; "

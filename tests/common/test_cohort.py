@@ -434,6 +434,9 @@ def test_equal_images_are_not_equal_on_the_disk(tmp_path: Path) -> None:
 
     assert len(content) == 2 * PIECE
     assert content[:PIECE] != content[PIECE:]
+    swap(tmp_path / "c" / SEALED_IMAGES, 0, 1)
+    with pytest.raises(CohortError, match="image 0 is not the one"):
+        Cohort.open(tmp_path / "c", KEY).images([0])
 
 
 def test_only_the_rows_that_are_asked_for_are_opened(sealed: Path) -> None:
