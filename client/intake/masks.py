@@ -214,7 +214,7 @@ class _Atlas:
     def __init__(self, images: Iterable[Dataset], mask: Geometry) -> None:
         self._images = {text_of(image, "SOPInstanceUID"): image for image in images}
         self._mask = mask
-        self._missing: set[str] = set()
+        self._planes: dict[Place, Plane | None] = {}
 
     def named(self, header: Dataset) -> Iterator[Place]:
         """The single-frame images that the segmentation names at the top of its header."""
@@ -241,16 +241,19 @@ class _Atlas:
         whole = [
             Place(at.instance, number)
             for at in dict.fromkeys(sources)
-            for number in ([at.frame] if at.frame else self._every_frame(at.instance))
+            for number in ([at.frame] if at.frame else self._described(at.instance))
         ]
         return whole[0] if len(whole) == 1 else self._nearest(whole, header, frame)
 
-    def _every_frame(self, instance: str) -> range:
-        return range(1, _frames(self._images[instance]) + 1)
+    def _described(self, instance: str) -> range:
+        """The frames that an image has a word for: as many as it claims are too many to try."""
+        image = self._images[instance]
+        groups = len(items_of(image, "PerFrameFunctionalGroupsSequence"))
+        return range(1, max(1, min(_frames(image), groups)) + 1)
 
     def _at(self, header: Dataset, frame: int) -> Place:
         """The image at the same place, for a frame that names none."""
-        every = [Place(uid, number) for uid in self._images for number in self._every_frame(uid)]
+        every = [Place(uid, number) for uid in self._images for number in self._described(uid)]
         return self._nearest(every, header, frame)
 
     def _nearest(self, places: list[Place], header: Dataset, frame: int) -> Place:
@@ -283,7 +286,10 @@ class _Atlas:
             )
 
     def _plane(self, place: Place) -> Plane | None:
-        return _plane_or_none(self._images[place.instance], place.frame - 1)
+        if place not in self._planes:
+            image = self._images[place.instance]
+            self._planes[place] = _plane_or_none(image, place.frame - 1)
+        return self._planes[place]
 
 
 def _check_class(header: Dataset) -> None:

@@ -31,6 +31,7 @@ from pydicom.uid import (
     ExplicitVRBigEndian,
     ExplicitVRLittleEndian,
     ImplicitVRLittleEndian,
+    RLELossless,
 )
 
 from client.intake.codestream import claimed_size
@@ -246,6 +247,8 @@ class FrameDecoder:
             stream, frame, number_of_frames=self.geometry.frames, extended_offsets=offsets
         )
         claim = claimed_size(data)
+        if claim is None and self.file.syntax != RLELossless:
+            raise IntakeError("its compressed image does not begin like one of its transfer syntax")
         if claim is not None and claim != self.geometry[:3]:
             raise IntakeError(
                 f"its compressed image has rows, columns, samples {tuple(claim)}, "

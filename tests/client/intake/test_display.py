@@ -409,8 +409,8 @@ def of_every_kind() -> Iterator[tuple[str, NDArray[Any], dict[str, Any]]]:
     voi = lut(50, np.arange(0, 4000, 2), 12)
     yield "window", STORED, {"WindowCenter": [40, 300], "WindowWidth": [400, 2000]}
     for function in ("SIGMOID", "LINEAR_EXACT"):
-        window = {"WindowCenter": 900.5, "WindowWidth": 700, "VOILUTFunction": function}
-        yield function, STORED, window
+        curve = {"WindowCenter": 900.5, "WindowWidth": 700, "VOILUTFunction": function}
+        yield function, STORED, curve
     yield "tables", STORED, {"ModalityLUTSequence": lut(0, np.arange(4096) // 2, 16)}
     yield "voi", STORED, {"VOILUTSequence": voi, "RescaleSlope": 0.7, "RescaleIntercept": 3}
     signed = STORED.astype(np.int16) - 2000
@@ -572,6 +572,6 @@ def by_dcmtk(one: Shown, target: Path) -> NDArray[np.float64] | None:
     if "VOILUTSequence" in one.header:
         how = ["+Wl", "1"]
     grey = one.image.ndim == 2
-    command = ["dcmj2pnm", "+op", "-O", *(how if grey else []), one.path, target]
+    command: list[str | Path] = ["dcmj2pnm", "+op", "-O", *(how if grey else []), one.path, target]
     subprocess.run(command, capture_output=True, check=False)
     return np.asarray(Image.open(target), dtype=np.float64) if target.exists() else None

@@ -28,7 +28,8 @@ SHAPE = (7, 11, 13)
 
 def ramp(points: NDArray[np.float64]) -> NDArray[np.float64]:
     """A value that is linear in space."""
-    return points @ np.array([3.0, -2.0, 5.0]) + 100
+    values: NDArray[np.float64] = points @ np.array([3.0, -2.0, 5.0]) + 100
+    return values
 
 
 def turned() -> NDArray[np.float64]:
