@@ -21,7 +21,8 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from client.book import Book, Entry, Kind, columns, note
-from client.intake.settings import Encryption, IntakeSettings, cohort_key
+from client.intake.deid.profile import Profile
+from client.intake.settings import Encryption, IntakeSettings, Reidentification, cohort_key
 from client.keyfile import create_key
 from client.ledger import Ledger, Signed, TaskKey
 from client.policy import Policy, read_policy
@@ -1057,3 +1058,14 @@ def test_a_command_that_never_stops_printing_fills_no_memory(tmp_path: Path):
     with pytest.raises(ConfigError, match="are no key"):
         cohort_key(tmp_path, settings)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # KiB
+
+
+def test_the_page_of_the_nodes_file_shows_what_can_be_sealed(tmp_path: Path):
+    page = (Path(__file__).parents[2] / "docs" / "node-file.md").read_text()
+    first, second = re.findall(r"```toml\n(.*?)```", page, re.DOTALL)
+    found = read_intake(tmp_path, second)
+    assert found.encryption == Encryption(key_file="cohort.key")
+    assert found.reidentification == Reidentification(public_key="officer.pem")
+    for section in (IntakeSettings, Encryption, Reidentification, Profile):
+        for key in section.model_fields:
+            assert re.search(rf"^(# )?{key} =|\[intake\.{key}\]", first + second, re.MULTILINE), key
