@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import pytest
+from pydicom import dcmread
 
-from common.spec import RunSpec
+from client.intake.deid.profile import Profile
+from client.intake.desk import Desk, Entry
+from client.intake.dicom import FileResult, Task
+from client.intake.keys import SiteKey
+from client.intake.labels import read_labels
+from client.intake.take import Order, take_in
+from common.spec import RunSpec, read_run_file
 from deploy import cli
 
 EXTRA = """
@@ -186,3 +195,110 @@ class Watching:
 def watching() -> Iterator[type[Watching]]:
     """`watching(then)`: an observer of one run."""
     return Watching  # type: ignore[return-value]
+
+
+# --- Reviewing an intake --------------------------------------------------------------------------
+
+
+class InThisProcess:
+    """Reads one object after another, without another process."""
+
+    def __init__(self, reader: Callable[[Task], FileResult], *_: object) -> None:
+        self._reader = reader
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def map(self, tasks: Iterable[Task]) -> Iterator[FileResult]:
+        return map(self._reader, tasks)
+
+
+@dataclass(frozen=True)
+class Ward:
+    """A source, a cohort that was taken in from it, and the desk beside it."""
+
+    source: Path
+    place: Path
+    profile: Profile
+
+    @property
+    def cohort(self) -> Path:
+        return self.place / "north.cohort"
+
+    @property
+    def key_file(self) -> Path:
+        return self.place / "site.key"
+
+    @property
+    def key(self) -> SiteKey:
+        return SiteKey.from_file(self.key_file)
+
+    def desk(self) -> Desk:
+        """The desk, opened anew."""
+        return Desk(self.place / "north.cohort.intake", self.key)
+
+    def entry(self, name: str) -> Entry:
+        """The object of a file."""
+        with self.desk() as desk:
+            return next(entry for entry in desk.entries() if desk.place(entry).endswith(name))
+
+    def take_in(self) -> None:
+        """Take the source in, or what has come or was decided since."""
+        run = read_run_file(self.place / "run.toml").spec
+        labels = read_labels(self.place / "labels.csv", run.task)
+        order = Order(self.source, self.cohort, run, labels, self.key, self.profile)
+        take_in(order, pool=InThisProcess)
+
+
+@pytest.fixture(scope="session")
+def make_ward(spec_text: str) -> Callable[..., Ward]:
+    """`make_ward(source, place)`: take in every file of a folder, each with the same label."""
+
+    def make(source: Path, place: Path, profile: Profile | None = None) -> Ward:
+        ward = Ward(source, place, profile or Profile())
+        shape = "height = 16\nwidth = 16\n"
+        text = spec_text.replace(shape, 'height = 128\nwidth = 128\nframes = "all"\n')
+        (place / "run.toml").write_text(text)
+        files = [file for file in source.rglob("*") if file.is_file()]
+        headers = [dcmread(file, stop_before_pixels=True, force=True) for file in files]
+        names = sorted({str(header.get("PatientID") or "none") for header in headers})
+        lines = ["PatientID,label", *(f'"{name}",normal' for name in names)]
+        (place / "labels.csv").write_text("\n".join(lines))
+        ward.take_in()
+        return ward
+
+    return make
+
+
+REAL = (
+    "deid-data/ultrasounds/GREYSCALE_IMAGE.dcm",  # waits, with text in it
+    "deid-data/ultrasounds/RGB_IMAGE.dcm",  # kept, blanked
+    "presidio/docs/samples/python/sample_data/2_ORIGINAL.dcm",  # kept, blanked
+    "pydicom-data/SC_rgb_2frame.dcm",  # waits, two frames
+    "highdicom/ct_image.dcm",  # kept as it is
+    "highdicom/seg_image_ct_binary.dcm",  # refused
+)
+
+
+@pytest.fixture(scope="session")
+def ward_of_all(
+    tmp_path_factory: pytest.TempPathFactory, shared_data: Path, make_ward: Callable[..., Ward]
+) -> Ward:
+    """Real files taken in once; what changes it works on a copy (`ward`)."""
+    place = tmp_path_factory.mktemp("ward")
+    (place / "source").mkdir()
+    for name in REAL:
+        shutil.copy(shared_data / "dicom" / name, place / "source")
+    return make_ward(place / "source", place)
+
+
+@pytest.fixture
+def ward(ward_of_all: Ward, tmp_path: Path) -> Ward:
+    """A copy of the desk and cohort of real files: two objects wait, two have blanked pixels."""
+    for part in ward_of_all.place.iterdir():
+        if part.name != "source":
+            copy = shutil.copytree if part.is_dir() else shutil.copy
+            copy(part, tmp_path / part.name)
+    return Ward(ward_of_all.source, tmp_path, ward_of_all.profile)
