@@ -21,7 +21,7 @@ from common.spec import RunSpec, read_run_file
 from deploy.cli_keys import add_key_commands
 from deploy.cli_labels import labels
 from deploy.cli_review import review
-from deploy.cli_take import run
+from deploy.cli_take import export, run
 from deploy.cli_verify import verify
 from deploy.intake_words import (
     console,
@@ -184,6 +184,7 @@ def take_in(source: Source, cohort: Path, spec: RunSpec, listing: Path | None = 
 
 
 intake_app.command()(run)
+intake_app.command()(export)
 add_key_commands(intake_app)
 intake_app.command()(labels)
 intake_app.command()(review)

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from deploy.intake_words import console, print_summary, progress_bar, write_listing
+from deploy.intake_words import (
+    console,
+    print_not_used,
+    print_summary,
+    progress_bar,
+    write_listing,
+)
 
 if TYPE_CHECKING:
     from client.intake.deid.profile import Profile
     from client.intake.keys import SiteKey
+    from client.intake.registry import Registry
     from client.intake.run import IntakeSummary
     from client.intake.take import Order
 
@@ -37,6 +46,11 @@ CohortKeyFile = Annotated[
     Path | None,
     typer.Option("--cohort-key", help="File of the key that seals the cohort at rest."),
 ]
+Workers = Annotated[int, typer.Option(min=0, help="Processes that read; 0: one for each core.")]
+NotUsed = Annotated[
+    Path | None,
+    typer.Option(help="Write everything that was not used, with its reason, to this CSV."),
+]
 
 
 @dataclass(frozen=True)
@@ -46,6 +60,7 @@ class Means:
     key: SiteKey
     profile: Profile
     cohort_key: bytes | None
+    registry: Registry | None = None
 
 
 def means_of(
@@ -69,6 +84,7 @@ def means_of(
     """
     from client.intake.deid.profile import Profile, parse_profile
     from client.intake.keys import SiteKey
+    from client.intake.registry import Registry
     from client.intake.settings import cohort_key as key_of_cohorts
     from client.keyfile import read_key
     from client.policy import read_policy
@@ -82,7 +98,9 @@ def means_of(
             )
         settings = read_policy(node / "node.toml").intake
         key = SiteKey.from_file(node / settings.site_key)
-        return Means(key, settings.profile, key_of_cohorts(node, settings))
+        asked = settings.reidentification
+        registry = Registry(node / asked.table, node / asked.public_key) if asked else None
+        return Means(key, settings.profile, key_of_cohorts(node, settings), registry)
     chosen = parse_profile(_text(profile), source=str(profile)) if profile else Profile()
     key = SiteKey.from_file(site_key or desk / KEY_FILE)
     return Means(key, chosen, read_key(cohort_key, "cohort key") if cohort_key else None)
@@ -117,13 +135,8 @@ def run(
     split: Annotated[
         str, typer.Option(help="Put every image into this split: train, validation or test.")
     ] = "",
-    workers: Annotated[
-        int, typer.Option(min=0, help="Processes that read; 0: one for each core.")
-    ] = 0,
-    not_used: Annotated[
-        Path | None,
-        typer.Option(help="Write everything that was not used, with its reason, to this CSV."),
-    ] = None,
+    workers: Workers = 0,
+    not_used: NotUsed = None,
 ) -> None:
     """Take DICOM in: every object de-identified, the images into a cohort, and a report.
 
@@ -161,6 +174,7 @@ def run(
         split,
         means.cohort_key,
         workers,
+        registry=means.registry,
     )
     summary = take_in_shown(order)
     if not_used is not None:
@@ -175,16 +189,62 @@ def take_in_shown(order: Order) -> IntakeSummary:
     """
     from client.intake.take import take_in
 
-    try:
-        with progress_bar() as progress:
-            task = progress.add_task("Taking in", total=None)
-            summary = take_in(
-                order,
-                progress=lambda done, total: progress.update(task, completed=done, total=total),
-            )
-    except KeyboardInterrupt:
-        console.print("interrupted; the same command goes on where it was")
-        raise
+    with _shown("Taking in") as show:
+        summary = take_in(order, progress=show)
     print_summary(summary)
     console.print(f"What was done, and what waits: [bold]{order.desk}[/]", highlight=False)
     return summary
+
+
+@contextmanager
+def _shown(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar; interrupted, it says how to go on."""
+    try:
+        with progress_bar() as progress:
+            task = progress.add_task(what, total=None)
+            yield lambda done, total: progress.update(task, completed=done, total=total)
+    except KeyboardInterrupt:
+        console.print("interrupted; the same command goes on where it was")
+        raise
+
+
+def export(
+    source: Annotated[
+        Path, typer.Argument(help="A folder of DICOM files at any depth, a ZIP, or a DICOMDIR.")
+    ],
+    folder: Annotated[Path, typer.Argument(help="Where the de-identified files are put.")],
+    *,
+    node: Node = None,
+    profile: ProfileFile = None,
+    site_key: KeyFile = None,
+    workers: Workers = 0,
+    not_used: NotUsed = None,
+) -> None:
+    """Write de-identified DICOM files, for annotation or publication.
+
+    Each object that the profile lets through is written anew as
+    `FOLDER/patient/study/series/instance.dcm`, in keyed pseudonyms and new UIDs. Like `cloister
+    intake run` it goes on where it was killed, adds what has come since, lets a person review what
+    waits (`cloister intake review FOLDER`), and writes a report into `FOLDER.intake`.
+
+    Publishing is another step: look at a sample, and let `cloister intake verify` search it.
+
+    Example: `cloister intake export /archive/chest chest-deidentified --node north`
+    """
+    from client.intake.export import ExportOrder
+    from client.intake.export import export as write
+    from client.intake.take import check_target, desk_of
+
+    check_target(folder)
+    means = means_of(desk_of(folder), node, profile, site_key)
+    order = ExportOrder(source, folder, means.key, means.profile, workers, registry=means.registry)
+    with _shown("Exporting") as show:
+        summary = write(order, progress=show)
+    print_not_used(summary.not_used)
+    console.print(
+        f"{summary.files} files of {summary.patients} patients are in [bold]{folder}[/]",
+        highlight=False,
+    )
+    console.print(f"What was done, and what waits: [bold]{desk_of(folder)}[/]", highlight=False)
+    if not_used is not None:
+        write_listing(not_used, summary.not_used)

@@ -47,10 +47,15 @@ def progress_bar() -> Iterator[Progress]:
 
 def print_summary(summary: IntakeSummary) -> None:
     """Show what an intake has done: contents, what was not used and why, warnings."""
-    if summary.not_used:
-        title = f"Not used: {len(summary.not_used)}. For your own eyes: names may tell of patients"
-        console.print(reasons(summary.not_used, title, "--not-used"))
+    print_not_used(summary.not_used)
     print_contents(summary.cohort, summary.contents)
+
+
+def print_not_used(not_used: tuple[NotUsed, ...]) -> None:
+    """Show what nothing was made of, by reason; nothing if there is none."""
+    if not_used:
+        title = f"Not used: {len(not_used)}. For your own eyes: names may tell of patients"
+        console.print(reasons(not_used, title, "--not-used"))
 
 
 def print_contents(path: Path, contents: CohortSummary) -> None:

@@ -588,6 +588,7 @@ class Desk:
 
 _MEANING = {
     "format": "the format of the desk",
+    "makes": "what the desk is of",
     "key": "the site's key (or the key of the sealed cohort)",
 }
 

@@ -7,13 +7,20 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import BinaryIO
 
 from pydicom.dataset import Dataset
 
 from client.intake.builder import ImageRecord
 from client.intake.decision import Decision, Shot
-from client.intake.deid.seam import CleanFile, CleanFrame, Deidentifier, found_text
+from client.intake.deid.seam import (
+    CleanFile,
+    CleanFrame,
+    Deidentifier,
+    found_text,
+    patient_of,
+)
 from client.intake.deid.walk import Account
 from client.intake.deidentify import text_of
 from client.intake.display import brightness
@@ -22,6 +29,7 @@ from client.intake.labels import LabelEntry, LabelTable
 from client.intake.part10 import DicomFile, Directory, FrameDecoder, Geometry, Limits
 from client.intake.pixels import to_shape
 from client.intake.quiet import quiet
+from client.intake.registry import Registry
 from client.intake.shots import shot
 from client.intake.source import Kept
 from common.cohort import PIXEL
@@ -43,6 +51,15 @@ _NO_PICTURES = {
 
 
 @dataclass(frozen=True)
+class Written:
+    """A de-identified file that waits for its name: where it is, and whose it is in pseudonyms."""
+
+    path: Path
+    record: ImageRecord
+    sha256: str
+
+
+@dataclass(frozen=True)
 class FileResult:
     """What became of one object.
 
@@ -54,7 +71,7 @@ class FileResult:
         put_aside: it names no patient, and was not decoded for that.
         line: the line of the label table that spoke of it; 0 if none did.
         content: SHA-256 of its bytes; empty if they could not be read.
-        written: files that were written of it, for an export.
+        written: the file that was written of it, for an export.
         account: what was done to its header.
         shots: for a person's eyes.
     """
@@ -66,7 +83,7 @@ class FileResult:
     put_aside: bool = False
     line: int = 0
     content: str = ""
-    written: int = 0
+    written: Written | None = None
     account: Account = field(default_factory=Account)
     shots: tuple[Shot, ...] = ()
 
@@ -120,6 +137,7 @@ class FileReader:
         deidentify: through which every image passes.
         split: put on every image; if empty, the label table's split is.
         limits: what a file may ask for.
+        registry: is told who a pseudonym stands for; None where no table is kept.
     """
 
     settings: Input
@@ -127,6 +145,7 @@ class FileReader:
     deidentify: Deidentifier
     split: str = ""
     limits: Limits = field(default_factory=Limits)
+    registry: Registry | None = None
 
     def __call__(self, task: Task) -> FileResult:
         """Read an object; all that is wrong with it is in the result."""
@@ -146,7 +165,10 @@ class FileReader:
             geometry = file.geometry(self.limits)
             frames = self._frames(geometry)
             decode = FrameDecoder(file, element, geometry)
-            return self._judged(clean, entry, frames, decode, found)
+            kept = self._judged(clean, entry, frames, decode, found)
+            if kept.images and found.names_patient and self.registry is not None:
+                self.registry.add(kept.images[0].record.patient, *patient_of(file.header))
+            return kept
 
         result = result_of(task, self.limits, read)
         return replace(result, names_patient=found.names_patient, line=found.line)

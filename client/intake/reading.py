@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
 
 from client.intake.desk import Desk, Row, State
@@ -51,6 +51,7 @@ class _Told(NamedTuple):
     rows: Sequence[Row]
 
 
+@dataclass
 class Reading:
     """Reads objects of a desk.
 
@@ -63,49 +64,42 @@ class Reading:
         progress: called with the objects that were read, and those to read.
     """
 
-    def __init__(
-        self,
-        desk: Desk,
-        items: Mapping[int, Item],
-        pool: Mapper,
-        sink: Sink,
-        batch: int,
-        progress: Progress | None,
-    ) -> None:
-        self._desk = desk
-        self._items = items
-        self._pool = pool
-        self._sink = sink
-        self._most = batch
-        self._progress = progress
+    desk: Desk
+    items: Mapping[int, Item]
+    pool: Mapper
+    sink: Sink
+    batch: int
+    progress: Progress | None
+
+    def __post_init__(self) -> None:
         self._done = 0
-        self._total = len(desk.numbers(State.OPEN, State.ASIDE))
+        self._total = len(self.desk.numbers(State.OPEN, State.ASIDE))
 
     def through(self, numbers: Sequence[int], *, without_patient: bool = False) -> None:
         """Read these objects and record what becomes of each."""
         batch: list[_Told] = []
         began = time.monotonic()
         tasks = (self._task(number, without_patient) for number in numbers)
-        for number, answer in zip(numbers, self._pool.map(tasks), strict=True):
+        for number, answer in zip(numbers, self.pool.map(tasks), strict=True):
             batch.append(self._told(number, answer))
             now = time.monotonic()
-            if len(batch) >= self._most or now - began > _LONGEST_BATCH:
+            if len(batch) >= self.batch or now - began > _LONGEST_BATCH:
                 self._commit(batch)
                 batch, began = [], now
         self._commit(batch)
 
     def _task(self, number: int, without_patient: bool) -> Task:
-        told = self._desk.decision_of(self._desk.entry(number))
-        return Task(self._items[number], told and told[0], without_patient)
+        told = self.desk.decision_of(self.desk.entry(number))
+        return Task(self.items[number], told and told[0], without_patient)
 
     def _told(self, number: int, answer: FileResult | WorkerLostError) -> _Told:
         """What is said of an object; its images are in the sink already, and not held here."""
         lost = isinstance(answer, WorkerLostError)
         result = FileResult(reason=str(answer)) if isinstance(answer, WorkerLostError) else answer
-        told = None if lost else self._desk.decision_of(self._desk.entry(number))
-        if told and self._desk.content_id(result.content) != told[1]:
+        told = None if lost else self.desk.decision_of(self.desk.entry(number))
+        if told and self.desk.content_id(result.content) != told[1]:
             result = replace(result, images=(), reason=CHANGED, reviewable=True)
-        rows = self._sink.take(result)
+        rows = self.sink.take(result)
         state = _state(result, rows)
         reason = COPY if state is State.COPY else result.reason
         return _Told(number, state, replace(result, images=(), reason=reason), rows)
@@ -113,11 +107,11 @@ class Reading:
     def _commit(self, batch: Sequence[_Told]) -> None:
         if not batch:
             return
-        self._sink.flush()
-        self._desk.record(batch)
+        self.sink.flush()
+        self.desk.record(batch)
         self._done += sum(told.state is not State.ASIDE for told in batch)
-        if self._progress is not None:
-            self._progress(min(self._done, self._total), self._total)
+        if self.progress is not None:
+            self.progress(min(self._done, self._total), self._total)
 
     def those_aside(self) -> str:
         """Settle those that name no patient, now that all others are seen.
@@ -128,13 +122,13 @@ class Reading:
         Returns:
             What a pseudonym stands for: ``patient`` or ``image``.
         """
-        aside = self._desk.numbers(State.ASIDE)
-        if not self._desk.names_patients():
+        aside = self.desk.numbers(State.ASIDE)
+        if not self.desk.names_patients():
             self.through(aside, without_patient=True)
-            return "image" if aside or self._desk.setting("unit") == "image" else "patient"
+            return "image" if aside or self.desk.setting("unit") == "image" else "patient"
         refused = FileResult(reason=NO_PATIENT)
-        for start in range(0, len(aside), self._most):
-            some = aside[start : start + self._most]
+        for start in range(0, len(aside), self.batch):
+            some = aside[start : start + self.batch]
             self._commit([_Told(number, State.REFUSED, refused, ()) for number in some])
         return "patient"
 
@@ -144,6 +138,6 @@ def _state(result: FileResult, rows: Sequence[Row]) -> State:
         return State.WAITS if result.reviewable else State.REFUSED
     if result.put_aside:
         return State.ASIDE
-    if rows or result.written:
+    if rows:
         return State.KEPT
-    return State.COPY if result.images else State.IGNORED
+    return State.COPY if result.images or result.written else State.IGNORED

@@ -15,8 +15,8 @@ import hashlib
 import os
 import secrets
 import shutil
-from collections.abc import Mapping
-from contextlib import closing
+from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
@@ -35,6 +35,7 @@ from client.intake.keys import SiteKey
 from client.intake.labels import LabelTable, labels_without_image
 from client.intake.pool import Bounds, Pool
 from client.intake.reading import Reading, Workers
+from client.intake.registry import Registry
 from client.intake.run import IntakeSummary, Progress
 from client.intake.source import NotUsed
 from client.intake.summary import summarise
@@ -65,6 +66,7 @@ class Order:
         cohort_key: 32 bytes that seal the cohort at rest; None leaves it plain.
         workers: processes that read; one for each core if 0.
         bounds: what one object may take.
+        registry: is told who a pseudonym stands for; None where no table is kept.
         batch: objects that are committed together: a killed intake reads them again at most.
     """
 
@@ -78,6 +80,7 @@ class Order:
     cohort_key: bytes | None = field(default=None, repr=False)
     workers: int = 0
     bounds: Bounds = field(default_factory=Bounds)
+    registry: Registry | None = None
     batch: int = 64
 
     @property
@@ -89,7 +92,9 @@ class Order:
     def reader(self) -> FileReader:
         """What reads one object."""
         deidentify = CohortDeidentifier(Engine(self.profile, self.key))
-        return FileReader(self.spec.input, self.labels, deidentify, self.split)
+        return FileReader(
+            self.spec.input, self.labels, deidentify, self.split, registry=self.registry
+        )
 
 
 def desk_of(target: Path) -> Path:
@@ -133,15 +138,32 @@ def take_in(
     """
     check_target(order.cohort)
     listing = listed(order.source)
-    with Desk.create(order.desk, order.key, order.cohort_key) as desk:
+    with at_work(order.cohort, order.key, order.cohort_key) as desk:
+        return _Intake(order, desk, listing, today or date.today(), pool).run(progress)
+
+
+@contextmanager
+def at_work(target: Path, key: SiteKey, cohort_key: bytes | None = None) -> Iterator[Desk]:
+    """The desk of what is made at `target`, for this process alone.
+
+    Raises:
+        CohortError: if another intake is at work there.
+        ConfigError: if it is another key's.
+    """
+    with Desk.create(desk_of(target), key, cohort_key) as desk:
         try:
-            with locked(order.desk):
-                started = _Intake(order, desk, listing, today or date.today(), pool)
-                return started.run(progress)
+            with locked(desk.path):
+                yield desk
         except BlockingIOError:
             raise CohortError(
-                f"{order.desk}: another intake is at work here; wait for it to end"
+                f"{desk.path}: another intake is at work here; wait for it to end"
             ) from None
+
+
+def not_used(desk: Desk) -> Iterator[NotUsed]:
+    """What of the source nothing was made of, and why; for the hospital's own eyes."""
+    for entry in desk.entries(*_NOT_USED):
+        yield NotUsed(desk.place(entry), entry.reason)
 
 
 class _Intake:
@@ -162,6 +184,7 @@ class _Intake:
         """Go on with what was begun, then with what has come since."""
         order = self._order
         self._desk.settle(
+            makes="a cohort",
             spec=_spec_digest(order.spec),
             labels=_labels_digest(order.labels),
             split=order.split,
@@ -288,12 +311,10 @@ class _Intake:
 
     def _summary(self) -> IntakeSummary:
         order, desk = self._order, self._desk
-        told = desk.entries(*_NOT_USED)
-        not_used = [NotUsed(desk.place(entry), entry.reason) for entry in told]
         labels = labels_without_image(order.labels, desk.lines())
         contents = summarise(Cohort.open(order.cohort, order.cohort_key))
         unusable = self._listing.unusable
-        return IntakeSummary(order.cohort, contents, (*not_used, *unusable, *labels))
+        return IntakeSummary(order.cohort, contents, (*not_used(desk), *unusable, *labels))
 
 
 class _Images:

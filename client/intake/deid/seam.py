@@ -8,7 +8,7 @@ resolution, and nothing of it is kept but what comes back.
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Protocol
 
@@ -19,13 +19,14 @@ from client.intake.decision import Decision
 from client.intake.deid.burned_in import Box, outside_regions
 from client.intake.deid.engine import Engine
 from client.intake.deid.findtext import find_text
-from client.intake.deid.pixeldata import text_in
+from client.intake.deid.pixeldata import PixelCleaner, text_in
 from client.intake.deid.walk import Account
 from client.intake.deidentify import text_of
 from client.intake.keys import SiteKey
 from client.intake.pixels import Floats
 
 _FOR_A_PERSON = ("text", "faces")
+_SETTLED_BY_READING = ("patient", "instance")
 
 
 @dataclass(frozen=True)
@@ -112,11 +113,9 @@ class _File:
         return self.engine.clean_header(self.unverified, self.account)
 
     def check(self) -> None:
-        checks = dict(self.engine.checks)
-        for settled in ("patient", "instance", *(_FOR_A_PERSON if self.decision else ())):
-            checks.pop(settled, None)
-        for check in checks.values():
-            check(self.unverified, self.engine.profile)
+        for name, check in decided(self.engine, self.decision).checks.items():
+            if name not in _SETTLED_BY_READING:
+                check(self.unverified, self.engine.profile)
 
     def frame(self, number: int, pixels: Floats) -> CleanFrame:
         key, names = self.engine.key, self.unverified
@@ -145,6 +144,14 @@ class _File:
         if said is None:
             return tuple(text_in(planes(pixels), self.engine.profile))
         return (*said.blank, *(found_text(pixels) if said.found else ()))
+
+
+def decided(engine: Engine, decision: Decision | None) -> Engine:
+    """An engine that does what a person decided of one file."""
+    if decision is None:
+        return engine
+    checks = {name: check for name, check in engine.checks.items() if name not in _FOR_A_PERSON}
+    return replace(engine, checks=checks, pixels=PixelCleaner(engine.profile, decision=decision))
 
 
 def patient_of(unverified: Dataset) -> tuple[str, str]:
