@@ -18,6 +18,7 @@ from client.intake.summary import summarise
 from client.keyfile import read_key
 from common.cohort import Cohort
 from common.spec import RunSpec, read_run_file
+from deploy.cli_fetch import fetch
 from deploy.cli_keys import add_key_commands
 from deploy.cli_labels import labels
 from deploy.cli_review import review
@@ -189,3 +190,4 @@ add_key_commands(intake_app)
 intake_app.command()(labels)
 intake_app.command()(review)
 intake_app.command()(verify)
+intake_app.command()(fetch)

@@ -39,6 +39,7 @@ from pydicom.filereader import read_dataset
 from pydicom.tag import BaseTag
 from pydicom.uid import UID, DeflatedExplicitVRLittleEndian
 
+from client.intake.deid.classes import ALLOWED
 from client.intake.deidentify import text_of
 from client.intake.keys import SiteKey
 from client.intake.quiet import quiet
@@ -49,6 +50,15 @@ from common.files import flush_folder, locked
 LOG = logging.getLogger("cloister.inbox")
 INCOMING, ARRIVING, COMPLETE = "incoming", "arriving", "complete"
 KEY_FILE, SUFFIX = "inbox.key", ".dcm"
+_STORAGE = "1.2.840.10008.5.1.4.1.1."
+REPORTS = frozenset(
+    _STORAGE + number
+    for number in ("88.11", "88.22", "88.33", "88.34", "88.35", "88.50", "88.65", "88.69")
+)
+SEGMENTATIONS = frozenset(_STORAGE + number for number in ("66.4", "66.7"))
+TAKEN = ALLOWED | REPORTS | SEGMENTATIONS
+"""SOP classes that may be sent: images, and what says where and what the findings are."""
+
 _PREAMBLE, _PREFIX = 128, b"DICM"
 _META_GROUP = 0x0002
 _STUDY = 0x0020000D

@@ -40,8 +40,7 @@ from pynetdicom.service_class import StorageServiceClass
 from pynetdicom.sop_class import register_uid, uid_to_service_class
 from pynetdicom.transport import AssociationSocket, RequestHandler, ThreadedAssociationServer
 
-from client.intake.deid.classes import ALLOWED
-from client.intake.inbox import Arrival, Bounds, Inbox, Names, NotKeptError, Trouble
+from client.intake.inbox import TAKEN, Arrival, Bounds, Inbox, Names, NotKeptError, Trouble
 from client.intake.quiet import quiet
 from client.intake.reception import Listen
 from common.clock import Clock
@@ -53,15 +52,6 @@ if TYPE_CHECKING:
     from pynetdicom.pdu_primitives import P_DATA
 
 LOG = logging.getLogger("cloister.listen")
-
-_STORAGE = "1.2.840.10008.5.1.4.1.1."
-REPORTS = frozenset(
-    _STORAGE + number
-    for number in ("88.11", "88.22", "88.33", "88.34", "88.35", "88.50", "88.65", "88.69")
-)
-SEGMENTATIONS = frozenset(_STORAGE + number for number in ("66.4", "66.7"))
-TAKEN = ALLOWED | REPORTS | SEGMENTATIONS
-"""SOP classes that may be sent: images, and what says where and what the findings are."""
 
 _SYNTAX = "1.2.840.10008.1.2"
 SYNTAXES = tuple(

@@ -29,8 +29,8 @@ from pynetdicom.dimse_primitives import C_FIND, C_STORE
 from pynetdicom.dsutils import encode
 from pynetdicom.pdu import P_DATA_TF
 
-from client.intake.inbox import Inbox, Outcome, Trouble
-from client.intake.listen import SYNTAXES, TAKEN, Listener, bounds
+from client.intake.inbox import TAKEN, Inbox, Outcome, Trouble
+from client.intake.listen import SYNTAXES, Listener, bounds
 from client.intake.reception import Caller, Listen
 from common.errors import ConfigError
 
