@@ -464,6 +464,28 @@ class Makers:
         del plant.planted["patient"]
         return probe
 
+    def unnamed(self, plant: Planter) -> Probe:
+        """Its own name is blank; the one in its file meta information is not."""
+        probe = self._waits(plant)
+        meta, uid, rest = probe.data.partition(plant.planted["SOPInstanceUID"])
+        return probe._replace(data=meta + uid + rest.replace(uid, b" " * len(uid)))
+
+    def retained(self, plant: Planter) -> Probe:
+        """What options that retain would keep as it stands, and more with it than they say.
+
+        Its own places are named "retained …".
+        """
+        film, institution, ethnic = self._base(plant), Dataset(), Dataset()
+        for name, level in (("institution", institution), ("ethnic group", ethnic)):
+            level.PatientComments = plant.word(f"retained {name}")
+            level.PatientName = plant.word(f"retained name in {name}")
+        film.InstitutionCodeSequence = Sequence([institution])
+        film.EthnicGroupCodeSequence = Sequence([ethnic])
+        film.PatientAge, film.ContentDate = "094Y", "19010102"
+        plant.planted["retained age"] = b"094Y"
+        data = self._bytes(film).replace(b"19010102", plant.word("retained date", 8).encode())
+        return Probe(data, plant.planted)
+
     def _document(self, plant: Planter, uid: str, **more: Any) -> Probe:
         film = self._base(plant, SOPClassUID=uid, **more)
         del film.PixelData

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
+from io import BytesIO
 from typing import Any, NamedTuple
 
 import pytest
@@ -17,10 +18,11 @@ from pydicom.filebase import DicomBytesIO
 
 from client.intake.deid.codestrip import Stripped
 from client.intake.deid.engine import CHECKS, Engine
-from client.intake.deid.pixeldata import PixelCleaner
+from client.intake.deid.pixeldata import CleanPixels, PixelCleaner
 from client.intake.deid.profile import Profile
 from client.intake.deid.rules import Rule
 from client.intake.deid.treatments import TREATMENTS
+from client.intake.part10 import DicomFile
 from common.errors import DataError
 
 Probes = Mapping[str, Any]
@@ -89,7 +91,7 @@ def test_the_identities_are_there_to_be_found(probes: Probes) -> None:
             assert set(places(probe.planted, probe.data)) == probe.planted.keys(), name
 
 
-# Rules that hold back nothing by themselves: options that retain, for which there are other tests.
+# Rules that only a profile with options has; they have tests of their own below.
 RETAINING = {Rule.KEEP, Rule.CLEAN}
 
 
@@ -119,6 +121,28 @@ def test_without_cleaning_descriptors_leak(probes: Probes, clean: Any, engine: E
     assert first_leak(probes, clean, without)
 
 
+def test_without_the_rule_that_retains_more_than_the_options_say_is_kept(
+    probes: Probes, clean: Any, engine: Engine
+) -> None:
+    """What stands in items of sequences that stay, a text for a date, an age that is rare."""
+    profile = Profile(
+        dates="full",
+        retain_patient_characteristics=True,
+        retain_institution_identity=True,
+    )
+    keeping = dataclasses.replace(engine, profile=profile)
+    without = dataclasses.replace(keeping, treatments={**TREATMENTS, Rule.KEEP: as_it_stands})
+    planted = probes["retained"].planted
+    own = {place: planted[place] for place in planted if place.startswith("retained")}
+    probe = {"retained": probes["retained"]._replace(planted=own)}
+
+    assert first_leak(probe, clean, keeping) is None
+    leak = first_leak(probe, clean, without)
+    assert leak is not None
+    assert leak.leaks == own.keys()
+    assert len(own) == 6
+
+
 @pytest.mark.parametrize("check", sorted(CHECKS.keys() - {"instance"}))
 def test_without_a_check_something_passes_that_should_wait(
     probes: Probes, clean: Any, engine: Engine, check: str
@@ -128,6 +152,17 @@ def test_without_a_check_something_passes_that_should_wait(
     found = look(probes, clean, dataclasses.replace(engine, checks=others))
 
     assert any(one.kept and one.should_wait for one in found)
+
+
+def test_without_the_check_of_names_a_file_comes_out_under_none(
+    probes: Probes, engine: Engine
+) -> None:
+    others = {name: done for name, done in CHECKS.items() if name != "instance"}
+    data = probes["unnamed"].data
+
+    with pytest.raises(DataError, match="its SOP Instance UID is blank"):
+        engine.clean_stream(BytesIO(data))
+    assert dataclasses.replace(engine, checks=others).clean_stream(BytesIO(data)).name == ".dcm"
 
 
 PIXEL_STEPS: dict[str, Any] = {
@@ -145,6 +180,23 @@ def test_without_a_step_on_pixels_the_probe_finds_a_leak(
     careless = dataclasses.replace(PixelCleaner(engine.profile), **{step: PIXEL_STEPS[step]})
 
     assert first_leak(probes, clean, dataclasses.replace(engine, pixels=careless))
+
+
+def uncut(file: DicomFile) -> CleanPixels:
+    """All bytes of the pixel data, however many the header describes."""
+    element = file.pixel_element()
+    file.stream.seek(element.start)
+    return CleanPixels(file.syntax, file.stream.read(element.length), {}, 0, outside=False)
+
+
+def test_pixels_that_are_not_cut_to_their_described_length_leak(
+    probes: Probes, clean: Any, engine: Engine
+) -> None:
+    container = {"container": probes["container"]}
+    leak = first_leak(container, clean, dataclasses.replace(engine, pixels=uncut))
+
+    assert leak is not None
+    assert leak.leaks == {"behind the pixels"}
 
 
 def test_with_the_old_file_meta_the_probe_finds_a_leak(
