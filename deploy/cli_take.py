@@ -192,8 +192,27 @@ def take_in_shown(order: Order) -> IntakeSummary:
     with _shown("Taking in") as show:
         summary = take_in(order, progress=show)
     print_summary(summary)
-    console.print(f"What was done, and what waits: [bold]{order.desk}[/]", highlight=False)
+    _print_desk(order.cohort, order.key, order.profile, order.cohort_key)
     return summary
+
+
+def _print_desk(
+    target: Path, key: SiteKey, profile: Profile, cohort_key: bytes | None = None
+) -> None:
+    """Write the report, and say where it is and what waits for a person."""
+    from client.intake.desk import Desk, State
+    from client.intake.take import desk_of
+    from deploy.intake_report import write_report
+
+    with Desk(desk_of(target), key, cohort_key) as desk:
+        report = write_report(desk, profile)
+        waiting = desk.totals().get(State.WAITS, 0)
+    if waiting:
+        console.print(
+            f"[bold yellow]{waiting} wait for a person:[/] cloister intake review {target}",
+            highlight=False,
+        )
+    console.print(f"What was done, without any identity: [bold]{report}[/]", highlight=False)
 
 
 @contextmanager
@@ -245,6 +264,6 @@ def export(
         f"{summary.files} files of {summary.patients} patients are in [bold]{folder}[/]",
         highlight=False,
     )
-    console.print(f"What was done, and what waits: [bold]{desk_of(folder)}[/]", highlight=False)
+    _print_desk(folder, means.key, means.profile)
     if not_used is not None:
         write_listing(not_used, summary.not_used)
