@@ -10,6 +10,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from pydicom.dataset import FileDataset
+from pydicom.uid import ExplicitVRBigEndian
 
 Film = Callable[..., FileDataset]
 Clean = Callable[..., Any]
@@ -43,6 +44,18 @@ def test_an_overlay_goes_by_default(film: Film, clean: Clean) -> None:
     again = clean(with_overlay(film, bitmap())).again
 
     assert not [element for element in again if element.tag.group == 0x6002]
+
+
+def test_a_drawing_of_a_big_endian_file_is_the_same(film: Film, clean: Clean) -> None:
+    made = with_overlay(film, bitmap())
+    overlay = made[0x6002, 0x3000]
+    overlay.value = np.frombuffer(overlay.value, dtype="<u2").byteswap().tobytes()
+    made.set_original_encoding(False, False)
+    made.file_meta.TransferSyntaxUID = ExplicitVRBigEndian
+
+    result = clean(made, clean_graphics=True)
+
+    np.testing.assert_array_equal(result.again.overlay_array(0x6002), bitmap())
 
 
 def test_a_drawing_stays_and_its_text_does_not(film: Film, clean: Clean) -> None:
