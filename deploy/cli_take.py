@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -45,6 +45,17 @@ KeyFile = Annotated[
 CohortKeyFile = Annotated[
     Path | None,
     typer.Option("--cohort-key", help="File of the key that seals the cohort at rest."),
+]
+Source = Annotated[
+    Path, typer.Argument(help="A folder of DICOM files at any depth, a ZIP, or a DICOMDIR.")
+]
+Spec = Annotated[
+    Path,
+    typer.Option(help="The run's TOML file: its [task] names the classes, its [input] the shape."),
+]
+Labels = Annotated[Path, typer.Option(help="A CSV with the labels; see above.")]
+Split = Annotated[
+    str, typer.Option(help="Put every image into this split: train, validation or test.")
 ]
 Workers = Annotated[int, typer.Option(min=0, help="Processes that read; 0: one for each core.")]
 NotUsed = Annotated[
@@ -116,25 +127,16 @@ def _text(file: Path) -> str:
 
 
 def run(
-    source: Annotated[
-        Path, typer.Argument(help="A folder of DICOM files at any depth, a ZIP, or a DICOMDIR.")
-    ],
+    source: Source,
     cohort: Annotated[Path, typer.Argument(help="The cohort's directory.")],
     *,
-    spec: Annotated[
-        Path,
-        typer.Option(
-            help="The run's TOML file: its [task] names the classes, its [input] the shape."
-        ),
-    ],
-    labels: Annotated[Path, typer.Option(help="A CSV with the labels; see above.")],
+    spec: Spec,
+    labels: Labels,
     node: Node = None,
     profile: ProfileFile = None,
     site_key: KeyFile = None,
     cohort_key: CohortKeyFile = None,
-    split: Annotated[
-        str, typer.Option(help="Put every image into this split: train, validation or test.")
-    ] = "",
+    split: Split = "",
     workers: Workers = 0,
     not_used: NotUsed = None,
 ) -> None:
@@ -164,18 +166,8 @@ def run(
     described = read_run_file(spec).spec
     table = read_labels(labels, described.task)
     means = means_of(desk_of(cohort), node, profile, site_key, cohort_key)
-    order = Order(
-        source,
-        cohort,
-        described,
-        table,
-        means.key,
-        means.profile,
-        split,
-        means.cohort_key,
-        workers,
-        registry=means.registry,
-    )
+    order = Order(source, cohort, described, table, means.key, means.profile, split)
+    order = replace(order, cohort_key=means.cohort_key, workers=workers, registry=means.registry)
     summary = take_in_shown(order)
     if not_used is not None:
         write_listing(not_used, summary.not_used)
@@ -228,9 +220,7 @@ def _shown(what: str) -> Iterator[Callable[[int, int], None]]:
 
 
 def export(
-    source: Annotated[
-        Path, typer.Argument(help="A folder of DICOM files at any depth, a ZIP, or a DICOMDIR.")
-    ],
+    source: Source,
     folder: Annotated[Path, typer.Argument(help="Where the de-identified files are put.")],
     *,
     node: Node = None,
