@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import BinaryIO
 
 from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
@@ -108,6 +109,8 @@ class Engine:
         treatments: what each rule does to an element.
         pixels: cleans pixels; by the profile if not given.
         file_meta: makes the new file meta information.
+        spool: folder for files without a name, as large as the pixels of a large file; the
+            system's for temporary files if not given.
     """
 
     profile: Profile
@@ -116,6 +119,7 @@ class Engine:
     treatments: Mapping[Rule, Treatment] = field(default_factory=lambda: TREATMENTS)
     pixels: Callable[[DicomFile], CleanPixels] | None = None
     file_meta: Callable[[Dataset, UID], FileMetaDataset] = new_file_meta
+    spool: Path | None = None
 
     def clean(self, file: DicomFile) -> Cleaned:
         """De-identify a file that has just been parsed.
@@ -162,7 +166,7 @@ class Engine:
         header = file.header
         for check in self.checks.values():
             check(header, self.profile)
-        pixels = (self.pixels or PixelCleaner(self.profile))(file)
+        pixels = (self.pixels or PixelCleaner(self.profile, spool=self.spool))(file)
         account = Account()
         clean = self.clean_header(header, account)
         _put_pixels(clean, pixels, account)

@@ -3,6 +3,10 @@
 Frames that are compressed stay compressed, if nothing in them is blanked and their coding is one
 whose words can be taken out (`client.intake.deid.codestrip`); all others are decoded and written
 uncompressed. A codestream may hold more bits than the header gives it: it is decoded then, too.
+
+Memory is that of one frame, however many there are: what is done waits in a file without a name
+(`client.intake.deid.spool`) if it is large. Each frame is read once, so that what was searched
+for text is what is written.
 """
 
 from __future__ import annotations
@@ -10,12 +14,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
+from io import BufferedIOBase
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from pydicom.dataset import Dataset
-from pydicom.encaps import encapsulate, get_frame
+from pydicom.encaps import get_frame
 from pydicom.pixels.processing import apply_color_lut
 from pydicom.uid import UID, ExplicitVRLittleEndian
 
@@ -24,14 +31,16 @@ from client.intake.deid.burned_in import Box, outside_regions
 from client.intake.deid.codestrip import stripped
 from client.intake.deid.findtext import find_text
 from client.intake.deid.profile import Profile
+from client.intake.deid.spool import FrameSpool, NativeSpool
 from client.intake.deidentify import quoted, text_of
 from client.intake.part10 import DicomFile, FrameDecoder, Geometry, Limits, PixelElement
 from common.errors import IntakeError, ReviewError
 
 _PALETTE = "PALETTE COLOR"
 _COLOUR_BY_PIXEL = {"PhotometricInterpretation": "RGB", "PlanarConfiguration": 0}
-_MOST_BYTES = 2**31
+_MOST_BYTES = 2**32 - 2  # what the length of an element can say (PS3.5 7.1.2)
 _MOST_COVERED = 0.5
+_ROUNDING = 2
 Finder = Callable[[NDArray[Any]], list[Box]]
 
 
@@ -41,14 +50,14 @@ class CleanPixels:
 
     Attributes:
         syntax: its transfer syntax.
-        data: the value of (7FE0,0010).
+        data: the value of (7FE0,0010); a file that closes with its last user if it is large.
         attributes: of the image pixel module, where they changed.
         boxes: how many boxes were blanked, in all frames.
         outside: whether what lies outside of the ultrasound regions was blanked.
     """
 
     syntax: UID
-    data: bytes
+    data: bytes | BufferedIOBase
     attributes: Mapping[str, Any]
     boxes: int
     outside: bool
@@ -66,6 +75,8 @@ class PixelCleaner:
         strip: takes the words out of a compressed frame.
         mask: takes out the bits that the header does not describe.
         decision: what a person said of the file, if one did: it goes before the profile.
+        spool: folder for files without a name, as large as the pixels; the system's for
+            temporary files if not given.
     """
 
     profile: Profile
@@ -75,6 +86,7 @@ class PixelCleaner:
     strip: Callable[[bytes, UID], Any] = stripped
     mask: Callable[[NDArray[Any], Dataset], NDArray[Any]] = field(default_factory=lambda: masked)
     decision: Decision | None = None
+    spool: Path | None = None
 
     def __call__(self, file: DicomFile) -> CleanPixels:
         """Clean all frames of a file that has just been parsed.
@@ -85,21 +97,22 @@ class PixelCleaner:
         element = file.pixel_element()
         geometry = file.geometry(self.limits)
         _check_described(file.header, element)
-        _check_size(file.header, geometry)
-        decode = FrameDecoder(file, element, geometry, unused_bits=True)
+        size = _described(file.header, geometry)
+        pixels = _Pixels(file, element, geometry)
         outside = self.outside(file.header, geometry.rows, geometry.columns)
-        frames, boxes = [], 0
+        native = NativeSpool(size, self.spool, packed=text_of(file.header, "BitsAllocated") == "1")
+        kept = FrameSpool(geometry.frames, size, self.spool)
+        compressed, boxes = file.syntax.is_encapsulated and outside is None, 0
         for number in range(geometry.frames):
-            stored = self.mask(decode(number), file.header)
-            found = self._boxes(list(_planes(stored, file.header)))
+            stored = self.mask(pixels.decoded(number), file.header)
+            found = self._boxes(list(planes_of(stored, file.header)))
             boxes += len(found)
-            frames.append(_blanked(stored, file.header, found, outside))
-        if not boxes and outside is None:
-            kept = self._compressed(file, element, geometry)
-            if kept is not None:
-                return CleanPixels(file.syntax, encapsulate(kept), {}, 0, False)
-        attributes = _COLOUR_BY_PIXEL if frames[0].ndim == 3 else {}
-        data = _native(frames, file.header)
+            native.add(_blanked(stored, file.header, found, outside))
+            compressed = compressed and not found and self._keep(pixels, number, kept)
+        if compressed:
+            return CleanPixels(file.syntax, kept.value(), {}, 0, False)
+        attributes = _COLOUR_BY_PIXEL if geometry.samples > 1 else {}
+        data = native.value()
         return CleanPixels(ExplicitVRLittleEndian, data, attributes, boxes, outside is not None)
 
     def _boxes(self, planes: list[NDArray[Any]]) -> list[Box]:
@@ -109,19 +122,34 @@ class PixelCleaner:
         found = [box for plane in planes for box in self.find(plane)] if said.found else []
         return [*said.blank, *found]
 
-    def _compressed(
-        self, file: DicomFile, element: PixelElement, geometry: Geometry
-    ) -> list[bytes] | None:
-        """All frames, compressed as they were but without words; None if one has to be decoded."""
-        if not file.syntax.is_encapsulated:
-            return None
-        kept, described = [], int(text_of(file.header, "BitsStored"))
-        for frame in _encoded(file, element, geometry):
-            clean = self.strip(frame, file.syntax)
-            if clean is None or clean.bits > described:
-                return None
-            kept.append(clean.data)
-        return kept
+    def _keep(self, pixels: _Pixels, number: int, kept: FrameSpool) -> bool:
+        """Pass a frame on, compressed as it was but without words; False if it is to be decoded."""
+        clean = self.strip(pixels.encoded(number), pixels.file.syntax)
+        if clean is None or clean.bits > int(text_of(pixels.file.header, "BitsStored")):
+            return False
+        kept.add(clean.data)
+        return True
+
+
+@dataclass(frozen=True)
+class _Pixels:
+    """The frames of a file, one at a time."""
+
+    file: DicomFile
+    element: PixelElement
+    geometry: Geometry
+
+    @cached_property
+    def decoded(self) -> FrameDecoder:
+        return FrameDecoder(self.file, self.element, self.geometry, unused_bits=True)
+
+    def encoded(self, number: int) -> bytes:
+        header, stream = self.file.header, self.file.stream
+        tables = [header.get(f"ExtendedOffsetTable{what}") for what in ("", "Lengths")]
+        offsets = (tables[0], tables[1]) if all(tables) else None
+        stream.seek(self.element.start)
+        count = self.geometry.frames
+        return get_frame(stream, number, number_of_frames=count, extended_offsets=offsets)
 
 
 def text_in(
@@ -136,8 +164,7 @@ def text_in(
     found: list[Box] = []
     for plane in planes:
         boxes = find(plane)
-        covered = sum((box.bottom - box.top) * (box.right - box.left) for box in boxes)
-        if covered > _MOST_COVERED * plane.size:
+        if boxes and _covered(boxes, plane.shape) > _MOST_COVERED:
             raise ReviewError(
                 "what looks like text covers half of its pixels: a person has to look at it"
             )
@@ -150,14 +177,12 @@ def text_in(
     return found
 
 
-def _native(frames: list[NDArray[Any]], header: Dataset) -> bytes:
-    """Uncompressed, little endian, colour by pixel, of even length (PS3.5 8.1, 8.2)."""
-    if text_of(header, "BitsAllocated") == "1":
-        bits = np.concatenate([frame.ravel() for frame in frames])
-        data = np.packbits(bits, bitorder="little").tobytes()
-    else:
-        data = b"".join(map(_little, frames))
-    return data + bytes(len(data) % 2)
+def _covered(boxes: list[Box], shape: tuple[int, ...]) -> float:
+    """The part of an image that is in boxes."""
+    covered = np.zeros(shape, dtype=np.bool_)
+    for box in boxes:
+        covered[box.top : box.bottom, box.left : box.right] = True
+    return float(covered.mean())
 
 
 def _check_described(header: Dataset, element: PixelElement) -> None:
@@ -176,21 +201,18 @@ def _check_described(header: Dataset, element: PixelElement) -> None:
         )
 
 
-def _check_size(header: Dataset, geometry: Geometry) -> None:
+def _described(header: Dataset, geometry: Geometry) -> int:
+    """Bytes of all frames, uncompressed.
+
+    Raises:
+        IntakeError: if that is more than an element can have.
+    """
     size = math.prod(geometry) * int(text_of(header, "BitsAllocated") or 8) // 8
     if size > _MOST_BYTES:
         raise IntakeError(
             f"its {geometry.frames} frames take {size} bytes; at most {_MOST_BYTES} are cleaned"
         )
-
-
-def _encoded(file: DicomFile, element: PixelElement, geometry: Geometry) -> Iterator[bytes]:
-    tables = [file.header.get(f"ExtendedOffsetTable{what}") for what in ("", "Lengths")]
-    offsets = (tables[0], tables[1]) if all(tables) else None
-    count = geometry.frames
-    for number in range(count):
-        file.stream.seek(element.start)
-        yield get_frame(file.stream, number, number_of_frames=count, extended_offsets=offsets)
+    return size
 
 
 def masked(stored: NDArray[Any], header: Dataset) -> NDArray[Any]:
@@ -201,20 +223,26 @@ def masked(stored: NDArray[Any], header: Dataset) -> NDArray[Any]:
     return (stored << unused) >> unused
 
 
-def _little(stored: NDArray[Any]) -> bytes:
-    return np.ascontiguousarray(stored, dtype=stored.dtype.newbyteorder("<")).tobytes()
+def planes_of(stored: NDArray[Any], header: Dataset) -> Iterator[NDArray[Any]]:
+    """Where text would stand out: grey as it is; of colour each channel, if they differ.
 
-
-def _planes(stored: NDArray[Any], header: Dataset) -> Iterator[NDArray[Any]]:
-    """Where text would stand out: grey as it is, of colour the brightest and darkest channel."""
+    Any two colours differ in a channel; they may have the same brightness, and the same largest
+    and smallest channel.
+    """
     if stored.ndim == 2 and text_of(header, "PhotometricInterpretation") != _PALETTE:
         yield stored
         return
     colour = stored if stored.ndim == 3 else apply_color_lut(stored, header)[..., :3]
-    brightest, darkest = colour.max(axis=2), colour.min(axis=2)
-    yield brightest
-    if (brightest != darkest).any():
-        yield darkest
+    channels = [np.ascontiguousarray(colour[..., number]) for number in range(colour.shape[2])]
+    yield channels[0]
+    grey = all(_alike(channel, channels[0]) for channel in channels[1:])
+    yield from () if grey else channels[1:]
+
+
+def _alike(one: NDArray[Any], other: NDArray[Any]) -> bool:
+    """Whether two channels differ by no more than the rounding of a conversion of colours."""
+    high, low = np.maximum(one, other), np.minimum(one, other)
+    return bool((high - low).max() <= _ROUNDING)
 
 
 def _blanked(
