@@ -261,7 +261,7 @@ def make_ward(spec_text: str) -> Callable[..., Ward]:
         shape = "height = 16\nwidth = 16\n"
         text = spec_text.replace(shape, 'height = 128\nwidth = 128\nframes = "all"\n')
         (place / "run.toml").write_text(text)
-        files = [file for file in source.rglob("*") if file.is_file()]
+        files = [file for file in source.rglob("*") if file.suffix == ".dcm"]
         headers = [dcmread(file, stop_before_pixels=True, force=True) for file in files]
         names = sorted({str(header.get("PatientID") or "none") for header in headers})
         lines = ["PatientID,label", *(f'"{name}",normal' for name in names)]
