@@ -7,11 +7,15 @@ from __future__ import annotations
 
 import io
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from common.errors import IntakeError
 
 _MOST_HELD = 2**24
 """Bytes in memory."""
@@ -26,24 +30,32 @@ class Spool:
     Args:
         size: about how many there will be.
         folder: for the file; the system's for temporary files if not given.
+
+    Raises:
+        IntakeError: if the disk refuses.
     """
 
     def __init__(self, size: int, folder: Path | None) -> None:
         self._held = size <= _MOST_HELD
-        # Open until nobody uses it any more: it is the value of an element then.
-        self._file: Any = io.BytesIO() if self._held else tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
+        with _told():
+            # Open until nobody uses it any more: it is the value of an element then.
+            self._file: Any = (
+                io.BytesIO() if self._held else tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
+            )
 
     def write(self, data: bytes) -> None:
         """Append bytes."""
-        self._file.write(data)
+        with _told():
+            self._file.write(data)
 
     def value(self) -> bytes | io.BufferedIOBase:
         """All of it, with a byte more if its length is odd (PS3.5 8.2)."""
         if self._file.seek(0, io.SEEK_END) % 2:
-            self._file.write(b"\0")
+            self.write(b"\0")
         if self._held:
             return bytes(self._file.getvalue())
-        self._file.seek(0)
+        with _told():
+            self._file.seek(0)
         buffered: io.BufferedIOBase = self._file
         return buffered
 
@@ -109,6 +121,16 @@ class FrameSpool(Spool):
             self._file.seek(_ITEM_HEAD)
             self.write(np.array(self._offsets, dtype="<u4").tobytes())
         return super().value()
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise IntakeError(
+            f"its pixels cannot be put aside on the disk while it is read ({error.strerror})"
+        ) from None
 
 
 def _little(stored: NDArray[Any]) -> bytes:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from io import BytesIO
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,8 +14,10 @@ import pytest
 from jpeg_ls import encode_array
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
+from pydicom import dcmread
 from pydicom.dataset import Dataset, FileDataset
 from pydicom.encaps import encapsulate
+from pydicom.pixels import pixel_array
 from pydicom.sequence import Sequence
 from pydicom.uid import (
     UID,
@@ -144,6 +149,20 @@ def test_coloured_text_is_blanked(film: Film, clean: Clean) -> None:
         assert clean(made).again.pixel_array.max() < 255
 
 
+def test_coloured_text_of_the_grounds_own_brightness_is_blanked(film: Film, clean: Clean) -> None:
+    """Ground and letters have the same largest and the same smallest channel."""
+    letters = written(np.zeros((128, 128), dtype=np.uint8), 1, "DOE JOHN", "12.08.1964") > 0
+    colour = np.where(letters[..., None], (60, 200, 60), (200, 60, 60)).astype(np.uint8)
+    made = film(
+        colour, SamplesPerPixel=3, PhotometricInterpretation="RGB", PlanarConfiguration=0,
+        Rows=128, Columns=128,
+    )  # fmt: skip
+
+    again = clean(made).again.pixel_array
+
+    assert (again[letters] == 0).mean() > 0.98
+
+
 def test_outside_of_ultrasound_regions_is_black(film: Film, clean: Clean) -> None:
     region = Dataset()
     region.RegionLocationMinX0, region.RegionLocationMinY0 = 10, 20
@@ -234,3 +253,82 @@ def test_a_frame_that_breaks_off_is_not_passed_on(syntax: UID) -> None:
     for length in (0, 2, 3, 20, len(whole) // 2, len(whole) - 1):
         with pytest.raises(IntakeError, match="cannot be followed to its end"):
             stripped(whole[:length], syntax)
+
+
+FRAMES, SIDE = 1000, 512
+CHILD = """
+import resource, sys
+from pathlib import Path
+from client.intake.deid.burned_in import Box
+from client.intake.deid.engine import Engine
+from client.intake.deid.pixeldata import PixelCleaner
+from client.intake.deid.profile import Profile
+from client.intake.deid.save import save
+from client.intake.keys import SiteKey
+from client.intake.part10 import BoundedFile
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+source, folder = map(Path, sys.argv[1:])
+find = lambda plane: [Box(0, 0, 8, 8)] if plane[0, 0] > 200 else []
+pixels = PixelCleaner(Profile(), find=find, spool=folder)
+engine = Engine(Profile(), SiteKey(bytes(32)), pixels=pixels)
+with BoundedFile(source, 2**29) as stream:
+    before = peak()
+    cleaned = engine.clean_stream(stream)
+path = save(cleaned, folder)
+print(peak() - before, path.name, cleaned.dataset.file_meta.TransferSyntaxUID)
+"""
+
+
+def long_film(film: Film, compressed: bool, marked: bool) -> FileDataset:
+    """A run of 250 MiB, with something in a corner of its last frame."""
+    plain = hill(SIDE, 150).astype(np.uint8)
+    last = plain.copy()
+    last[:8, :8] = 255 if marked else last[:8, :8]
+    made = film(plain, NumberOfFrames=FRAMES)
+    if compressed:
+        coded, ending = (jpeg(one, format="JPEG", quality=95) for one in (plain, last))
+        made.PixelData = encapsulate([coded] * (FRAMES - 1) + [ending])
+        made.file_meta.TransferSyntaxUID = JPEGBaseline8Bit
+    else:
+        made.PixelData = plain.tobytes() * (FRAMES - 1) + last.tobytes()
+    made["PixelData"].VR = "OB"
+    made["PixelData"].is_undefined_length = compressed
+    return made
+
+
+@pytest.mark.parametrize(("compressed", "marked"), [(False, True), (True, False), (True, True)])
+def test_memory_is_that_of_a_frame_however_many_there_are(
+    film: Film, tmp_path: Path, compressed: bool, marked: bool
+) -> None:
+    source, folder = tmp_path / "long.dcm", tmp_path / "clean"
+    folder.mkdir()
+    long_film(film, compressed, marked).save_as(source, enforce_file_format=True)
+
+    done = subprocess.run(
+        [sys.executable, "-c", CHILD, source, folder],
+        capture_output=True, text=True, check=True, timeout=300,
+    )  # fmt: skip
+
+    taken, name, syntax = done.stdout.split()
+    assert int(taken) < 2**26 < FRAMES * SIDE**2
+    assert [path.name for path in folder.iterdir()] == [name]
+    again = dcmread(folder / name)
+    assert syntax == (JPEGBaseline8Bit if compressed and not marked else ExplicitVRLittleEndian)
+    for number in (0, FRAMES - 1):
+        frame = pixel_array(folder / name, index=number).astype(np.int16)
+        assert np.abs(frame - hill(SIDE, 150).astype(np.uint8))[16:, 16:].max() <= 8
+        assert frame[:8, :8].max() < 100
+    assert again.NumberOfFrames == FRAMES
+
+
+def test_a_large_file_is_refused_where_nothing_can_be_put_aside(
+    film: Film, tmp_path: Path, engine: Any, but: Any, as_bytes: Any
+) -> None:
+    large = film(np.zeros((4200, 4200), dtype=np.uint8))
+    nowhere = but(engine, spool=tmp_path / "missing")
+
+    with pytest.raises(IntakeError, match="cannot be put aside on the disk"):
+        nowhere.clean_stream(BytesIO(as_bytes(large)))
