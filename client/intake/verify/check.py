@@ -21,7 +21,7 @@ from client.intake.verify.layout import is_dicom
 from client.intake.verify.objects import object_findings
 from client.intake.verify.places import Content, Text, content_of, members
 from client.intake.verify.search import Searcher
-from client.intake.verify.words import own_words, shapes_in
+from client.intake.verify.words import common_words, maker_words, own_words, shapes_in
 from common.cohort import IMAGES_FILE
 from common.errors import DataError
 
@@ -94,8 +94,10 @@ class Checker:
     """
 
     def __init__(self, identities: Identities | None = None) -> None:
-        self._headers = None if identities is None else Searcher(identities)
-        self._others = None if identities is None else Searcher(identities, own_words())
+        self._headers = self._others = None
+        if identities is not None:
+            self._headers = Searcher(identities, common_words() | maker_words())
+            self._others = Searcher(identities, own_words())
 
     def findings(self, data: bytes, file: str, path: Path | None = None) -> Iterator[Finding]:
         """Everything in one file that looks like an identity.

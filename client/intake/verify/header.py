@@ -232,7 +232,7 @@ def _faults(layout: Layout, claims: Claims, element: Element) -> Iterator[Fault]
     if not raw.strip(b" \0"):
         return
     ban = next((ban for ban in _BANS if ban.holds(claims, element)), None)
-    if ban is not None:
+    if ban is not None and not (element.representation == "SQ" and _is_hollow(layout, element)):
         yield Fault(ban.rule, ban.why, raw if element.representation != "SQ" else b"")
         return
     check = _BY_REPRESENTATION.get(element.representation)
@@ -304,6 +304,15 @@ _BANS = (
         ),
     ),
 )
+
+
+def _is_hollow(layout: Layout, sequence: Element) -> bool:
+    """Whether nothing in the items of a sequence has a value, or one but for everybody."""
+    inner = (
+        one for one in layout.elements if sequence.start < one.start and one.end <= sequence.end
+    )
+    texts = (text_of(layout, one) for one in inner if one.representation != "SQ")
+    return all(not text or text in _DUMMIES for text in texts)
 
 
 def _is_common(element: Element) -> bool:

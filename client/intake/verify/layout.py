@@ -9,6 +9,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Literal, NamedTuple
 
 from pydicom.datadict import dictionary_has_tag, dictionary_VR, keyword_for_tag
@@ -75,7 +76,7 @@ class Element(NamedTuple):
     @property
     def keyword(self) -> str:
         """The standard's name; empty if it has none."""
-        return keyword_for_tag(self.tag) or ""
+        return _keyword(self.tag)
 
     @property
     def is_private(self) -> bool:
@@ -129,12 +130,11 @@ def take_apart(data: bytes) -> Layout:
     level, gaps = Level(), []
     cursor = _Cursor(data, implicit=False, big=False)
     meta: list[Element] = []
-    end = _START
+    end = _end_of_meta(data)
     try:
-        end = _end_of_meta(data)
         meta.extend(cursor.elements(_START, end, level))
-    except Broken as broken:
-        end = broken.offset
+    except Broken:
+        end = meta[-1].end if meta else _START
     syntax = next((_text(data, one) for one in meta if one.tag == 0x00020010), "")
     if syntax in _DEFLATED:
         data = data[:end] + _inflated(data[end:])
@@ -153,7 +153,10 @@ def _end_of_meta(data: bytes) -> int:
     """Where group 2 ends: by its tags, whatever its length says."""
     position, cursor = _START, _Cursor(data, implicit=False, big=False)
     while data[position : position + 2] == b"\x02\0":
-        position = cursor.head(position).end
+        try:
+            position = cursor.head(position).end
+        except Broken:
+            break
     return position
 
 
@@ -284,9 +287,14 @@ class _Cursor:
         return at + _DELIMITER
 
 
+@lru_cache(4096)
+def _keyword(tag: int) -> str:
+    return keyword_for_tag(tag) or ""
+
+
 def named(tag: int) -> str:
     """The standard's keyword for a tag, else the tag."""
-    return keyword_for_tag(tag) or f"({tag >> 16:04X},{tag & 0xFFFF:04X})"
+    return _keyword(tag) or f"({tag >> 16:04X},{tag & 0xFFFF:04X})"
 
 
 def _representation(tag: int) -> str:

@@ -49,6 +49,12 @@ class Needles:
         table[_hashed(self._keys)] = True
         return table
 
+    def _is_key(self, values: NDArray[np.uint64]) -> NDArray[np.bool_]:
+        keys = self._keys
+        nearest = np.minimum(np.searchsorted(keys, values), len(keys) - 1)
+        equal: NDArray[np.bool_] = keys[nearest] == values
+        return equal
+
     def find(self, data: bytes) -> Iterator[tuple[int, bytes]]:
         """Offset and string of every occurrence, overlapping ones too; offsets ascend by chunk."""
         if not self._strings:
@@ -72,10 +78,12 @@ class Needles:
         for shift in range(self._window):
             count = (len(piece) - shift) // self._window
             if count > 0:
-                views = np.frombuffer(piece, f"<u{self._window}", count=count, offset=shift)
-                places = np.flatnonzero(self._table[_hashed(views.astype(np.uint64))])
-                exact = places[np.isin(views[places], self._keys)]
-                found.append(exact * self._window + shift)
+                dtype = f"<u{self._window}"
+                views = np.frombuffer(piece, dtype, count=count, offset=shift).astype(np.uint64)
+                places = np.flatnonzero(self._table[_hashed(views)])
+                if places.size:
+                    exact = places[self._is_key(views[places])]
+                    found.append(exact * self._window + shift)
         return sorted(int(at) for at in np.concatenate(found)) if found else []
 
 

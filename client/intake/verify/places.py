@@ -18,7 +18,9 @@ from common.cohort import INDEX_FILE
 
 _SQLITE, _ZIP, _GZIP, _PDF = b"SQLite format 3\0", b"PK\x03\x04", b"\x1f\x8b\x08", b"%PDF"
 _RUN = re.compile(rb"(?:[\t\x20-\x7e]|[\xc3-\xdf][\x80-\xbf]){8,}")
-_WIDE_RUN = re.compile(rb"(?:[\x20-\x7e]\0){6,}")
+_LONG_RUN = re.compile(rb"(?:[\t\x20-\x7e]|[\xc3-\xdf][\x80-\xbf]){16,}")
+_SAMPLE = 2**16
+_WIDE_RUN = re.compile(rb"(?:[\x20-\x7e\xa0-\xff]\0){6,}")
 _BASE64 = re.compile(r"(?<![\w+/=])[A-Za-z0-9+/]{24,}={0,2}(?![\w+/=])")
 _STREAM = re.compile(rb"stream\r?\n(.*?)endstream", re.DOTALL)
 _MOST = 2**31
@@ -117,11 +119,20 @@ def _decoded(text: str) -> bytes:
 
 
 def _runs(data: bytes) -> Iterator[Text]:
-    """Texts between other bytes, in one byte a letter or in two."""
-    for match in _RUN.finditer(data):
+    """Texts between other bytes, in one byte a letter or in two.
+
+    Bytes that are sealed or compressed have short texts by chance.
+    """
+    for match in (_LONG_RUN if _is_noise(data) else _RUN).finditer(data):
         yield Text("text between bytes", match.start(), match[0].decode("utf-8", "replace"))
     for match in _WIDE_RUN.finditer(data):
         yield Text("text in UTF-16", match.start(), match[0].decode("utf-16-le"))
+
+
+def _is_noise(data: bytes) -> bool:
+    """Whether bytes cannot be made fewer, as those that are sealed."""
+    sample = data[:_SAMPLE]
+    return len(zlib.compress(sample, 1)) >= len(sample)
 
 
 def _document(data: bytes) -> Iterator[Text]:
@@ -150,6 +161,14 @@ def _cells(path: Path) -> Iterator[Text]:
         yield Text("database", 0, "")
 
 
+def _of_blob(cell: bytes) -> Iterator[Text]:
+    text = _as_text(cell)
+    if text is not None and text.isprintable():
+        yield Text("", 0, text)
+    else:
+        yield from _runs(cell)
+
+
 def _rows(database: sqlite3.Connection, table: str, *, is_index: bool) -> Iterator[Text]:
     quoted = '"' + table.replace('"', '""') + '"'
     rows = database.execute(f"SELECT * FROM {quoted}")  # noqa: S608
@@ -161,4 +180,4 @@ def _rows(database: sqlite3.Connection, table: str, *, is_index: bool) -> Iterat
                 keyed = is_index and table == "image" and column in _PSEUDONYMS
                 yield Text(where, 0, cell, pseudonym=keyed)
             elif isinstance(cell, bytes):
-                yield from (run._replace(where=where) for run in _runs(cell))
+                yield from (text._replace(where=where) for text in _of_blob(cell))

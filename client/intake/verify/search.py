@@ -41,7 +41,8 @@ class Searcher:
         excused: words that stand for nothing where this is used.
     """
 
-    def __init__(self, identities: Identities, excused: frozenset[str] = frozenset()) -> None:
+    def __init__(self, identities: Identities, excused: frozenset[str]) -> None:
+        self._excused = excused
         self._uids = frozenset(uid.encode() for uid in identities.uids)
         self._kinds: dict[bytes, str] = {}
         self._add("a name's word", identities.names - excused)
@@ -84,11 +85,25 @@ class Searcher:
             end = offset + len(found)
             if any(start <= offset and end <= stop for start, stop in opaque):
                 continue
-            if _stands_alone(folded, offset, end, kind, edges):
+            if _stands_alone(folded, offset, end, kind, edges) and not self._is_within_term(
+                folded, offset, end
+            ):
                 yield Hit(offset, len(found), kind)
         for match in _UIDS.finditer(data):
             if match[0] in self._uids:
                 yield Hit(match.start(), len(match[0]), "a UID")
+
+    def _is_within_term(self, folded: bytes, start: int, end: int) -> bool:
+        """Whether it is a part of a longer word that stands for nothing."""
+        if not folded[start:end].isalpha():
+            return False
+        first, last = start, end
+        while folded[first - 1 : first].isalpha():
+            first -= 1
+        while folded[last : last + 1].isalpha():
+            last += 1
+        longer = last - first > end - start
+        return longer and folded[first:last].decode("ascii", "replace") in self._excused
 
     def in_bulk(self, data: bytes) -> Iterator[Hit]:
         """Look through many bytes that are no text, such as pixels: for long strings alone.
