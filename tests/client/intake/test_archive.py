@@ -6,6 +6,7 @@ import io
 import pickle
 import random
 import resource
+import shutil
 import struct
 import subprocess
 import sys
@@ -96,6 +97,14 @@ def by_zipfile(**members: Any) -> bytes:
     return buffer.getvalue()
 
 
+def zipped(made: Path, folder: Path, *options: str) -> Path:
+    """A folder, by the `zip` program."""
+    if shutil.which("zip") is None:
+        pytest.skip("the program zip is not there; this test reads what it writes")
+    subprocess.run(["zip", "-qr", *options, made, "."], cwd=folder, check=True)
+    return made
+
+
 def outcome(listing: Listing, limit: int = LIMIT) -> dict[str, bytes | str]:
     """Of each place the bytes, or the reason why there are none."""
     found: dict[str, bytes | str] = {one.what: one.reason for one in listing.unusable}
@@ -120,16 +129,29 @@ def test_archives_of_the_zip_program_have_the_bytes_of_their_files(
     tmp_path: Path, shared_data: Path, options: list[str]
 ) -> None:
     folder = shared_data / "dicom" / "highdicom"
-    made = tmp_path / "study.zip"
-    done = subprocess.run(["zip", "-qr", *options, made, "."], cwd=folder, check=False)
-    assert done.returncode == 0
 
-    listing = listed(made)
+    listing = listed(zipped(tmp_path / "study.zip", folder, *options))
 
     assert not listing.unusable
     assert outcome(listing, 2**27) == {
         path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*.dcm")
     }
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [(["-P", "secret"], "encrypted within the ZIP"), (["-Z", "bzip2"], "by method 12,")],
+)
+def test_what_else_the_zip_program_makes_is_unusable(
+    tmp_path: Path, options: list[str], reason: str
+) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "x").write_bytes(NOISE * 9)
+
+    listing = listed(zipped(tmp_path / "study.zip", tmp_path / "folder", *options))
+
+    assert not listing.items
+    assert reason in listing.unusable[0].reason
 
 
 def test_a_member_is_decoded_as_its_file_is(tmp_path: Path, shared_data: Path) -> None:
@@ -242,6 +264,16 @@ def test_a_member_whose_own_header_reaches_into_the_next_is_refused(look: Look) 
 
     assert outcome(look(data)) == {"a": NOISE, "b": NOISE}
     assert "shares bytes" in str(outcome(look(bytes(reaching)))["a"])
+
+
+def test_a_member_without_a_header_of_its_own_is_refused(look: Look) -> None:
+    data = forged(Entry(b"a", NOISE), Entry(b"b", NOISE))
+    at = data.rindex(b"PK\3\4")
+
+    found = outcome(look(data[:at] + b"PK\5\4" + data[at + 4 :]))
+
+    assert found["a"] == NOISE
+    assert "damaged within the ZIP" in str(found["b"])
 
 
 def test_the_same_name_twice_is_two_items(look: Look) -> None:

@@ -655,7 +655,7 @@ def test_a_report_that_highdicom_wrote(ask: Ask, shared_data: Path) -> None:
     film = dcmread(shared_data / "dicom" / "highdicom" / "ct_image.dcm")
     who = sr.ObserverContext(
         observer_type=Code("121006", "DCM", "Person"),
-        observer_identifying_attributes=sr.PersonObserverIdentifyingAttributes(name="Foo"),
+        observer_identifying_attributes=sr.PersonObserverIdentifyingAttributes(name="Foo^Bar"),
     )
     groups = [
         sr.MeasurementsAndQualitativeEvaluations(
@@ -689,7 +689,7 @@ def test_a_report_that_highdicom_wrote(ask: Ask, shared_data: Path) -> None:
         manufacturer="Manufacturer",
         is_complete=True,
         is_verified=True,
-        verifying_observer_name="Foo",
+        verifying_observer_name="Foo^Bar",
         verifying_organization="Bar",
     )
 
