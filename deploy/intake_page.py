@@ -34,7 +34,7 @@ from urllib.parse import parse_qs
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from client.intake.decision import Decision, Shot
+from client.intake.decision import LONGEST, Decision, Shot
 from client.intake.deid.burned_in import Box
 from client.intake.desk import Desk, Entry
 from common.clock import Clock
@@ -413,6 +413,11 @@ class _Frame:
 
     shot: Shot
     found: tuple[Box, ...]
+
+    @property
+    def share(self) -> int:
+        """Its size as a picture in percent: small text may be lost in a smaller one."""
+        return min(100, round(100 * LONGEST / max(self.shot.rows, self.shot.columns)))
 
 
 def _frame(case: Case, shot: Shot) -> _Frame:
