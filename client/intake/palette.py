@@ -174,13 +174,14 @@ def _expanded(units: Sequence[int], count: int, bits: int) -> tuple[list[int], i
 
 def _segment(units: Sequence[int], position: int, bits: int) -> _Segment:
     """The segment at a position; each adds an entry or more, so that there is an end to them."""
-    if position + 1 < len(units):
-        kind, size = units[position : position + 2]
-        data = position + 2
-        lengths = {_DISCRETE: size, _LINEAR: 1, _INDIRECT: 4 if bits <= 8 else 2}
-        if kind in lengths and size and data + lengths[kind] <= len(units):
-            return _Segment(kind, size, data, data + lengths[kind])
-    raise IntakeError("its palette in segments ends early, or has a segment of no known kind")
+    kind, size = units[position : position + 2] if position + 1 < len(units) else (None, 1)
+    lengths = {_DISCRETE: size, _LINEAR: 1, _INDIRECT: 4 if bits <= 8 else 2}
+    end = position + 2 + lengths.get(kind or 0, 0)
+    if kind is None or end > len(units):
+        raise IntakeError("its palette in segments ends early")
+    if kind not in lengths or not size:
+        raise IntakeError("its palette in segments has one of no known kind, or of no length")
+    return _Segment(kind, size, position + 2, end)
 
 
 def _extend(table: list[int], units: Sequence[int], segment: _Segment, most: int) -> None:

@@ -217,14 +217,14 @@ def segmented(units: Sequence[int], count: int, bits: int, first: int = 0) -> di
 
 @pytest.mark.parametrize("bits", [8, 16])
 def test_segments_expand_as_in_pydicom(film: Film, bits: int) -> None:
-    units = [DISCRETE, 3, 7, 200, 40, LINEAR, 50, 240, LINEAR, 3, 3, DISCRETE, 1, 9]
+    units = [DISCRETE, 3, 7, 200, 40, LINEAR, 50, 223, LINEAR, 3, 3, DISCRETE, 1, 9]
     stored = np.arange(60, dtype=np.uint8).reshape(6, 10)
     header = film(stored, **segmented(units, 57, bits))
 
     shown = brightness(stored, header, 0, "dicom")
 
     np.testing.assert_allclose(shown, apply_color_lut(stored, header) / (2**bits - 1), atol=1e-6)
-    assert shown.max() == pytest.approx(240 / (2**bits - 1))
+    assert shown.max() == pytest.approx(223 / (2**bits - 1))
 
 
 @pytest.mark.parametrize("bits", [8, 16])
@@ -251,12 +251,12 @@ def test_an_indirect_segment_repeats_others_from_where_the_table_has_come_to(
     ("units", "reason"),
     [
         ([DISCRETE, 2, 5, 5] + [LINEAR, 65535, 9] * 50, "more than the 65536 entries"),
-        ([DISCRETE, 1, 5] + [INDIRECT, 65535, 0, 0] * 50, "ends early|leads to another"),
+        ([DISCRETE, 1, 5] + [INDIRECT, 65535, 0, 0] * 50, "leads to another"),
         ([DISCRETE, 1, 5, INDIRECT, 1, 6, 0], "leads to another"),
-        ([DISCRETE, 0] * 1000, "no known kind"),
+        ([DISCRETE, 0] * 1000, "of no length"),
         ([DISCRETE, 1, 5, INDIRECT, 1, 65535, 65535], "ends early"),
         ([LINEAR, 5, 9], "a line from nowhere"),
-        ([3, 5, 9], "no known kind"),
+        ([3, 5, 9], "of no known kind"),
         ([DISCRETE, 9, 1, 2], "ends early"),
         ([DISCRETE, 2, 1, 2], "ends early"),
     ],
