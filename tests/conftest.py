@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import datetime
 import hashlib
 import ipaddress
@@ -322,11 +323,10 @@ def unused_port() -> int:
 
 @dataclass(frozen=True)
 class Issued:
-    """A certificate and its key, each a PEM file, and both in one."""
+    """A certificate and its key, each a PEM file."""
 
     certificate: Path
     key: Path
-    both: Path
 
 
 class Authority:
@@ -353,17 +353,15 @@ class Authority:
             .add_extension(x509.SubjectAlternativeName(addresses), critical=False)
             .add_extension(x509.ExtendedKeyUsage(usage), critical=False)
         )
-        issued = Issued(*(self._folder / f"{name}.{end}" for end in ("crt", "key", "pem")))
+        issued = Issued(self._folder / f"{name}.crt", self._folder / f"{name}.key")
         secret = key.private_bytes(
             serialization.Encoding.PEM,
             serialization.PrivateFormat.TraditionalOpenSSL,
             serialization.NoEncryption(),
         )
         issued.certificate.write_bytes(self._signed(made))
-        for path in (issued.key, issued.both):
-            path.touch(mode=0o600)
+        issued.key.touch(mode=0o600)
         issued.key.write_bytes(secret)
-        issued.both.write_bytes(secret + issued.certificate.read_bytes())
         return issued
 
     def _builder(self, subject: x509.Name, key: rsa.RSAPrivateKey) -> x509.CertificateBuilder:
@@ -401,14 +399,16 @@ def authority(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Autho
 class Orthanc:
     """A running Orthanc: a PACS with REST, DICOM over TLS and DICOMweb."""
 
-    def __init__(self, url: str, dicom_port: int) -> None:
-        self.url, self.dicom_port = url, dicom_port
+    def __init__(self, port: int, user: str) -> None:
+        self.port, self.url = port, f"http://127.0.0.1:{port}"
+        self.basic = f"Basic {base64.b64encode(user.encode()).decode()}"
 
     def rest(self, path: str, data: bytes | None = None, method: str = "") -> Any:
         """One request to its REST interface; what it answers as JSON."""
         request = urllib.request.Request(  # noqa: S310
             f"{self.url}/{path}", data, method=method or ("POST" if data is not None else "GET")
         )
+        request.add_header("Authorization", self.basic)
         with urllib.request.urlopen(request, timeout=60) as answer:  # noqa: S310
             return json.loads(answer.read() or b"null")
 
@@ -424,6 +424,7 @@ class Orthanc:
         return self.rest("modalities/cloister/store", json.dumps(asked).encode())
 
 
+ORTHANC_USER = "intake:a-password-of-a-test"
 ORTHANC_PLUGINS = ("/usr/share/orthanc/plugins", "/usr/lib/orthanc")
 
 
@@ -433,30 +434,30 @@ def start_orthanc(
     authority: Callable[[str], Authority],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Callable[..., Orthanc]]:
-    """`start_orthanc(SslEnabled=True, …)`: a PACS of its own, with changes of its settings."""
+    """`start_orthanc()`: a PACS of its own."""
     running: list[subprocess.Popen[bytes]] = []
     found = program("Orthanc")
 
-    def start(**changes: Any) -> Orthanc:
+    def start() -> Orthanc:
         folder = tmp_path_factory.mktemp("orthanc")
         issued = authority("hospital").issue(f"orthanc-{folder.name}")
-        http, dicom = unused_port(), unused_port()
+        http = unused_port()
         settings = {
             "StorageDirectory": str(folder),
             "IndexDirectory": str(folder),
             "HttpPort": http,
-            "DicomPort": dicom,
+            "DicomPort": unused_port(),
             "DicomAet": "ORTHANC",
             "RemoteAccessAllowed": False,
-            "AuthenticationEnabled": False,
+            "AuthenticationEnabled": True,
+            "RegisteredUsers": dict([ORTHANC_USER.split(":")]),
             "Plugins": [place for place in ORTHANC_PLUGINS if Path(place).is_dir()][:1],
             "DicomWeb": {"Enable": True, "Root": "/dicom-web/"},
             "DicomTlsEnabled": True,
             "DicomTlsCertificate": str(issued.certificate),
             "DicomTlsPrivateKey": str(issued.key),
             "DicomTlsTrustedCertificates": str(authority("hospital").file),
-            "SslCertificate": str(issued.both),
-        } | changes
+        }
         (folder / "orthanc.json").write_text(json.dumps(settings))
         with (folder / "log").open("wb") as log:
             command = [found, str(folder / "orthanc.json")]
@@ -466,7 +467,7 @@ def start_orthanc(
             if running[-1].poll() is not None or time.monotonic() > until:
                 pytest.fail((folder / "log").read_text())
             time.sleep(0.1)
-        return Orthanc(f"http://127.0.0.1:{http}", dicom)
+        return Orthanc(http, ORTHANC_USER)
 
     yield start
     for process in running:

@@ -33,7 +33,7 @@ from client.intake.quiet import quiet
 from common.clock import Clock
 from common.errors import ConfigError, IntakeError, PeerError
 
-_UID = re.compile(r"[0-9.]{1,64}")
+_UID = re.compile(r"[0-9A-Za-z.]{0,63}[0-9A-Za-z]")  # not all in the field are of digits alone
 _DATES = re.compile(r"\d{8}|\d{8}-\d{8}|\d{8}-|-\d{8}")
 _TOKEN = re.compile(r"(?:(?:Bearer|Basic) )?[A-Za-z0-9._~+/=-]+")
 _LONGEST_TOKEN = 2**14
@@ -46,7 +46,6 @@ _MOST_STUDIES = 100_000
 _PART_HEADER = 2**14
 _LONGEST_BOUNDARY = 70  # RFC 2046 5.1.1
 _CONNECT, _SILENT = 10.0, 60.0
-_ATTEMPTS = 3
 _DENIED = (401, 403)
 _MOST_FAILURES = 10
 _CLASS, _INSTANCE, _STUDY, _SERIES, _MODALITY = (
@@ -164,7 +163,7 @@ class Query:
                 "which studies? Expected --modality, --study-date, --description or --study"
             )
         if any(not re.fullmatch(_UID, uid) for uid in self.studies):
-            raise ConfigError("--study: expected a Study Instance UID, of digits and points")
+            raise ConfigError("--study: expected a Study Instance UID such as 1.2.840.99.7")
         if self.study_date and not re.fullmatch(_DATES, self.study_date):
             raise ConfigError(
                 "--study-date: expected 20260131, or 20260101-20260331, 20260101- or -20260331"
@@ -284,7 +283,7 @@ class Server:
             permissive_uid=True,
             timeout=(_CONNECT, _SILENT),
         )
-        client.set_http_retry_params(max_attempts=_ATTEMPTS)
+        client.set_http_retry_params(retry=False)  # it would ask again after a lie as well
         return client
 
     def _pages(
@@ -426,6 +425,8 @@ class _Session(requests.Session):
             PeerError: if the answer is packed, redirects, or is too long.
         """
         request.headers.pop("Host", None)  # dicomweb-client leaves the port out
+        parts = urlsplit(str(request.url))
+        request.url = parts._replace(query=_plainly(parts.query)).geturl()
         whole = not kwargs.get("stream")
         answer = super().send(request, **(kwargs | {"stream": True}))
         if answer.headers.get("Content-Encoding", "identity") != "identity":
@@ -443,6 +444,14 @@ class _Session(requests.Session):
                 answer.close()
                 raise PeerError(f"an answer has more than {_PAGE_BYTES} bytes, or takes too long")
         return bytes(read)
+
+
+def _plainly(query: str) -> str:
+    """A query as RFC 3986 has it: a + is a +, and what PS3.4 C.2.2.2.4 matches by stands as it is.
+
+    The client library encodes as forms do, which not every server decodes.
+    """
+    return query.replace("+", "%20").replace("%2A", "*").replace("%3F", "?")
 
 
 def _content(answer: requests.Response, blocks: Iterator[bytes]) -> Iterator[bytes]:
@@ -554,11 +563,11 @@ def _at_server(origin: str) -> Iterator[None]:
         status = error.response.status_code if error.response is not None else 0
         said = "denies access" if status in _DENIED else "cannot answer"
         raise PeerError(f"{origin}: it {said} (status {status})") from None
-    except (requests.exceptions.RequestException, urllib3.exceptions.HTTPError, OSError) as error:
-        raise PeerError(f"{origin}: it cannot be reached ({type(error).__name__})") from None
     except (ValueError, RecursionError, TypeError, AttributeError, KeyError) as error:
         kind = type(error).__name__
         raise PeerError(f"{origin}: its answer is not what QIDO-RS gives ({kind})") from None
+    except (requests.exceptions.RequestException, urllib3.exceptions.HTTPError, OSError) as error:
+        raise PeerError(f"{origin}: it cannot be reached ({type(error).__name__})") from None
 
 
 def _uid(item: Any, tag: str) -> str:
