@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
+from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -64,13 +65,19 @@ def verify(
     _check_new(report)
     with progress_bar() as progress:
         identities = _identities(against, progress) if against else None
-        verdict = verified(place, identities, _told(progress, "Looking"))
+        verdict = verified(place, identities, _told(progress, "Looking"), _said())
     _print(verdict, place)
     read = _read(place, reader) if reader else None
     if report is not None:
         _write(report, verdict, read)
     if verdict.findings:
         raise typer.Exit(1)
+
+
+def _said() -> str:
+    """What the report and the page of the intake are made of."""
+    ours = (file for file in files(__package__).iterdir() if file.name.startswith("intake_"))
+    return "\n".join(file.read_text(encoding="utf-8") for file in ours)
 
 
 def _reader() -> Reader:

@@ -77,8 +77,12 @@ class Reader:
         greys = np.asarray(enlarged)
         if greys.mean() < _BACKGROUND:
             greys = 255 - greys
-        table = self._read(greys) + self._read(255 - greys)
-        return sorted(set(table), key=lambda word: (word.top, word.left))
+        read = sorted(self._read(greys) + self._read(255 - greys), key=lambda one: -one.confidence)
+        once: list[Word] = []
+        for word in read:
+            if not any(word.text == other.text and _overlap(word, other) for other in once):
+                once.append(word)
+        return sorted(once, key=lambda word: (word.top, word.left))
 
     def _read(self, greys: NDArray[np.uint8]) -> list[Word]:
         buffer = io.BytesIO()
@@ -112,6 +116,15 @@ class Reader:
         left, top, width, height = (int(row[name]) for name in ("left", "top", "width", "height"))
         sides = (top, left, top + height, left + width)
         return Word(text, confidence, *(side // _ENLARGED for side in sides))
+
+
+def _overlap(one: Word, other: Word) -> bool:
+    return (
+        one.top < other.bottom
+        and other.top < one.bottom
+        and one.left < other.right
+        and other.left < one.right
+    )
 
 
 def _path() -> str:

@@ -21,7 +21,7 @@ from client.intake.verify.layout import is_dicom
 from client.intake.verify.objects import object_findings
 from client.intake.verify.places import Content, Text, content_of, members
 from client.intake.verify.search import Searcher
-from client.intake.verify.words import common_words, maker_words, own_words, shapes_in
+from client.intake.verify.words import common_words, maker_words, own_words, shapes_in, words_of
 from common.cohort import IMAGES_FILE
 from common.errors import DataError
 
@@ -91,13 +91,14 @@ class Checker:
 
     Args:
         identities: what the source says of people, if there is a source.
+        said: texts that reports and pages are made of, whose words are no identities there.
     """
 
-    def __init__(self, identities: Identities | None = None) -> None:
+    def __init__(self, identities: Identities | None = None, said: str = "") -> None:
         self._headers = self._others = None
         if identities is not None:
             self._headers = Searcher(identities, common_words() | maker_words())
-            self._others = Searcher(identities, own_words())
+            self._others = Searcher(identities, own_words() | words_of(said))
 
     def findings(self, data: bytes, file: str, path: Path | None = None) -> Iterator[Finding]:
         """Everything in one file that looks like an identity.
@@ -161,6 +162,7 @@ def verify(
     place: Path,
     identities: Identities | None = None,
     progress: Callable[[int, int], None] = lambda _done, _total: None,
+    said: str = "",
 ) -> Verdict:
     """Look for identities in everything below a folder, or in one file.
 
@@ -168,15 +170,16 @@ def verify(
         place: a cohort, exported files, the desk of an intake, a report: anything.
         identities: what the source says of people, if there is a source.
         progress: told how many files are done, of how many.
+        said: texts that reports and pages are made of, whose words are no identities there.
 
     Raises:
         DataError: if there is nothing to look at, or a file cannot be read: what nobody has seen
             is not clean.
     """
-    files = [place] if place.is_file() else sorted(_files(place))
+    files = [place] if place.is_file() else sorted(_files(place)) if place.is_dir() else []
     if not files:
         raise DataError(f"{place}: there is no file in it; expected a cohort, or files of one")
-    checker, size = Checker(identities), 0
+    checker, size = Checker(identities, said), 0
     found: list[Finding] = []
     for number, path in enumerate(files, 1):
         name = path.name if path == place else str(path.relative_to(place))

@@ -13,11 +13,12 @@ from pydicom.pixels.utils import iter_pixels
 
 from client.intake.ocr import Reader, Word
 from client.intake.quiet import quiet
+from client.intake.verify.header import PIXELS
 from client.intake.verify.layout import is_dicom
 from common.cohort import INDEX_FILE, Cohort
 from common.errors import DataError
 
-_HEAD = 132
+_HEAD, _LARGE = 132, 4096
 _COLOUR = 3
 
 
@@ -93,8 +94,8 @@ def _is_object(path: Path) -> bool:
 def _frames(path: Path, name: str) -> Iterator[Picture | Reading]:
     with quiet():
         try:
-            header = dcmread(path, stop_before_pixels=True)
-            if "Rows" not in header:
+            header = dcmread(path, defer_size=_LARGE)
+            if not any(keyword in header for keyword in PIXELS):
                 return
             for number, frame in enumerate(iter_pixels(path)):
                 yield Picture(name, number, _greys(frame))

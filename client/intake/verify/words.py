@@ -19,7 +19,7 @@ LETTERS = re.compile(r"[^\W\d_]+")
 _DIGITS = re.compile(r"\d+")
 _MOST_DIGITS = 4
 _STANDARDS = re.compile(r"ISO[ _]\d{4,5}|ISO[ _]2022|PS3\.\d+|\b20\d\d[a-e]\b")
-_OURS = ("py", "html", "css", "js")
+_OURS = ("py", "j2", "css")
 _UUID_ROOT = "2.25."
 _UUID_MOST = 2**128
 
@@ -125,15 +125,19 @@ def class_words() -> frozenset[str]:
     return frozenset(word.lower() for word in LETTERS.findall(names))
 
 
+def words_of(text: str) -> frozenset[str]:
+    """The words of a text, in lower case."""
+    return frozenset(word.lower() for word in LETTERS.findall(text))
+
+
 @cache
 def own_words() -> frozenset[str]:
-    """Words that the intake itself is written in: its reports, reasons and page are made of them.
+    """Words that the intake itself is written in: its journal and its reasons are made of them.
 
     They excuse nothing in a header.
     """
     texts = (file.read_text(encoding="utf-8") for file in _sources(files("client.intake")))
-    words = {word.lower() for text in texts for word in LETTERS.findall(text)}
-    return common_words() | maker_words() | class_words() | frozenset(words)
+    return common_words() | maker_words() | class_words() | words_of("\n".join(texts))
 
 
 def _sources(folder: Traversable) -> Iterator[Traversable]:
