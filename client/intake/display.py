@@ -16,7 +16,7 @@ from pydicom.dataset import Dataset
 
 from client.intake.deidentify import quoted, text_of
 from client.intake.frames import groups_of, items_of
-from client.intake.palette import MOST_ENTRIES, Palette, is_little, palette_of, words_of
+from client.intake.palette import Palette, descriptor_of, is_little, palette_of, words_of
 from client.intake.pixels import Floats, clipped, shown, stretch
 from common.errors import IntakeError
 
@@ -223,13 +223,12 @@ def _lookup_table(
     The first value is signed if what goes into the table can be; the descriptor's own
     representation is lost in implicit VR.
     """
-    item = header[keyword].value[0]
-    count, first, bits = (int(number) for number in item.LUTDescriptor)
-    count = count or MOST_ENTRIES
+    item = (items_of(header, keyword) or [Dataset()])[0]
+    count, first, bits = descriptor_of(item, "LUTDescriptor")
     if first >= 2**15 and signed:
         first -= 2**16
-    table = words_of(item.LUTData, count, little=is_little(header), bits=bits)
-    if len(table) < count or not 1 <= bits <= 16:
+    table = words_of(item.get("LUTData"), count, little=is_little(header), bits=bits)
+    if len(table) < count:
         raise IntakeError(
             f"its {keyword} describes {count} entries of {bits} bits and holds {len(table)}"
         )

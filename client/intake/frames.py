@@ -108,7 +108,7 @@ def plane_of(header: Dataset, frame: int) -> Plane:
         across=across,
         down=down,
         spacing=(rows, columns),
-        shape=(int(header.get("Rows") or 0), int(header.get("Columns") or 0)),
+        shape=(_length(header, "Rows"), _length(header, "Columns")),
         reference=text_of(header, "FrameOfReferenceUID"),
     )
 
@@ -126,6 +126,13 @@ def numbers(level: Dataset, keyword: str, count: int) -> list[float]:
     if len(values) != count or not all(map(math.isfinite, values)):
         raise IntakeError(f"its {keyword} is missing or wrong; expected {count} numbers")
     return values
+
+
+def _length(header: Dataset, keyword: str) -> int:
+    text = text_of(header, keyword)
+    if not text.isdecimal():
+        raise IntakeError(f"its {keyword} is missing or wrong; expected a number")
+    return int(text)
 
 
 def _unit(vector: NDArray[np.float64]) -> NDArray[np.float64]:

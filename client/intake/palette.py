@@ -18,6 +18,7 @@ from common.errors import IntakeError
 
 MOST_ENTRIES = 2**16
 COLOURS = ("Red", "Green", "Blue")
+_DESCRIPTOR = "{}PaletteColorLookupTableDescriptor"
 _DISCRETE, _LINEAR, _INDIRECT = range(3)
 
 
@@ -58,7 +59,7 @@ def palette_of(header: Dataset) -> Palette:
     Raises:
         IntakeError: if it has none, or one that is not what its descriptor says.
     """
-    descriptors = {_descriptor(header, colour) for colour in COLOURS}
+    descriptors = {descriptor_of(header, _DESCRIPTOR.format(colour)) for colour in COLOURS}
     if len(descriptors) > 1:
         raise IntakeError("its palette has descriptors that differ; expected three of a kind")
     ((_, first, bits),) = descriptors
@@ -78,7 +79,8 @@ def words_of(data: Any, count: int, *, little: bool, bits: int) -> NDArray[np.ui
         bits: of an entry, by the descriptor.
     """
     if not isinstance(data, bytes):
-        return np.atleast_1d(np.asarray(data)).astype(np.uint16)[:count]
+        numbers = [data] if isinstance(data, int) else list(data or ())
+        return np.array(numbers[:count], dtype=np.uint16)
     if bits <= 8 and len(data) < 2 * count:
         return _bytes_of(data, little=little)[:count].astype(np.uint16)
     words = np.frombuffer(data[: len(data) // 2 * 2], dtype="<u2" if little else ">u2")
@@ -102,7 +104,7 @@ def is_little(header: Dataset) -> bool:
 
 
 def _channel(header: Dataset, colour: str) -> NDArray[np.uint16]:
-    count, _, bits = _descriptor(header, colour)
+    count, _, bits = descriptor_of(header, _DESCRIPTOR.format(colour))
     little = is_little(header)
     name = f"{colour}PaletteColorLookupTableData"
     if plain := header.get(name):
@@ -118,15 +120,18 @@ def _channel(header: Dataset, colour: str) -> NDArray[np.uint16]:
     return table.astype(np.uint16)
 
 
-def _descriptor(header: Dataset, colour: str) -> tuple[int, int, int]:
-    """Number of entries, first stored value, bits of an entry."""
-    name = f"{colour}PaletteColorLookupTableDescriptor"
+def descriptor_of(level: Dataset, keyword: str) -> tuple[int, int, int]:
+    """Number of entries, first value mapped, bits of an entry (PS3.3 C.11.1.1, C.7.6.3.1.5).
+
+    Raises:
+        IntakeError: if they are not there, or cannot be.
+    """
     try:
-        count, first, bits = (int(number) for number in header[name].value)
+        count, first, bits = (int(number) for number in level[keyword].value)
     except (KeyError, TypeError, ValueError):
-        raise IntakeError(f"its {name} is missing or wrong; expected 3 numbers") from None
+        raise IntakeError(f"its {keyword} is missing or wrong; expected 3 numbers") from None
     if not 0 <= count <= MOST_ENTRIES or not 1 <= bits <= 16:
-        raise IntakeError(f"its {name} says {count} entries of {bits} bits")
+        raise IntakeError(f"its {keyword} says {count} entries of {bits} bits")
     return count or MOST_ENTRIES, first, bits
 
 

@@ -388,6 +388,38 @@ def test_a_table_shorter_than_it_says_is_refused(film: Film) -> None:
         brightness(STORED, film(STORED, VOILUTSequence=tables), 0, "dicom")
 
 
+@pytest.mark.parametrize(
+    ("descriptor", "data", "reason"),
+    [
+        (None, bytes(40), "LUTDescriptor is missing or wrong"),
+        ([20, 0], bytes(40), "LUTDescriptor is missing or wrong"),
+        ([20, 0, 17], bytes(40), "LUTDescriptor says 20 entries of 17 bits"),
+        ([20, 0, 10], None, "describes 20 entries of 10 bits and holds 0"),
+        ([0, 0, 16], bytes(40), "describes 65536 entries of 16 bits and holds 20"),
+    ],
+)
+@pytest.mark.parametrize("keyword", ["VOILUTSequence", "ModalityLUTSequence"])
+def test_a_table_that_is_not_whole_is_refused_by_name(
+    film: Film, keyword: str, descriptor: Any, data: Any, reason: str
+) -> None:
+    item = Dataset()
+    item.LUTDescriptor = descriptor
+    item.add_new("LUTData", "OW", data)
+
+    with pytest.raises(IntakeError, match=reason):
+        brightness(STORED, film(STORED, **{keyword: DicomSequence([item])}), 0, "dicom")
+
+
+def test_a_table_of_numbers_is_one_of_words(film: Film) -> None:
+    """LUTData is US or OW (PS3.3 C.11.1.1)."""
+    item = Dataset()
+    item.LUTDescriptor = [4096, 0, 12]
+    item.add_new("LUTData", "US", list(range(4095, -1, -1)))
+    header = film(STORED, VOILUTSequence=DicomSequence([item]))
+
+    np.testing.assert_allclose(brightness(STORED, header, 0, "dicom"), 1 - STORED / 4095, atol=1e-6)
+
+
 def test_an_unknown_function_is_refused(film: Film) -> None:
     header = film(STORED, WindowCenter=5, WindowWidth=9, VOILUTFunction="CUBIC")
 
