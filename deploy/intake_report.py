@@ -76,17 +76,19 @@ def write_report(desk: Desk, profile: Profile, clock: Clock | None = None) -> Pa
         ConfigError: if that is not the intake's profile, or the disk refuses.
     """
     told = contents(desk, profile, clock)
-    page = all(importlib.util.find_spec(name) for name in _PAGE_NEEDS)
+    data = f"{json.dumps(told, indent=1, ensure_ascii=False)}\n"
+    page = render(told) if all(map(importlib.util.find_spec, _PAGE_NEEDS)) else None
     try:
-        text = json.dumps(told, indent=1, ensure_ascii=False)
-        write_durably(desk.path / JSON, f"{text}\n".encode(), 0o600)
-        if page:
-            write_durably(desk.path / HTML, render(told).encode(), 0o600)
+        write_durably(desk.path / JSON, data.encode(), 0o600)
+        if page is None:
+            (desk.path / HTML).unlink(missing_ok=True)  # an older one would say what was
+        else:
+            write_durably(desk.path / HTML, page.encode(), 0o600)
     except OSError as error:
         raise ConfigError(
             f"{desk.path}: the report cannot be written ({error.strerror}); is there space left?"
         ) from error
-    return desk.path / (HTML if page else JSON)
+    return desk.path / (JSON if page is None else HTML)
 
 
 def contents(desk: Desk, profile: Profile, clock: Clock | None = None) -> Contents:

@@ -86,11 +86,10 @@ class Case:
 
     @property
     def why(self) -> str:
-        """Why it is here; that a person has to look, and which profile would not ask, is left."""
+        """Why it is here."""
         last = in_words(self.said[-1]) if self.said else ""
         kept = "kept, with pixels blanked" if self.entry.state is State.KEPT else ""
-        told = self.entry.reason.partition("; ")[0].partition(": a person has to")[0]
-        return printable(told) or last or kept
+        return _without_the_way_out(self.entry.reason) or last or kept
 
     @property
     def found(self) -> int:
@@ -121,6 +120,11 @@ class Case:
                 "is blanked in all of them."
             )
         return ""
+
+
+def _without_the_way_out(reason: str) -> str:
+    """A reason without what every one of them says: that a person has to look, or which profile."""
+    return printable(reason.partition("; ")[0].partition(": a person has to")[0])
 
 
 def parsed_box(text: str) -> Box:
@@ -223,7 +227,7 @@ _HEADINGS = {
 
 
 def _by_reason(desk: Desk, numbers: Sequence[int]) -> Iterator[RenderableType]:
-    reasons = Counter(desk.entry(number).reason for number in numbers)
+    reasons = Counter(_without_the_way_out(desk.entry(number).reason) for number in numbers)
     if len(reasons) > 1:
         ranked = reasons.most_common(_REASONS_SHOWN)
         yield facts((str(count), reason) for reason, count in ranked)

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import stat
+import sys
 from collections import Counter
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -406,6 +407,18 @@ def test_a_disk_that_refuses_leaves_the_old_report(ward: Any):
         report_of(ward)
     assert data.read_bytes() == before
     assert not list(page.parent.glob("*.partial"))
+
+
+def test_without_the_libraries_of_pages_there_is_the_json_and_no_older_page(
+    ward: Any, monkeypatch: pytest.MonkeyPatch
+):
+    page, data, _ = report_of(ward)
+    data.unlink()
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    with ward.desk() as desk:
+        assert write_report(desk, ward.profile, NOON) == data
+    assert json.loads(data.read_text())["objects"]["all"] == 6
+    assert not page.exists()
 
 
 def test_an_empty_desk_has_a_report(tmp_path: Path):
