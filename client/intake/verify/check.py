@@ -20,7 +20,7 @@ from client.intake.verify.identities import Identities
 from client.intake.verify.layout import is_dicom
 from client.intake.verify.objects import object_findings
 from client.intake.verify.places import Content, Text, content_of, members
-from client.intake.verify.search import Searcher
+from client.intake.verify.search import Hit, Searcher
 from client.intake.verify.words import common_words, maker_words, own_words, shapes_in, words_of
 from common.cohort import IMAGES_FILE
 from common.errors import DataError
@@ -32,6 +32,8 @@ _HARMLESS = re.compile(
     r"(?:[0-9a-f]{32,}|2\.25\.\d+|index|images|journal|report|card|preamble)(?:\.[a-z0-9-]{1,12})*"
 )
 _MOST = 2**32
+_FEW_DIGITS = 7
+"""Numbers with fewer stand between other bytes by chance."""
 
 
 @dataclass(frozen=True)
@@ -146,7 +148,9 @@ class Checker:
         if self._others is None:
             return
         encoded = text.text.encode("utf-8", "replace")
-        for hit in (*self._others.in_text(encoded), *self._others.in_letters(text.text)):
+        for hit in (*self._others.in_text(encoded), *_in_bytes(text.text, self._others)):
+            if text.is_between and hit.kind == "a number" and hit.length < _FEW_DIGITS:
+                continue
             value = encoded[hit.offset : hit.offset + hit.length]
             at = text.offset + hit.offset
             yield Finding(file, text.where, at, hit.length, "value of the source",
@@ -156,6 +160,13 @@ class Checker:
         """The path of a file, all of it."""
         for finding in self._in_text(Text("name of the file", 0, file), file):
             yield replace(finding, offset=-1)
+
+
+def _in_bytes(text: str, searcher: Searcher) -> Iterator[Hit]:
+    """Values with gaps, by the bytes of a text and not by its characters."""
+    for hit in searcher.in_letters(text):
+        before, found = text[: hit.offset], text[hit.offset : hit.offset + hit.length]
+        yield Hit(len(before.encode("utf-8", "replace")), len(found.encode()), hit.kind)
 
 
 def verify(

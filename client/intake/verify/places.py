@@ -32,13 +32,15 @@ _PSEUDONYMS = ("patient", "study", "series", "instance")
 class Text(NamedTuple):
     """A text of a file: where it stands, in words and from which byte, and what it is.
 
-    ``pseudonym`` is whether nothing but a pseudonym may stand there.
+    ``pseudonym`` is whether nothing but a pseudonym may stand there, ``is_between`` whether it is
+    what of other bytes looks like a text.
     """
 
     where: str
     offset: int
     text: str
     pseudonym: bool = False
+    is_between: bool = False
 
 
 class Content(NamedTuple):
@@ -106,7 +108,11 @@ def _text_and_encoded(text: str) -> Iterator[Text]:
     for match in _BASE64.finditer(text):
         decoded = _decoded(match[0])
         for run in _RUN.finditer(decoded):
-            yield Text("text in base64", match.start(), run[0].decode("utf-8", "replace"))
+            yield _between("text in base64", match.start(), run[0])
+
+
+def _between(where: str, offset: int, run: bytes, encoding: str = "utf-8") -> Text:
+    return Text(where, offset, run.decode(encoding, "replace"), is_between=True)
 
 
 def _decoded(text: str) -> bytes:
@@ -124,9 +130,9 @@ def _runs(data: bytes) -> Iterator[Text]:
     Bytes that are sealed or compressed have short texts by chance.
     """
     for match in (_LONG_RUN if _is_noise(data) else _RUN).finditer(data):
-        yield Text("text between bytes", match.start(), match[0].decode("utf-8", "replace"))
+        yield _between("text between bytes", match.start(), match[0])
     for match in _WIDE_RUN.finditer(data):
-        yield Text("text in UTF-16", match.start(), match[0].decode("utf-16-le"))
+        yield _between("text in UTF-16", match.start(), match[0], "utf-16-le")
 
 
 def _is_noise(data: bytes) -> bool:
@@ -145,7 +151,7 @@ def _document(data: bytes) -> Iterator[Text]:
         except zlib.error:
             continue
         for run in _RUN.finditer(inflated):
-            yield Text("text in a stream", match.start(1), run[0].decode("utf-8", "replace"))
+            yield _between("text in a stream", match.start(1), run[0])
 
 
 def _cells(path: Path) -> Iterator[Text]:

@@ -16,12 +16,17 @@ from client.intake.verify.words import LETTERS, SHORTEST, common_words
 _MONTHS = ["jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec"]
 _ENCODINGS = ("utf-8", "latin-1", "iso8859-2", "iso8859-5", "iso8859-7", "iso8859-9", "gb18030",
               "euc_kr", "shift_jis", "iso2022_jp", "utf-16-le", "utf-16-be")  # fmt: skip
-# Digits and letters of these are drawn at random or computed: pseudonyms, UUIDs, digests.
-_OPAQUE = re.compile(rb"2\.25\.\d{1,39}|[0-9a-f]{32,}")
+# Digits and letters of these are drawn at random, computed or of the standard: pseudonyms, UUIDs,
+# digests, tags of attributes, and the codes of what was done (PS3.16 CID 7050).
+_OPAQUE = re.compile(
+    rb"2\.25\.\d{1,39}|[0-9a-f]{32,}|\([0-9a-f]{4},[0-9a-fx]{4}\)|\b1131(?:0\d|1[0-2])\b"
+)
+_GAP = re.compile(r"[^\w \-._/,^=\\]|  ")
+"""What does not stand between the letters of one word."""
 _UIDS = re.compile(rb"[0-2](?:\.\d+){4,}")
 _SUBSTRING = 6
 """From this many letters on, a word counts within a longer one too."""
-_SQUEEZED = 6
+_SQUEEZED, _SQUEEZED_NUMBER = 6, 8
 _BULK_BYTES, _BULK_DIFFERENT = 8, 4
 
 
@@ -59,7 +64,7 @@ class Searcher:
         squeezed = {"".join(filter(str.isalnum, text)) for text in identities.values}
         squeezed |= {text for text in identities.words | identities.mixed if text.isascii()}
         self._squeezed = Needles(
-            (text.encode() for text in squeezed - excused if len(text) >= _SQUEEZED), 4
+            (text.encode() for text in squeezed - excused if len(text) >= _least_letters(text)), 4
         )
 
     def _add(self, kind: str, texts: Iterable[str]) -> None:
@@ -127,8 +132,14 @@ class Searcher:
         for offset, found in self._squeezed.find(letters[is_letter].tobytes()):
             start, end = int(places[offset]), int(places[offset + len(found) - 1]) + 1
             alone = not (start and is_letter[start - 1]) and not is_letter[end : end + 1].any()
-            if alone and end - start > len(found) and not _is_of_terms(text[start:end]):
+            whole = text[start:end]
+            has_gaps = end - start > len(found) and not _GAP.search(whole)
+            if alone and has_gaps and not _is_of_terms(whole):
                 yield Hit(start, end - start, "a value with gaps")
+
+
+def _least_letters(text: str) -> int:
+    return _SQUEEZED if text.isalpha() else _SQUEEZED_NUMBER
 
 
 _ALPHANUMERIC = np.array([bytes([code]).isalnum() for code in range(256)])

@@ -137,7 +137,8 @@ def own_words() -> frozenset[str]:
     They excuse nothing in a header.
     """
     texts = (file.read_text(encoding="utf-8") for file in _sources(files("client.intake")))
-    return common_words() | maker_words() | class_words() | words_of("\n".join(texts))
+    ours = words_of("\n".join(texts)) | _sections()["figures"]
+    return common_words() | maker_words() | class_words() | ours
 
 
 def _sources(folder: Traversable) -> Iterator[Traversable]:

@@ -38,12 +38,19 @@ def as_it_stands(_scope: Any, element: DataElement) -> DataElement:
     return element
 
 
-def seen(data: bytes, identity: bytes, findings: list[Finding]) -> bool:
+def covered(data: bytes, findings: list[Finding]) -> bytearray:
+    """For each byte of a file whether a finding lies on it."""
+    mask = bytearray(len(data))
+    for one in findings:
+        mask[one.offset : one.offset + one.length] = b"\1" * one.length
+    return mask
+
+
+def seen(data: bytes, identity: bytes, mask: bytearray) -> bool:
     """Whether a finding lies on any of the places where an identity stands."""
-    spans = [(one.offset, one.offset + one.length) for one in findings if one.length]
     at = data.find(identity)
     while at >= 0:
-        if any(start < at + len(identity) and at < end for start, end in spans):
+        if any(mask[at : at + len(identity)]):
             return True
         at = data.find(identity, at + 1)
     return False
@@ -55,7 +62,8 @@ def looked_at(data: bytes, planted: Mapping[str, bytes], checker: Checker, name:
     left = {place: text.lower() for place, text in planted.items() if text.lower() in lower}
     with quiet():
         findings = list(checker.findings(data, f"{name}.dcm")) if left else []
-    return [Left(name, place, seen(lower, text, findings)) for place, text in left.items()]
+    mask = covered(data, [one for one in findings if one.offset >= 0])
+    return [Left(name, place, seen(lower, text, mask)) for place, text in left.items()]
 
 
 def left_by(probes: Probes, clean: Clean, engine: Engine, checker: Checker) -> Iterator[Left]:
