@@ -1,8 +1,8 @@
 """Which rule holds for an element of a data set, and what each rule does with it.
 
-`rule_of` looks at an element in the order of the standard and of default deny: what nobody can
-read, what is private, what the profile's table names; then, of all the rest, sequences, numbers,
-words, codes and UIDs by list. `Rule.OTHER` is the last one: the value goes.
+`rule_of` looks at a tag in the order of default deny: what is private, what is a code, what the
+profile's table names. Of all the rest `rule_of_value` looks at the value: sequences, numbers, words
+and UIDs by list. `Rule.OTHER` is the last one: the value goes.
 
 What each rule then does is in `client.intake.deid.treatments`.
 """
@@ -12,8 +12,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import cached_property, lru_cache
 
-from pydicom.datadict import dictionary_has_tag
+from pydicom.datadict import dictionary_has_tag, keyword_for_tag
 from pydicom.dataelem import DataElement
 from pydicom.dataset import Dataset
 from pydicom.sequence import Sequence
@@ -46,6 +47,7 @@ _CODE_DETAILS = frozenset(
         "ContextGroupExtensionCreatorUID",
     }
 )
+_MOST_KNOWN = 2**14
 _COMMAND_GROUP, _META_GROUP, _PIXEL_GROUP = 0x0000, 0x0002, 0x7FE0
 _PATIENT_ID = 0x00100020
 # Identities under somebody's key (PS3.15 E.1.1): ours are not in the file at all.
@@ -80,6 +82,7 @@ class Rule(StrEnum):
     OTHER = "not on a list"
 
 
+_BEFORE_CODES = frozenset({Rule.PRIVATE, Rule.STRUCTURE, Rule.PATIENT})
 OF_ACTION = {
     Action.REMOVE: Rule.REMOVE,
     Action.EMPTY: Rule.EMPTY,
@@ -88,6 +91,45 @@ OF_ACTION = {
     Action.KEEP: Rule.KEEP,
     Action.CLEAN: Rule.CLEAN,
 }
+
+
+class TagRules:
+    """The rule for each attribute that its tag alone settles under a profile; remembered."""
+
+    def __init__(self, profile: Profile) -> None:
+        self._profile = profile
+        self._known: dict[tuple[int, bool], Rule | None] = {}
+
+    def __call__(self, tag: BaseTag, *, top: bool) -> Rule | None:
+        """The rule, or None if the value decides.
+
+        Args:
+            tag: of the element.
+            top: whether it stands in the data set itself, and in no item.
+        """
+        key = (int(tag), top)
+        if key not in self._known:
+            if len(self._known) >= _MOST_KNOWN:
+                self._known.clear()
+            self._known[key] = _of_tag(tag, top=top) or self._of_table(tag) or self._of_group(tag)
+        return self._known[key]
+
+    def _of_table(self, tag: BaseTag) -> Rule | None:
+        row = standard_table().find(tag)
+        return None if row is None else OF_ACTION[self._profile.action(row)]
+
+    def _of_group(self, tag: BaseTag) -> Rule | None:
+        """The rest of an overlay is of use only with its data; curves and unknown groups never."""
+        if tag.group >> 8 not in (0x50, 0x60) and dictionary_has_tag(tag):
+            return None
+        graphics = "graphics" in self._profile.options and tag.group >> 8 == 0x60
+        return Rule.CLEAN if graphics else Rule.UNKNOWN
+
+
+@lru_cache(maxsize=16)
+def tag_rules(profile: Profile) -> TagRules:
+    """The rules by tag under a profile."""
+    return TagRules(profile)
 
 
 @dataclass(frozen=True)
@@ -102,6 +144,7 @@ class Scope:
         level: the data set or item that the element stands in, unverified.
         depth: 0 for the data set, 1 for the items of its sequences, and so on.
         clean_items: applies the rules to the items of a sequence.
+        by_tag: the rules by tag under the profile.
     """
 
     profile: Profile
@@ -111,58 +154,27 @@ class Scope:
     level: Dataset
     depth: int
     clean_items: Callable[[Sequence, int], Sequence]
+    by_tag: TagRules
+
+    @cached_property
+    def in_code(self) -> bool:
+        """Whether the level is the item of a code."""
+        return self.depth > 0 and is_code(self.level)
 
 
-def rule_of(scope: Scope, element: DataElement) -> Rule:
-    """The one rule that holds for an element."""
-    for test in (_of_tag, _of_code, _of_table, _of_group):
-        if (rule := test(scope, element)) is not None:
-            return rule
-    return _of_value(element)
+def rule_of(scope: Scope, tag: BaseTag) -> Rule | None:
+    """The one rule that holds for an element whatever its value; None if the value decides."""
+    rule = scope.by_tag(tag, top=scope.depth == 0)
+    if not scope.in_code or rule in _BEFORE_CODES:
+        return rule
+    keyword = keyword_for_tag(tag)
+    if keyword in CODE_KEYWORDS:
+        return Rule.CODE
+    return Rule.CODE_DETAIL if keyword in _CODE_DETAILS else rule
 
 
-def _of_tag(scope: Scope, element: DataElement) -> Rule | None:
-    tag = element.tag
-    if tag.is_private:
-        return Rule.PRIVATE
-    if _is_structure(tag, scope.depth):
-        return Rule.STRUCTURE
-    return Rule.PATIENT if tag == _PATIENT_ID else None
-
-
-def _is_structure(tag: BaseTag, depth: int) -> bool:
-    """Group lengths, commands, file meta, pixels, and what is said anew: written by us or not."""
-    return (
-        tag.element == 0
-        or tag.group in (_COMMAND_GROUP, _META_GROUP, _PIXEL_GROUP)
-        or tag == _ENCRYPTED
-        or (depth == 0 and int(tag) in _SAID_ANEW)
-    )
-
-
-def _of_code(scope: Scope, element: DataElement) -> Rule | None:
-    if scope.depth and is_code(scope.level):
-        if element.keyword in CODE_KEYWORDS:
-            return Rule.CODE
-        return Rule.CODE_DETAIL if element.keyword in _CODE_DETAILS else None
-    return None
-
-
-def _of_table(scope: Scope, element: DataElement) -> Rule | None:
-    row = standard_table().find(element.tag)
-    return None if row is None else OF_ACTION[scope.profile.action(row)]
-
-
-def _of_group(scope: Scope, element: DataElement) -> Rule | None:
-    """The rest of an overlay is of use only with its data; curves and unknown groups never."""
-    tag = element.tag
-    if tag.group >> 8 not in (0x50, 0x60) and dictionary_has_tag(tag):
-        return None
-    graphics = "graphics" in scope.profile.options and tag.group >> 8 == 0x60
-    return Rule.CLEAN if graphics else Rule.UNKNOWN
-
-
-def _of_value(element: DataElement) -> Rule:
+def rule_of_value(element: DataElement) -> Rule:
+    """The rule for an element whose value decides."""
     representation, keyword = element.VR, element.keyword
     if representation == "SQ":
         return Rule.SEQUENCE
@@ -175,6 +187,24 @@ def _of_value(element: DataElement) -> Rule:
     if representation == "CS" or representation in values.TEXTS:
         return Rule.TERM
     return {"UI": Rule.UID, "AT": Rule.POINTER}.get(representation, Rule.OTHER)
+
+
+def _of_tag(tag: BaseTag, *, top: bool) -> Rule | None:
+    if tag.is_private:
+        return Rule.PRIVATE
+    if _is_structure(tag, top=top):
+        return Rule.STRUCTURE
+    return Rule.PATIENT if tag == _PATIENT_ID else None
+
+
+def _is_structure(tag: BaseTag, *, top: bool) -> bool:
+    """Group lengths, commands, file meta, pixels, and what is said anew: written by us or not."""
+    return (
+        tag.element == 0
+        or tag.group in (_COMMAND_GROUP, _META_GROUP, _PIXEL_GROUP)
+        or tag == _ENCRYPTED
+        or (top and int(tag) in _SAID_ANEW)
+    )
 
 
 def is_code(item: Dataset) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from pydicom import config
 from pydicom.datadict import dictionary_has_tag, dictionary_VR, keyword_for_tag
 from pydicom.dataelem import DataElement
 from pydicom.sequence import Sequence
@@ -47,13 +48,14 @@ _POSITIONAL = ("ImageType", "FrameType")
 def _new(element: DataElement, value: Any) -> DataElement:
     if isinstance(value, list) and len(value) == 1:
         (value,) = value
-    return DataElement(element.tag, element.VR, value)
+    return DataElement(element.tag, element.VR, value, validation_mode=config.IGNORE)
 
 
 def _emptied(element: DataElement) -> DataElement:
     if element.VR == "SQ":
         return DataElement(element.tag, "SQ", Sequence())
-    return DataElement(element.tag, element.VR, None if element.VR in values.NUMBERS else "")
+    nothing = None if element.VR in values.NUMBERS else ""
+    return DataElement(element.tag, element.VR, nothing, already_converted=True)
 
 
 def drop(_scope: Scope, _element: DataElement) -> None:
@@ -168,8 +170,13 @@ def keep_safe_private(scope: Scope, element: DataElement) -> DataElement | None:
 
 def keep_numbers(_scope: Scope, element: DataElement) -> DataElement:
     """Of listed attributes, up to a largest number."""
-    kept = values.kept_numbers(element.keyword, values.values_of(element))
-    return _new(element, kept) if kept else _emptied(element)
+    found = values.values_of(element)
+    kept = values.kept_numbers(element.keyword, found)
+    if not kept:
+        return _emptied(element)
+    if kept == [getattr(number, "original_string", number) for number in found]:
+        return DataElement(element.tag, element.VR, element.value, already_converted=True)
+    return _new(element, kept)
 
 
 def keep_pointers(_scope: Scope, element: DataElement) -> DataElement:

@@ -6,11 +6,13 @@ from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
 from io import BytesIO
 
 from pydicom import config
+from pydicom.charset import default_encoding
 from pydicom.datadict import dictionary_has_tag, dictionary_VR, keyword_for_tag
-from pydicom.dataelem import DataElement, RawDataElement
+from pydicom.dataelem import DataElement, RawDataElement, convert_raw_data_element
 from pydicom.dataset import Dataset
 from pydicom.filereader import read_sequence
 from pydicom.filewriter import correct_ambiguous_vr
@@ -18,11 +20,21 @@ from pydicom.sequence import Sequence
 from pydicom.tag import BaseTag
 
 from client.intake.deid.profile import Profile
-from client.intake.deid.rules import CODE_KEYWORDS, Rule, Scope, code_of, is_code, rule_of
-from client.intake.deid.treatments import TREATMENTS, Treatment
+from client.intake.deid.rules import (
+    CODE_KEYWORDS,
+    Rule,
+    Scope,
+    TagRules,
+    code_of,
+    rule_of,
+    rule_of_value,
+    tag_rules,
+)
+from client.intake.deid.treatments import TREATMENTS, Treatment, drop, keep_safe_private
 from client.intake.keys import SiteKey
 
 _BYTES = frozenset({"OB", "OW", "OL", "OF", "OD", "OV", "UN"})
+_CHARACTER_SET = 0x00080005
 _DEEPEST = 24
 """Levels of sequences; what is nested deeper is not kept. No object of PS3.3 has half as many."""
 
@@ -39,8 +51,7 @@ class Account:
 
     def note(self, rule: str, tag: BaseTag) -> None:
         """Count one element."""
-        name = "private" if tag.is_private else keyword_for_tag(tag) or "unknown"
-        self.counts[rule, name] += 1
+        self.counts[rule, _name_of(tag)] += 1
 
     def __add__(self, other: Account) -> Account:
         return Account(self.counts + other.counts)
@@ -81,24 +92,45 @@ class Walk:
     def _level(self, level: Dataset, depth: int) -> Dataset:
         clean = Dataset()
         scope = Scope(
-            self.profile, self.key, self.patient, self.days, level, depth, self._clean_items
+            self.profile,
+            self.key,
+            self.patient,
+            self.days,
+            level,
+            depth,
+            self._clean_items,
+            self._by_tag,
         )
         for tag in sorted(level.keys()):
             if (new := self._element(scope, tag)) is not None:
                 clean[tag] = new
-        if depth and is_code(level):
+        if scope.in_code:
             _complete_code(clean, level)
         self._name_creators(clean)
         return clean
 
+    @cached_property
+    def _by_tag(self) -> TagRules:
+        return tag_rules(self.profile)
+
     def _element(self, scope: Scope, tag: BaseTag) -> DataElement | None:
+        rule = rule_of(scope, tag)
+        if rule is not None and self._drops(rule):
+            self.account.note(rule, tag)
+            return None
         element = read_again(scope.level, tag)
         if element is None:
             self.account.note(Rule.UNREADABLE, tag)
             return self.treatments[Rule.UNREADABLE](scope, _as_bytes(scope.level, tag))
-        rule = rule_of(scope, element)
+        rule = rule or rule_of_value(element)
         self.account.note(rule, tag)
         return self.treatments[rule](scope, element)
+
+    def _drops(self, rule: Rule) -> bool:
+        """Whether nothing is left of an element, whatever its value: then nobody reads it."""
+        treatment = self.treatments[rule]
+        safe = self.profile.retain_safe_private
+        return treatment is drop or (treatment is keep_safe_private and not safe)
 
     def _clean_items(self, items: Sequence, depth: int) -> Sequence:
         if depth > _DEEPEST:
@@ -107,6 +139,8 @@ class Walk:
 
     def _name_creators(self, clean: Dataset) -> None:
         """A private block needs its creator (PS3.5 7.8.1), as the profile spells it."""
+        if not self.profile.retain_safe_private:
+            return
         tags = [element.tag for element in clean]
         kept = [tag for tag in tags if tag.is_private and tag.element >= 0x1000]
         for safe in self.profile.safe_private:
@@ -125,10 +159,19 @@ def read_again(level: Dataset, tag: BaseTag) -> DataElement | None:
         raw = level.get_item(tag)
         if isinstance(raw, RawDataElement) and raw.VR == "UN" and raw.value is not None:
             return _settled(_from_unknown(level, raw))
-        return _settled(_as_the_dictionary_has_it(level[tag]))
+        return _settled(_as_the_dictionary_has_it(_converted(level, tag, raw)))
     except Exception:  # noqa: BLE001
         # Parsers raise whatever the bytes of a broken element drive them to.
         return None
+
+
+def _converted(level: Dataset, tag: BaseTag, raw: object) -> DataElement:
+    """An element with its value. Only sequences are kept by their data set, which is slow."""
+    charset = level.original_character_set
+    if not (charset and isinstance(raw, RawDataElement) and raw.VR not in (None, "SQ")):
+        return level[tag]
+    encoding = charset if tag != _CHARACTER_SET else default_encoding
+    return convert_raw_data_element(raw, encoding=encoding, ds=level)
 
 
 def _as_the_dictionary_has_it(element: DataElement) -> DataElement:
@@ -140,14 +183,25 @@ def _as_the_dictionary_has_it(element: DataElement) -> DataElement:
         ValueError, TypeError: if its value is not one of that representation.
     """
     tag = element.tag
-    if tag.is_private or not dictionary_has_tag(tag) or " or " in element.VR:
+    expected = _representation_of(tag)
+    if expected is None or " or " in element.VR:
         return element
-    expected = dictionary_VR(tag)
     if element.VR in expected.split(" or ") or {element.VR, expected} <= _BYTES:
         return element
     if "SQ" in (element.VR, expected) or " or " in expected or isinstance(element.value, bytes):
         raise ValueError("not of its representation")
     return DataElement(tag, expected, element.value, validation_mode=config.RAISE)
+
+
+@lru_cache(maxsize=2**13)
+def _representation_of(tag: BaseTag) -> str | None:
+    """What the dictionary has for a standard attribute."""
+    return None if tag.is_private or not dictionary_has_tag(tag) else dictionary_VR(tag)
+
+
+@lru_cache(maxsize=2**13)
+def _name_of(tag: BaseTag) -> str:
+    return "private" if tag.is_private else keyword_for_tag(tag) or "unknown"
 
 
 def _settled(element: DataElement) -> DataElement | None:
