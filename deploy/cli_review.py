@@ -127,6 +127,7 @@ def _opener(
     """Opens the desk of an intake that was begun; no key is made."""
     from client.intake.desk import JOURNAL, Desk
     from client.intake.take import desk_of
+    from client.policy import read_policy
     from deploy.cli_take import KEY_FILE, means_of
 
     path = desk_of(cohort)
@@ -135,7 +136,9 @@ def _opener(
             f"{path}: no desk of an intake; give the cohort as `cloister intake run` was given it"
         )
     own = site_key or path / KEY_FILE
-    if node is None and not own.is_file():
+    if node is not None:
+        own = node / read_policy(node / "node.toml").intake.site_key
+    if not own.is_file():
         raise ConfigError(
             f"{own}: no site key; name the one of the intake with --site-key, or the node's "
             "folder with --node"

@@ -16,7 +16,8 @@ from urllib.parse import urlsplit
 import numpy as np
 import pytest
 
-from client.intake.desk import State
+from client.intake.desk import Desk, State
+from client.intake.keys import SiteKey
 from common.cohort import Cohort
 
 Cloister = Callable[..., Any]
@@ -211,13 +212,37 @@ def test_another_key_opens_nothing_and_a_missing_one_is_not_made(cloister: Clois
     assert "the site's key" in refused.words
     assert ULTRASOUND not in refused.words
 
-    gone = ward.place / "gone.key"
+    home, gone = ward.place / "node", ward.place / "gone.key"
+    size = ("--declared-size", 400, "--epsilon", 8, "--delta", 1e-5, "--by", "Ada")
+    assert cloister("node", "init", home, "--site", "north", *size).code == 0
+    refused = cloister("intake", "review", ward.cohort, "--node", home)
+    assert refused.code == 2
+    assert "no site key" in refused.words
+    assert not (home / "site.key").exists()
+    ward.key_file.rename(home / "site.key")
+    assert cloister("intake", "review", ward.cohort, "--node", home).code == 0
+
     assert cloister("intake", "review", ward.cohort, "--site-key", gone).code == 2
     assert cloister("intake", "review", ward.cohort).code == 2
     assert cloister("intake", "review", ward.place / "none", "--site-key", gone).code == 2
     assert not gone.exists()
     assert not (ward.place / "north.cohort.intake" / "site.key").exists()
     assert not (ward.place / "none.intake").exists()
+
+
+def test_the_desk_of_a_sealed_cohort_needs_its_key_too(cloister: Cloister, tmp_path: Path):
+    keys = [tmp_path / "site.key", tmp_path / "cohort.key"]
+    for number, file in enumerate(keys):
+        file.write_text(f"{number:02x}" * 32 + "\n")
+        file.chmod(0o600)
+    Desk.create(tmp_path / "c.intake", SiteKey(bytes(32)), bytes([1] * 32)).close()
+    asked = ("intake", "review", tmp_path / "c", "--site-key", keys[0])
+    refused = cloister(*asked)
+    assert refused.code == 2
+    assert "the key of the sealed cohort" in refused.words
+    opened = cloister(*asked, "--cohort-key", keys[1])
+    assert opened.code == 0, opened
+    assert "0 wait for a person" in opened.words
 
 
 def test_a_key_beside_the_desk_needs_no_option(cloister: Cloister, ward: Any):
