@@ -14,6 +14,7 @@ from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
 
+from client.keyfile import read_key
 from common.errors import ConfigError
 from deploy.intake_words import console, printable, progress_bar
 
@@ -27,25 +28,32 @@ _ROWS_SHOWN = 40
 _MEGABYTE = 1e6
 
 
+PlaceArgument = Annotated[
+    Path,
+    typer.Argument(help="A cohort, exported DICOM, the desk of an intake, or any folder."),
+]
+AgainstOption = Annotated[
+    Path | None,
+    typer.Option(help="What it was made from: its names, numbers and dates are looked for."),
+]
+OcrOption = Annotated[
+    bool, typer.Option("--ocr", help="Read the pictures too, with tesseract: a second opinion.")
+]
+CohortKeyOption = Annotated[
+    Path | None, typer.Option(help="The file of its key, if the cohort is sealed.")
+]
+ReportOption = Annotated[
+    Path | None, typer.Option(help="Write a record without any value to this new JSON file.")
+]
+
+
 def verify(
-    place: Annotated[
-        Path,
-        typer.Argument(help="A cohort, exported DICOM, the desk of an intake, or any folder."),
-    ],
+    place: PlaceArgument,
     *,
-    against: Annotated[
-        Path | None,
-        typer.Option(
-            help="What it was made from: its own names, numbers and dates are looked for."
-        ),
-    ] = None,
-    ocr: Annotated[
-        bool,
-        typer.Option("--ocr", help="Read the pictures too, with tesseract: a second opinion."),
-    ] = False,
-    report: Annotated[
-        Path | None, typer.Option(help="Write a record without any value to this new JSON file.")
-    ] = None,
+    against: AgainstOption = None,
+    ocr: OcrOption = False,
+    cohort_key: CohortKeyOption = None,
+    report: ReportOption = None,
 ) -> None:
     """Search a cohort or exported files for anything that looks like an identity.
 
@@ -59,15 +67,18 @@ def verify(
 
     Example: `cloister intake verify north.cohort --against /archive/chest --report verified.json`
     """
+    from client.intake.verify.check import Settings
     from client.intake.verify.check import verify as verified
 
+    key = None if cohort_key is None else read_key(cohort_key, "cohort key")
     reader = _reader() if ocr else None
     _check_new(report)
     with progress_bar() as progress:
         identities = _identities(against, progress) if against else None
-        verdict = verified(place, identities, _told(progress, "Looking"), _said())
+        bar = _told(progress, "Looking")
+        verdict = verified(place, identities, bar, Settings(_said(), key))
     _print(verdict, place)
-    read = _read(place, reader) if reader else None
+    read = _read(place, reader, key) if reader else None
     if report is not None:
         _write(report, verdict, read)
     if verdict.findings:
@@ -128,12 +139,12 @@ def _table(verdict: Verdict) -> Table:
     return table
 
 
-def _read(place: Path, reader: Reader) -> list[Reading]:
+def _read(place: Path, reader: Reader, key: bytes | None) -> list[Reading]:
     from client.intake.verify.finding import masked
     from client.intake.verify.pictures import readings
 
     with progress_bar() as progress:
-        found = readings(place, reader, _told(progress, "Reading the pictures"))
+        found = readings(place, reader, _told(progress, "Reading the pictures"), key)
     if not found:
         console.print("Tesseract reads no word in any picture. It overlooks much.")
         return found

@@ -19,10 +19,11 @@ from client.intake.verify.finding import Finding, masked
 from client.intake.verify.identities import Identities
 from client.intake.verify.layout import is_dicom
 from client.intake.verify.objects import object_findings
-from client.intake.verify.places import Content, Text, content_of, members
+from client.intake.verify.places import Text, content_of, members, runs
 from client.intake.verify.search import Hit, Searcher
 from client.intake.verify.words import common_words, maker_words, own_words, shapes_in, words_of
-from common.cohort import IMAGES_FILE
+from common.cohort import IMAGES_FILE, INDEX_FILE
+from common.cohort_seal import SEALED_INDEX, CohortSeal
 from common.errors import DataError
 
 FORMAT = 1
@@ -31,9 +32,28 @@ _PSEUDONYM = re.compile(r"[0-9a-f]{32}")
 _HARMLESS = re.compile(
     r"(?:[0-9a-f]{32,}|2\.25\.\d+|index|images|journal|report|card|preamble)(?:\.[a-z0-9-]{1,12})*"
 )
-_MOST = 2**32
+_HEAD, _OVERLAP = 132, 2**12
 _FEW_DIGITS = 7
 """Numbers with fewer stand between other bytes by chance."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the checker needs to know of what it looks at.
+
+    Attributes:
+        said: texts that reports and pages are made of, whose words are no identities there.
+        cohort_key: opens the index of a sealed cohort; of its images only the sealed bytes are
+            looked at.
+        part: bytes that are held at once, of a file that is no DICOM object.
+    """
+
+    said: str = ""
+    cohort_key: bytes | None = None
+    part: int = 2**28
+
+
+PLAIN = Settings()
 
 
 @dataclass(frozen=True)
@@ -102,38 +122,43 @@ class Checker:
             self._headers = Searcher(identities, common_words() | maker_words())
             self._others = Searcher(identities, own_words() | words_of(said))
 
-    def findings(self, data: bytes, file: str, path: Path | None = None) -> Iterator[Finding]:
+    def findings(self, data: bytes, file: str) -> Iterator[Finding]:
         """Everything in one file that looks like an identity.
 
         Args:
             data: its bytes.
             file: what to call it.
-            path: where it lies, if it is one by itself.
         """
         yield from self._in_name(file)
-        yield from self._in_file(data, file, path, 0)
+        yield from self._in_file(data, file, 0)
 
-    def _in_file(self, data: bytes, file: str, path: Path | None, depth: int) -> Iterator[Finding]:
+    def findings_in_part(self, data: bytes, file: str, offset: int) -> Iterator[Finding]:
+        """The same for a part of a file that is too large to be held."""
+        if Path(file).name != IMAGES_FILE:
+            for text in runs(data):
+                yield from self._in_text(text._replace(offset=offset + text.offset), file)
+        yield from self._in_bytes(data, file, offset)
+
+    def _in_file(self, data: bytes, file: str, depth: int) -> Iterator[Finding]:
         if is_dicom(data):
             yield from object_findings(data, file, self._headers)
             return
         for name, inner in members(data, depth):
             if name:
                 yield from self._in_name(f"{file}/{name}")
-            yield from self._in_file(inner, f"{file}/{name}" if name else file, None, depth + 1)
-        content = content_of(data, path)
+            yield from self._in_file(inner, f"{file}/{name}" if name else file, depth + 1)
+        content = content_of(data, is_index=Path(file).name in (INDEX_FILE, SEALED_INDEX))
         if Path(file).name != IMAGES_FILE:
             for text in content.texts:
                 yield from self._in_text(text, file)
-        if self._others is not None and not content.is_text:
-            yield from self._in_bytes(content, file)
+        if not content.is_text:
+            yield from self._in_bytes(content.data, file, 0)
 
-    def _in_bytes(self, content: Content, file: str) -> Iterator[Finding]:
-        searcher = self._others
-        if searcher is not None:
-            for hit in searcher.in_bulk(content.data):
-                value = content.data[hit.offset : hit.offset + hit.length]
-                yield Finding(file, "bytes", hit.offset, hit.length, "value of the source",
+    def _in_bytes(self, data: bytes, file: str, start: int) -> Iterator[Finding]:
+        if self._others is not None:
+            for hit in self._others.in_bulk(data):
+                value = data[hit.offset : hit.offset + hit.length]
+                yield Finding(file, "bytes", start + hit.offset, hit.length, "value of the source",
                               f"{hit.kind} that stands in the source", masked(value))  # fmt: skip
 
     def _in_text(self, text: Text, file: str) -> Iterator[Finding]:
@@ -173,7 +198,7 @@ def verify(
     place: Path,
     identities: Identities | None = None,
     progress: Callable[[int, int], None] = lambda _done, _total: None,
-    said: str = "",
+    settings: Settings = PLAIN,
 ) -> Verdict:
     """Look for identities in everything below a folder, or in one file.
 
@@ -181,25 +206,46 @@ def verify(
         place: a cohort, exported files, the desk of an intake, a report: anything.
         identities: what the source says of people, if there is a source.
         progress: told how many files are done, of how many.
-        said: texts that reports and pages are made of, whose words are no identities there.
+        settings: what it needs to know beside.
 
     Raises:
-        DataError: if there is nothing to look at, or a file cannot be read: what nobody has seen
-            is not clean.
+        DataError: if there is nothing to look at, a file cannot be read, or a sealed index cannot
+            be opened: what nobody has seen is not clean.
     """
     files = [place] if place.is_file() else sorted(_files(place)) if place.is_dir() else []
     if not files:
         raise DataError(f"{place}: there is no file in it; expected a cohort, or files of one")
-    checker, size = Checker(identities, said), 0
+    checker, size = Checker(identities, settings.said), 0
     found: list[Finding] = []
     for number, path in enumerate(files, 1):
         name = path.name if path == place else str(path.relative_to(place))
-        data = _content(path)
-        size += len(data)
+        size += _size(path)
         with quiet():
-            found += checker.findings(data, name, path)
+            found += _looked_at(checker, path, name, settings)
         progress(number, len(files))
     return Verdict(len(files), size, identities is not None, tuple(found))
+
+
+def _looked_at(checker: Checker, path: Path, name: str, settings: Settings) -> Iterator[Finding]:
+    """What is in one file; a large one that is no object is looked at part by part."""
+    part = settings.part
+    try:
+        with path.open("rb") as file:
+            sealed = path.name == SEALED_INDEX
+            whole = sealed or _size(path) <= part or is_dicom(file.read(_HEAD))
+            file.seek(0)
+            data = file.read(-1 if whole else part)
+            if sealed:
+                data = CohortSeal.of(path.parent, settings.cohort_key).open_index(data)
+            yield from checker.findings(data, name)
+            offset = 0
+            while len(data) == part and not whole:
+                offset += part - _OVERLAP
+                file.seek(offset)
+                data = file.read(part)
+                yield from checker.findings_in_part(data, name, offset)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); run as its owner") from error
 
 
 def _files(folder: Path) -> Iterator[Path]:
@@ -212,12 +258,7 @@ def _files(folder: Path) -> Iterator[Path]:
         yield from (Path(place, name) for name in names)
 
 
-def _content(path: Path) -> bytes:
+def _size(path: Path) -> int:
     if path.is_symlink() or not path.is_file():
         raise DataError(f"{path}: no regular file; expected none but such in what is checked")
-    try:
-        if path.stat().st_size > _MOST:
-            raise DataError(f"{path}: larger than {_MOST} bytes; check its parts one by one")
-        return path.read_bytes()
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); run as its owner") from error
+    return path.stat().st_size

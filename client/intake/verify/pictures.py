@@ -16,6 +16,7 @@ from client.intake.quiet import quiet
 from client.intake.verify.header import PIXELS
 from client.intake.verify.layout import is_dicom
 from common.cohort import INDEX_FILE, Cohort
+from common.cohort_seal import SEALED_INDEX
 from common.errors import DataError
 
 _HEAD, _LARGE = 132, 4096
@@ -43,6 +44,7 @@ def readings(
     place: Path,
     reader: Reader,
     progress: Callable[[int, int], None] = lambda _done, _total: None,
+    cohort_key: bytes | None = None,
 ) -> list[Reading]:
     """Every picture in which words can be read, or that cannot be looked at.
 
@@ -50,12 +52,13 @@ def readings(
         place: a cohort, a folder of DICOM files, or one of them.
         reader: reads words.
         progress: told how many pictures of a cohort, or files, are done, of how many.
+        cohort_key: opens a sealed cohort.
 
     Raises:
         DataError: if a cohort cannot be opened.
     """
     found = []
-    for picture, done, total in _pictures(place):
+    for picture, done, total in _pictures(place, cohort_key):
         if isinstance(picture, Reading):
             found.append(picture)
         else:
@@ -70,9 +73,11 @@ def readings(
     return found
 
 
-def _pictures(place: Path) -> Iterator[tuple[Picture | Reading, int, int]]:
-    if (place / INDEX_FILE).is_file():
-        cohort = Cohort.open(place)
+def _pictures(
+    place: Path, cohort_key: bytes | None
+) -> Iterator[tuple[Picture | Reading, int, int]]:
+    if any((place / name).is_file() for name in (INDEX_FILE, SEALED_INDEX)):
+        cohort = Cohort.open(place, cohort_key)
         for row in range(len(cohort)):
             image = cohort.images([row])[0].max(axis=0)
             greys = np.rint(image * 255).astype(np.uint8)

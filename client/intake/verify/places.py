@@ -11,10 +11,7 @@ import zipfile
 import zlib
 from collections.abc import Iterator
 from contextlib import closing
-from pathlib import Path
 from typing import NamedTuple
-
-from common.cohort import INDEX_FILE
 
 _SQLITE, _ZIP, _GZIP, _PDF = b"SQLite format 3\0", b"PK\x03\x04", b"\x1f\x8b\x08", b"%PDF"
 _RUN = re.compile(rb"(?:[\t\x20-\x7e]|[\xc3-\xdf][\x80-\xbf]){8,}")
@@ -23,6 +20,8 @@ _SAMPLE = 2**16
 _WIDE_RUN = re.compile(rb"(?:[\x20-\x7e\xa0-\xff]\0){6,}")
 _BASE64 = re.compile(r"(?<![\w+/=])[A-Za-z0-9+/]{24,}={0,2}(?![\w+/=])")
 _STREAM = re.compile(rb"stream\r?\n(.*?)endstream", re.DOTALL)
+# Bytes that say that the newest pages stand in another file; they are searched as that file.
+_JOURNAL_MODE = 18
 _MOST = 2**31
 _DEEPEST = 3
 _HEX = re.compile(r"[0-9a-f]+")
@@ -51,20 +50,20 @@ class Content(NamedTuple):
     is_text: bool
 
 
-def content_of(data: bytes, path: Path | None = None) -> Content:
+def content_of(data: bytes, *, is_index: bool = False) -> Content:
     """What the bytes of a file hold, by their own first bytes and not by its name.
 
     Args:
         data: the bytes.
-        path: where they lie, if they are a file by themselves; a database is opened there.
+        is_index: whether they are said to be the index of a cohort.
     """
-    if data.startswith(_SQLITE) and path is not None:
-        return Content(_cells(path), data, is_text=False)
+    if data.startswith(_SQLITE):
+        return Content(_cells(data, is_index=is_index), data, is_text=False)
     if data.startswith(_PDF):
         return Content(_document(data), data, is_text=False)
     text = _as_text(data)
     if text is None:
-        return Content(_runs(data), data, is_text=False)
+        return Content(runs(data), data, is_text=False)
     return Content(_text_and_encoded(text), data, is_text=True)
 
 
@@ -124,7 +123,7 @@ def _decoded(text: str) -> bytes:
         return b""
 
 
-def _runs(data: bytes) -> Iterator[Text]:
+def runs(data: bytes) -> Iterator[Text]:
     """Texts between other bytes, in one byte a letter or in two.
 
     Bytes that are sealed or compressed have short texts by chance.
@@ -143,7 +142,7 @@ def _is_noise(data: bytes) -> bool:
 
 def _document(data: bytes) -> Iterator[Text]:
     """A PDF's texts, those of its compressed streams too; its letters may stand apart."""
-    yield from _runs(data)
+    yield from runs(data)
     for match in _STREAM.finditer(data):
         inflater = zlib.decompressobj()
         try:
@@ -154,17 +153,18 @@ def _document(data: bytes) -> Iterator[Text]:
             yield _between("text in a stream", match.start(1), run[0])
 
 
-def _cells(path: Path) -> Iterator[Text]:
-    """Every cell of every table of a database, opened as it lies there."""
-    location = f"{path.absolute().as_uri()}?mode=ro&immutable=1"
+def _cells(data: bytes, *, is_index: bool) -> Iterator[Text]:
+    """Every cell of every table of a database, as it lies there; of a damaged one its texts."""
+    settled = data[:_JOURNAL_MODE] + b"\1\1" + data[_JOURNAL_MODE + 2 :]
     try:
-        with closing(sqlite3.connect(location, uri=True)) as database:
+        with closing(sqlite3.connect(":memory:")) as database:
+            database.deserialize(settled)
             database.text_factory = lambda raw: raw.decode("utf-8", "replace")
             names = database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")
             for (name,) in names.fetchall():
-                yield from _rows(database, str(name), is_index=path.name == INDEX_FILE)
+                yield from _rows(database, str(name), is_index=is_index)
     except sqlite3.Error:
-        yield Text("database", 0, "")
+        yield from runs(data)
 
 
 def _of_blob(cell: bytes) -> Iterator[Text]:
@@ -172,7 +172,7 @@ def _of_blob(cell: bytes) -> Iterator[Text]:
     if text is not None and text.isprintable():
         yield Text("", 0, text)
     else:
-        yield from _runs(cell)
+        yield from runs(cell)
 
 
 def _rows(database: sqlite3.Connection, table: str, *, is_index: bool) -> Iterator[Text]:

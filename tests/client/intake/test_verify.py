@@ -29,12 +29,13 @@ from client.intake.keys import SiteKey
 from client.intake.part10 import BoundedFile, Limits
 from client.intake.quiet import quiet
 from client.intake.verify import check
-from client.intake.verify.check import Checker, verify
+from client.intake.verify.check import Checker, Settings, verify
 from client.intake.verify.finding import Finding, masked
 from client.intake.verify.identities import Identities, identities_of
 from client.intake.verify.layout import is_dicom, take_apart
 from client.intake.verify.needles import Needles
-from common.errors import DataError, IntakeError
+from common.cohort_seal import CohortSeal
+from common.errors import CohortError, DataError, IntakeError
 
 Film = Callable[..., FileDataset]
 NAME = "Kowalski-Zörgiebel^Wilhelmine"
@@ -464,6 +465,42 @@ def test_what_was_deleted_from_a_database_is_found_in_its_pages(
         database.commit()
 
     assert {finding.where for finding in verify(tmp_path, known).findings} == {"bytes"}
+
+
+def test_a_sealed_index_is_opened_or_refused(
+    tmp_path: Path, write_cohort: Any, make_spec: Any, known: Identities
+) -> None:
+    """A careless index, sealed: without the key nobody has looked at it, so it is not clean."""
+    plain, key = write_cohort(make_spec(), [0, 1]).path, bytes(range(32))
+    seal = CohortSeal.new(key)
+    sealed = tmp_path / "sealed"
+    sealed.mkdir()
+    with closing(sqlite3.connect(plain / "index.sqlite")) as database:
+        database.execute("UPDATE image SET study = ?", (RECORD,))
+        database.commit()
+    (sealed / "index.sealed").write_bytes(seal.close_index((plain / "index.sqlite").read_bytes()))
+    (sealed / "sealed.json").write_bytes(seal.content)
+
+    with pytest.raises(CohortError, match="--cohort-key FILE"):
+        verify(sealed)
+    assert (
+        "value of the source" in verify(sealed, known, settings=Settings(cohort_key=key)).by_rule()
+    )
+    assert "no pseudonym" in verify(sealed, settings=Settings(cohort_key=key)).by_rule()
+
+
+def test_a_large_file_is_looked_at_part_by_part(tmp_path: Path, known: Identities) -> None:
+    """What stands across two parts, too, and each in its place."""
+    part = 2**16
+    for at in (10, part - 20, part + 5000, 3 * part - 4096 - 9):
+        data = bytearray(3 * part)
+        data[at : at + 22] = b"\0Kowalski^Wilhelmine\0\0"
+        (tmp_path / "blob").write_bytes(data)
+        findings = verify(tmp_path, known, settings=Settings(part=part)).findings
+        assert {"value of the source", "name"} <= rules(findings)
+        assert {finding.offset for finding in findings} <= {at + 1, at + 10}
+        (tmp_path / "blob").write_bytes(bytes(3 * part))
+        assert verify(tmp_path, known, settings=Settings(part=part)).findings == ()
 
 
 def test_sealed_bytes_hold_nothing_by_chance(tmp_path: Path, known: Identities) -> None:
