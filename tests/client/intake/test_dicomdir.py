@@ -248,6 +248,18 @@ def test_a_value_that_cannot_be_read_costs_one_record(disc: Path) -> None:
     assert found == {"DICOM/S1/IM2": b"2"}
 
 
+def test_where_no_record_begins_nothing_is_taken_for_one(disc: Path) -> None:
+    path = write(disc, [record(IM1), record(IM2)])
+    data = path.read_bytes()
+    at = data.rindex(b"\xfe\xff\x00\xe0")
+    path.write_bytes(data[:at] + b"\x04\x00\x34\x12" + data[at + 4 :])
+
+    found = outcome(listed(path))
+
+    assert "is damaged from here on" in str(found.pop("DICOMDIR"))
+    assert found == {"DICOM/S1/IM1": b"1"}
+
+
 @pytest.mark.parametrize("delimited", [False, True])
 def test_a_dicomdir_cut_anywhere_says_so(disc: Path, delimited: bool) -> None:
     path = write(disc, [record(IM1), record(kind="STUDY"), record(IM2)], delimited=delimited)
