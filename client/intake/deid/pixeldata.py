@@ -23,7 +23,6 @@ import numpy as np
 from numpy.typing import NDArray
 from pydicom.dataset import Dataset
 from pydicom.encaps import get_frame
-from pydicom.pixels.processing import apply_color_lut
 from pydicom.uid import UID, ExplicitVRLittleEndian
 
 from client.intake.decision import Decision
@@ -33,6 +32,7 @@ from client.intake.deid.findtext import find_text
 from client.intake.deid.profile import Profile
 from client.intake.deid.spool import FrameSpool, NativeSpool
 from client.intake.deidentify import quoted, text_of
+from client.intake.palette import palette_of
 from client.intake.part10 import DicomFile, FrameDecoder, Geometry, Limits, PixelElement
 from common.errors import IntakeError, ReviewError
 
@@ -50,14 +50,14 @@ class CleanPixels:
 
     Attributes:
         syntax: its transfer syntax.
-        data: the value of (7FE0,0010); a file that closes with its last user if it is large.
+        data: the value of (7FE0,0010), to be read; if it is large, a file without a name.
         attributes: of the image pixel module, where they changed.
         boxes: how many boxes were blanked, in all frames.
         outside: whether what lies outside of the ultrasound regions was blanked.
     """
 
     syntax: UID
-    data: bytes | BufferedIOBase
+    data: BufferedIOBase
     attributes: Mapping[str, Any]
     boxes: int
     outside: bool
@@ -232,7 +232,7 @@ def planes_of(stored: NDArray[Any], header: Dataset) -> Iterator[NDArray[Any]]:
     if stored.ndim == 2 and text_of(header, "PhotometricInterpretation") != _PALETTE:
         yield stored
         return
-    colour = stored if stored.ndim == 3 else apply_color_lut(stored, header)[..., :3]
+    colour = stored if stored.ndim == 3 else palette_of(header)(stored)
     channels = [np.ascontiguousarray(colour[..., number]) for number in range(colour.shape[2])]
     yield channels[0]
     grey = all(_alike(channel, channels[0]) for channel in channels[1:])
@@ -269,6 +269,6 @@ def _dark(stored: NDArray[Any], header: Dataset) -> Any:
         return 0
     if photometric == _PALETTE:
         present = np.unique(stored)
-        colours = apply_color_lut(present[None], header)[0, :, :3].astype(np.int64)
+        colours = palette_of(header)(present).astype(np.int64)
         return present[colours.sum(axis=1).argmin()]
     return stored.max() if photometric == "MONOCHROME1" else stored.min()
