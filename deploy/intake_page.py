@@ -563,16 +563,21 @@ class Page:
             return _words(away.status, away.words)
         except CloisterError as error:
             return _words(HTTPStatus.INTERNAL_SERVER_ERROR, str(error))
+        except Exception as error:  # noqa: BLE001
+            # The text of what was not foreseen may quote anything.
+            _log.error("a request of the review page failed (%s)", type(error).__name__)
+            words = f"something went wrong here ({type(error).__name__})"
+            return _words(HTTPStatus.INTERNAL_SERVER_ERROR, words)
 
 
 class _Server(ThreadingHTTPServer):
-    """A thread for each connection; what goes wrong in one is told by its kind alone."""
+    """A thread for each connection."""
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """See the class."""
+        """A browser that went away is no error; of others the kind is told, and no stack."""
         kind = sys.exc_info()[0]
-        if kind is not None and not issubclass(kind, OSError):  # a browser that went away is none
-            _log.error("a request of the review page failed (%s)", kind.__name__)
+        if kind is not None and not issubclass(kind, OSError):
+            _log.error("a connection of the review page failed (%s)", kind.__name__)
 
 
 def _words(status: HTTPStatus, words: str) -> Reply:

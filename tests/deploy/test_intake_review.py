@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 import socket
+import struct
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
@@ -359,6 +360,20 @@ def test_a_fault_is_told_by_its_kind_alone(
     with socket.create_connection((str(browser.url.hostname), browser.url.port), 60) as line:
         line.sendall(b"\x16\x03\x01 no http at all\r\n\r\n")
         line.makefile("rb").read()
+    for _ in range(8):  # a browser that goes away in the middle of a picture
+        line = socket.create_connection((str(browser.url.hostname), browser.url.port), 60)
+        line.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        picture = f"{browser.base}object/{ward.entry(ULTRASOUND).id}/0/before.png"
+        request = (
+            f"GET {picture} HTTP/1.0\r\nHost: {browser.host}\r\nCookie: {browser.cookie}\r\n\r\n"
+        )
+        line.sendall(request.encode())
+        line.close()
+    journal = ward.place / "north.cohort.intake" / "journal.sqlite"
+    journal.write_bytes(b"DOE^JOHN" * 999)
+    lost = browser.get()
+    assert lost.status == 500
+    assert lost.text == "something went wrong here (DatabaseError)\n"
     said_aloud = capfd.readouterr()
     assert "Traceback" not in said_aloud.err + said_aloud.out
     assert entry.short not in said_aloud.err + said_aloud.out
