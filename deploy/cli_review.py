@@ -6,6 +6,7 @@ import getpass
 import importlib.util
 import sys
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -22,52 +23,63 @@ if TYPE_CHECKING:  # the command imports what it needs: --help answers at once
     from deploy.intake_review import Case, Queue
 
 console = Console()
-Verdict = Literal["release", "reject"]
+
+
+CohortArgument = Annotated[
+    Path, typer.Argument(help="The cohort's directory, as `run` was given it.")
+]
+Identifier = Annotated[str, typer.Argument(metavar="[ID]", help="The beginning of an object's id.")]
+Release = Annotated[
+    bool, typer.Option("--release", help="Let the object through at the next `run`.")
+]
+Reject = Annotated[
+    bool, typer.Option("--reject", help="Nothing of it is kept, whatever was kept before.")
+]
+Blank = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="TOP,LEFT,BOTTOM,RIGHT",
+        help="A rectangle to blank in every frame, each end excluded; may be given again.",
+    ),
+]
+LeaveFound = Annotated[
+    bool,
+    typer.Option("--leave-found", help="What was found by itself is NOT blanked: it is no text."),
+]
+Because = Annotated[
+    str, typer.Option(help="Why, in your words; kept sealed. A rejection needs it.")
+]
+By = Annotated[str, typer.Option(help="Who decides.", show_default="the user who is logged in")]
+Yes = Annotated[bool, typer.Option("--yes", help="Without being asked.")]
+PageOption = Annotated[
+    bool, typer.Option("--page", help="Show pictures in the browser of this machine.")
+]
+Port = Annotated[int, typer.Option(min=0, max=65535, help="Of the page; 0: any that is free.")]
+Decisions = Annotated[
+    bool, typer.Option("--decisions", help="List what was decided: when, who, why.")
+]
+QueueOption = Annotated[
+    str, typer.Option("--list", help="waits, decided, blanked (and kept), or rejected.")
+]
+Rows = Annotated[int, typer.Option(min=1, help="How many of a list are shown.")]
 
 
 def review(
-    cohort: Annotated[Path, typer.Argument(help="The cohort's directory, as `run` was given it.")],
-    identifier: Annotated[
-        str, typer.Argument(metavar="[ID]", help="The beginning of an object's id.")
-    ] = "",
+    cohort: CohortArgument,
+    identifier: Identifier = "",
     *,
-    release: Annotated[
-        bool, typer.Option("--release", help="Let the object through at the next `run`.")
-    ] = False,
-    reject: Annotated[
-        bool, typer.Option("--reject", help="Nothing of it is kept, whatever was kept before.")
-    ] = False,
-    blank: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="TOP,LEFT,BOTTOM,RIGHT",
-            help="A rectangle to blank in every frame, each end excluded; may be given again.",
-        ),
-    ] = None,
-    leave_found: Annotated[
-        bool,
-        typer.Option("--leave-found", help="What was found by itself is NOT blanked: no text."),
-    ] = False,
-    because: Annotated[
-        str, typer.Option(help="Why, in your words; kept sealed. A rejection needs it.")
-    ] = "",
-    by: Annotated[
-        str, typer.Option(help="Who decides.", show_default="the user who is logged in")
-    ] = "",
-    yes: Annotated[bool, typer.Option("--yes", help="Without being asked.")] = False,
-    page: Annotated[
-        bool, typer.Option("--page", help="Show pictures in the browser of this machine.")
-    ] = False,
-    port: Annotated[
-        int, typer.Option(min=0, max=65535, help="Of the page; 0: any that is free.")
-    ] = 0,
-    decisions: Annotated[
-        bool, typer.Option("--decisions", help="List what was decided: when, who, why.")
-    ] = False,
-    queue: Annotated[
-        str, typer.Option("--list", help="waits, decided, blanked (and kept), or rejected.")
-    ] = "waits",
-    rows: Annotated[int, typer.Option(min=1, help="How many of a list are shown.")] = 30,
+    release: Release = False,
+    reject: Reject = False,
+    blank: Blank = None,
+    leave_found: LeaveFound = False,
+    because: Because = "",
+    by: By = "",
+    yes: Yes = False,
+    page: PageOption = False,
+    port: Port = 0,
+    decisions: Decisions = False,
+    queue: QueueOption = "waits",
+    rows: Rows = 30,
     node: Node = None,
     site_key: KeyFile = None,
     cohort_key: CohortKeyFile = None,
@@ -84,32 +96,74 @@ def review(
     Example: `cloister intake review north.cohort --page`, or without a browser
     `cloister intake review north.cohort 3f2a9c --release --blank 0,0,40,512`
     """
-    from deploy import intake_review
-
+    said = _Said(release, reject, tuple(blank or ()), leave_found, because)
+    said.check(identifier)
     chosen = _queue(queue)
-    asked = release or reject
-    if (asked or leave_found or blank or because) and not identifier:
-        raise ConfigError("say on which object, by the beginning of its id: ID is missing")
-    if release and reject:
-        raise ConfigError("--release and --reject together; expected one of them")
-    if not asked and (leave_found or blank or because):
-        raise ConfigError("say what you decide: --release or --reject")
     open_desk = _opener(cohort, node, site_key, cohort_key)
     with open_desk() as desk:
         if page:
             first = desk.find(identifier).id if identifier else ""
             _serve(open_desk, by.strip(), first, port)
-        elif decisions:
-            _show(intake_review.decisions(desk))
-        elif not identifier:
-            _show(intake_review.overview(desk, chosen, rows))
+        elif decisions or not identifier:
+            _list(desk, None if decisions else chosen, rows)
         else:
-            case = intake_review.Case.of(desk, desk.find(identifier))
-            _show(intake_review.one(case))
-            if asked:
-                verdict: Verdict = "release" if release else "reject"
-                said = _said(verdict, blank or [], leave_found, because, _person(by))
-                _decide(desk, case, said, sure=yes)
+            _one(desk, identifier, said.decision(by) if said.asked else None, sure=yes)
+
+
+@dataclass(frozen=True)
+class _Said:
+    """What the options say of an object."""
+
+    release: bool
+    reject: bool
+    blank: tuple[str, ...]
+    leave_found: bool
+    because: str
+
+    @property
+    def asked(self) -> bool:
+        return self.release or self.reject
+
+    def check(self, identifier: str) -> None:
+        """Raise if the options do not go together."""
+        details = bool(self.leave_found or self.blank or self.because)
+        if (self.asked or details) and not identifier:
+            raise ConfigError("say on which object, by the beginning of its id: ID is missing")
+        if self.release and self.reject:
+            raise ConfigError("--release and --reject together; expected one of them")
+        if details and not self.asked:
+            raise ConfigError("say what you decide: --release or --reject")
+        if self.reject and (self.blank or self.leave_found):
+            raise ConfigError("--reject keeps nothing: --blank and --leave-found go with --release")
+
+    def decision(self, by: str) -> Decision:
+        from client.intake.decision import Decision
+        from deploy.intake_review import parsed_box
+
+        verdict: Literal["release", "reject"] = "release" if self.release else "reject"
+        boxes = tuple(map(parsed_box, self.blank))
+        found = not self.leave_found
+        return Decision(verdict, boxes, found=found, by=_person(by), why=self.because)
+
+
+def _list(desk: Desk, queue: Queue | None, rows: int) -> None:
+    """A queue, or all decisions."""
+    from deploy import intake_review
+
+    if queue is None:
+        _show(intake_review.decisions(desk))
+    else:
+        _show(intake_review.overview(desk, queue, rows))
+
+
+def _one(desk: Desk, identifier: str, said: Decision | None, *, sure: bool) -> None:
+    """One object, and what is said of it."""
+    from deploy.intake_review import Case, one
+
+    case = Case.of(desk, desk.find(identifier))
+    _show(one(case))
+    if said is not None:
+        _decide(desk, case, said, sure=sure)
 
 
 def _queue(name: str) -> Queue:
@@ -145,16 +199,6 @@ def _opener(
         )
     means = means_of(path, node, None, site_key, cohort_key)
     return lambda: Desk(path, means.key, means.cohort_key)
-
-
-def _said(verdict: Verdict, blank: list[str], leave_found: bool, because: str, by: str) -> Decision:
-    from client.intake.decision import Decision
-    from deploy.intake_review import parsed_box
-
-    if verdict == "reject" and (blank or leave_found):
-        raise ConfigError("--reject keeps nothing: --blank and --leave-found go with --release")
-    boxes = tuple(map(parsed_box, blank))
-    return Decision(verdict, boxes, found=not leave_found, by=by, why=because)
 
 
 def _decide(desk: Desk, case: Case, said: Decision, *, sure: bool) -> None:
