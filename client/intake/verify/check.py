@@ -120,7 +120,9 @@ class Checker:
         self._headers = self._others = None
         if identities is not None:
             self._headers = Searcher(identities, common_words() | maker_words())
-            self._others = Searcher(identities, own_words() | words_of(said))
+            # In prose a surname that is a common word is a word.
+            nameless = replace(identities, names=set())
+            self._others = Searcher(nameless, own_words() | words_of(said))
 
     def findings(self, data: bytes, file: str) -> Iterator[Finding]:
         """Everything in one file that looks like an identity.

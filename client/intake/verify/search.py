@@ -50,7 +50,7 @@ class Searcher:
         self._excused = excused
         self._uids = frozenset(uid.encode() for uid in identities.uids)
         self._kinds: dict[bytes, str] = {}
-        self._add("a name's word", identities.names - excused)
+        self._add("a name's word", identities.names)
         self._add("a word", identities.words - excused)
         self._add("a record number", identities.mixed)
         self._add("a value", identities.values - excused)

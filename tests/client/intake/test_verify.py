@@ -25,6 +25,7 @@ from pydicom.uid import UID
 from client.intake.deid.engine import Engine
 from client.intake.deid.profile import Profile
 from client.intake.deid.save import save
+from client.intake.deid.vocabulary import terms
 from client.intake.keys import SiteKey
 from client.intake.part10 import BoundedFile, Limits
 from client.intake.quiet import quiet
@@ -34,6 +35,7 @@ from client.intake.verify.finding import Finding, masked
 from client.intake.verify.identities import Identities, identities_of
 from client.intake.verify.layout import is_dicom, take_apart
 from client.intake.verify.needles import Needles
+from client.intake.verify.words import common_words, maker_words, strange_words
 from common.cohort_seal import CohortSeal
 from common.errors import CohortError, DataError, IntakeError
 
@@ -234,6 +236,34 @@ def test_what_is_left_in_one_real_file_is_found_among_clean_ones(
     assert {finding.where for finding in verify(tmp_path, identities_of(original)).findings} == {
         "DeidentificationMethod"
     }
+
+
+# Its words.
+
+SURNAMES = """Smith Johnson Williams Brown Jones Garcia Miller Davis Rodriguez Martinez Wilson
+Anderson Thomas Taylor Moore Jackson Martin Thompson Harris Clark Lewis Walker Young Allen King
+Wright Scott Nguyen Hill Adams Baker Hall Campbell Müller Schmidt Schneider Fischer Weber Meyer
+Becker Hoffmann Koch Klein Wolf Philips Siemens Roche Zeiss Rossi Novak Kowalski Ivanova"""
+
+
+def test_it_knows_every_term_that_the_engine_keeps_and_hardly_a_surname() -> None:
+    """Two lists that were made apart: what one keeps the other lets be."""
+    words = common_words()
+    strange = [term for term in terms() if any(strange_words(term, words | maker_words()))]
+    assert len(terms()) > 1000
+    assert strange == []
+    assert [name for name in SURNAMES.split() if not any(strange_words(name, words))] == []
+
+
+def test_a_surname_that_is_a_term_is_found_if_the_source_has_it(film: Film) -> None:
+    source = film(PatientName="White^Green")
+    known = Identities()
+    known.add_file(as_bytes(source), "1")
+    made = cleaned(film())
+    made.SeriesDescription = "White"
+
+    assert found(made) == set()
+    assert found(made, known=known) == {"value of the source"}
 
 
 # One thing at a time: left in a header.
