@@ -289,6 +289,15 @@ def test_a_property_that_is_absent_does_not_make_its_finding_absent(ask: Ask) ->
     assert found.labels == {STUDY: 1}
 
 
+def test_what_is_said_below_an_absent_finding_is_said_of_nothing(ask: Ask) -> None:
+    task = Task(classes=("none", "nodule"))
+    there = coded(FINDING, NODULE, measured(DIAMETER, "9"))
+    absent = coded(FINDING, NODULE, presence(ABSENT, "HAS PROPERTIES"), measured(DIAMETER, "9"))
+
+    assert ask(MEASURED, task, report(there)).labels == {STUDY: 1}
+    assert why(ask(MEASURED, task, report(absent))) == findings.SILENT
+
+
 def test_a_no_in_the_name_of_a_finding_is_unclear(ask: Ask) -> None:
     modified = coded(("1", "99LOCAL"), NO, relation="HAS CONCEPT MOD")
 
