@@ -11,7 +11,8 @@
     ├── PeerError            the other side of the wire broke the protocol
     │   ├── MessageError     a message that is not on the closed list
     │   │   └── VersionError it is of another version of the protocol
-    │   └── UpdateError      a site's update: shape, type, size, not finite
+    │   ├── UpdateError      a site's update: shape, type, size, not finite
+    │   └── IdentityError    it is not who it says, or may not take part (any more)
     ├── Refusal              this node will not do it; carries the code that may leave
     ├── LedgerError          the site's ledger is missing, damaged, altered or rolled back
     ├── ModelError           a network that cannot be trained under differential privacy
@@ -70,8 +71,24 @@ class VersionError(MessageError):
     """The other side speaks another version of the protocol."""
 
 
+class LinkError(PeerError):
+    """The coordinator cannot be reached, or does not keep to the protocol."""
+
+
+class LinkRefusedError(LinkError):
+    """The coordinator does not take this node, or no longer."""
+
+
+class LinkBusyError(LinkError):
+    """The coordinator does not know this node, or holds an earlier process of it for alive."""
+
+
 class UpdateError(PeerError):
     """A site's update cannot be aggregated."""
+
+
+class IdentityError(PeerError):
+    """A certificate, key, request or bundle that is not to be believed."""
 
 
 class LedgerError(CloisterError):

@@ -19,6 +19,7 @@ QUIET = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"}
 os.environ.update(QUIET)  # law 8: before anything of Flower is imported
 
 from common.errors import CloisterError  # noqa: E402
+from deploy.cli_coordinator import coordinator_app  # noqa: E402
 from deploy.cli_intake import intake_app  # noqa: E402
 from deploy.cli_node import node_app  # noqa: E402
 from deploy.workers import fork_server  # noqa: E402
@@ -36,6 +37,7 @@ app = typer.Typer(
 spec_app = typer.Typer(no_args_is_help=True, help="Look at a run's description before it runs.")
 app.add_typer(intake_app, name="intake")
 app.add_typer(node_app, name="node")
+app.add_typer(coordinator_app, name="coordinator")
 app.add_typer(spec_app, name="spec")
 
 console = Console()

@@ -15,6 +15,7 @@ from rich.progress import track
 from rich.text import Text
 
 from common.errors import ConfigError, Refusal
+from deploy.cli_join import join, renew, request
 from deploy.cli_listen import listen
 from deploy.run_words import printable
 
@@ -608,4 +609,5 @@ def _limit(limit: Limit) -> str:
     return f"epsilon {limit.epsilon:g} at delta {limit.delta:g}, order {limit.order:g}"
 
 
-node_app.command()(listen)
+for command in (listen, request, join, renew):
+    node_app.command()(command)
