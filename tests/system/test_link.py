@@ -1,0 +1,222 @@
+"""Both ends of the line upon Flower's own code: a contract that fails when Flower moves."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+import uvicorn
+from cryptography.hazmat.primitives.asymmetric import ec
+from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.cli.build import build_fab_from_disk
+from flwr.supercore.primitives.asymmetric import public_key_to_bytes
+
+from client.link import FleetLink
+from common.errors import LinkBusyError, LinkError, LinkRefusedError, MessageError, RunError
+from deploy.ray_engine import _BUNDLE
+from server.link import Exchange, LinkGrid, fleet_app
+
+MEGABYTE = 2**20
+
+
+class Place:
+    """A fleet API on loopback, without TLS, and the state behind it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.database = folder / "flower.sqlite"
+        self.exchange = Exchange(self.database)
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.address = f"127.0.0.1:{free.getsockname()[1]}"
+        port = int(self.address.rpartition(":")[2])
+        app = fleet_app(self.exchange.factory)
+        self.server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="warning"))
+        self._thread = threading.Thread(target=self.server.run, daemon=True)
+        self._thread.start()
+        until = time.monotonic() + 30
+        while not self.server.started and time.monotonic() < until:
+            time.sleep(0.01)
+
+    def node(self, name: str, most_bytes: int = 8 * MEGABYTE) -> FleetLink:
+        key = ec.generate_private_key(ec.SECP384R1())
+        self.exchange.register(public_key_to_bytes(key.public_key()), name)
+        return FleetLink(self.address, key, None, most_bytes=most_bytes)
+
+    def close(self) -> None:
+        self.server.should_exit = True
+        self._thread.join()
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Iterator[Place]:
+    made = Place(tmp_path)
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    folder = tmp_path_factory.mktemp("bundle")
+    (folder / "LICENSE").write_text("Apache-2.0")
+    (folder / "pyproject.toml").write_text(_BUNDLE)
+    return build_fab_from_disk(folder)
+
+
+def ask(grid: LinkGrid, node: int, kind: str, records: RecordDict) -> str:
+    (identity,) = grid.push_messages([grid.create_message(records, kind, node, "", ttl=60.0)])
+    return str(identity)
+
+
+def answer(grid: LinkGrid, identity: str) -> Message:
+    until = time.monotonic() + 30
+    while time.monotonic() < until:
+        for reply in grid.pull_messages([identity]):
+            return reply
+        time.sleep(0.01)
+    raise TimeoutError(identity)
+
+
+def test_a_question_reaches_the_node_and_its_answer_comes_back(place: Place, bundle: bytes) -> None:
+    run = place.exchange.submit(bundle, {"spec": "{}"})
+    with place.node("north") as node:
+        number = node.activate()
+        node.beat()
+        assert node.receive() is None
+        with Exchange(place.database).conducting(run) as grid:
+            assert [(each.name, each.online) for each in place.exchange.nodes()] == [
+                ("north", True)
+            ]
+            asked = RecordDict({"question": ConfigRecord({"round": 3, "weights": b"w" * MEGABYTE})})
+            identity = ask(grid, number, "train.step", asked)
+            letter = node.receive()
+            assert letter is not None
+            assert (letter.kind, letter.run) == ("train.step", run)
+            assert letter.content == asked
+            assert node.receive() is None
+            node.reply(letter, RecordDict({"answer": ConfigRecord({"said": b"r" * MEGABYTE})}))
+            reply = answer(grid, identity)
+    assert reply.content["answer"] == {"said": b"r" * MEGABYTE}
+    assert not place.exchange.nodes()[0].online
+
+
+def test_what_a_run_consists_of_comes_unopened(place: Place, bundle: bytes) -> None:
+    run = place.exchange.submit(bundle, {"spec": "{}"})
+    with place.node("north") as node:
+        number = node.activate()
+        with place.exchange.conducting(run) as grid:
+            ask(grid, number, "query.invite", RecordDict())
+            letter = node.receive()
+            assert letter is not None
+            said = node.bundle(letter.run)
+
+    assert said.content == bundle
+    assert said.app == "cloister/cloister-simulation"
+
+
+def test_an_unregistered_key_is_refused_and_one_that_was_taken_away(place: Place) -> None:
+    stranger = FleetLink(
+        place.address, ec.generate_private_key(ec.SECP384R1()), None, most_bytes=MEGABYTE
+    )
+    with pytest.raises(LinkBusyError, match="does not know this node"):
+        stranger.activate()
+    with place.node("north") as node:
+        number = node.activate()
+        place.exchange.unregister(number)
+        with pytest.raises(LinkRefusedError):
+            node.receive()
+        with pytest.raises(LinkRefusedError):
+            node.beat()
+
+
+def test_a_message_beyond_the_limit_is_refused_and_the_next_one_comes(
+    place: Place, bundle: bytes
+) -> None:
+    run = place.exchange.submit(bundle, {"spec": "{}"})
+    with place.node("north", most_bytes=MEGABYTE // 4) as node:
+        number = node.activate()
+        with place.exchange.conducting(run) as grid:
+            heavy = RecordDict({"x": ConfigRecord({"weights": b"w" * MEGABYTE})})
+            ask(grid, number, "train.step", heavy)
+            with pytest.raises((MessageError, LinkError), match="more than"):
+                node.receive()
+            ask(grid, number, "query.close", RecordDict())
+            letter = node.receive()
+            assert letter is not None
+            assert letter.kind == "query.close"
+
+
+@pytest.mark.parametrize(
+    "path", ["/", "/docs", "/openapi.json", "/v1/control/start-run", "/v1/runtime/acquire-task"]
+)
+def test_only_the_fleet_api_is_there(place: Place, path: str) -> None:
+    for call in (httpx.get, httpx.post):
+        assert call(f"http://{place.address}{path}").status_code == 404
+
+
+def test_a_run_is_conducted_once(place: Place, bundle: bytes) -> None:
+    run = place.exchange.submit(bundle, {"spec": "{}"})
+    other = Exchange(place.database)
+    with (
+        place.exchange.conducting(run),
+        pytest.raises(RunError, match="conducted already"),
+        other.conducting(run),
+    ):
+        pass
+    with pytest.raises(RunError, match="over"), place.exchange.conducting(run):
+        pass
+
+
+def test_a_coordinator_that_is_not_there_or_talks_nonsense_is_an_error_of_ours() -> None:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        server.listen()
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        key = ec.generate_private_key(ec.SECP384R1())
+
+        def nonsense() -> None:
+            peer, _ = server.accept()
+            peer.recv(65536)
+            peer.sendall(b"HTTP/1.1 200 OK\r\ncontent-length: 5\r\n\r\nhello")
+            peer.close()
+
+        threading.Thread(target=nonsense, daemon=True).start()
+        with pytest.raises(LinkError, match="nonsense"):
+            FleetLink(address, key, None, most_bytes=MEGABYTE).activate()
+    with pytest.raises(LinkError, match="cannot be reached"):
+        FleetLink(address, key, None, most_bytes=MEGABYTE).activate()
+
+
+def test_no_redirect_is_followed_and_no_endless_answer_is_read() -> None:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        server.listen()
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        link = FleetLink(address, ec.generate_private_key(ec.SECP384R1()), None, most_bytes=1000)
+        asked: list[bytes] = []
+
+        def peers() -> None:
+            peer, _ = server.accept()
+            asked.append(peer.recv(65536))
+            head = f"HTTP/1.1 307 X\r\nlocation: http://{address}/away\r\n"
+            peer.sendall(f"{head}content-length: 0\r\nconnection: close\r\n\r\n".encode())
+            peer.close()
+            peer, _ = server.accept()
+            asked.append(peer.recv(65536))
+            peer.sendall(b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n")
+            try:
+                while True:
+                    peer.sendall(b"10000\r\n" + b"x" * 65536 + b"\r\n")
+            except OSError:
+                pass
+
+        threading.Thread(target=peers, daemon=True).start()
+        with pytest.raises(LinkError, match="307"):
+            link.activate()
+        with pytest.raises(LinkError, match="more than"):
+            link.activate()
+    assert b"/away" not in asked[1]
