@@ -28,6 +28,12 @@ def quoted(text: str) -> str:
     return repr(text) if not text or short or text in terms() else "a text that is not shown here"
 
 
+def counted(number: int) -> str:
+    """A number as a reason may show it: one of more digits could be that of a patient."""
+    most = 10**_SHORT - 1
+    return str(number) if number <= most else f"more than {most}"
+
+
 def registered_name(uid: str) -> str:
     """The standard's name for a UID, in quotes; whatever else stands in its place is not shown."""
     name = UID(uid).name

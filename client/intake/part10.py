@@ -35,7 +35,7 @@ from pydicom.uid import (
 )
 
 from client.intake.codestream import claimed_size
-from client.intake.deidentify import quoted, registered_name, text_of
+from client.intake.deidentify import counted, quoted, registered_name, text_of
 from common.errors import IntakeError
 
 _PREFIX_AT, _PREFIX = 128, b"DICM"
@@ -163,7 +163,8 @@ class DicomFile:
         one = rows * columns * samples
         if one > limits.frame_samples or one * frames > limits.samples:
             raise IntakeError(
-                f"it claims {frames} frames of {rows} x {columns} x {samples} samples; "
+                f"it claims {counted(frames)} frames of {counted(rows)} x {counted(columns)} x "
+                f"{counted(samples)} samples; "
                 f"at most {limits.frame_samples} a frame and {limits.samples} in all"
             )
         return Geometry(rows, columns, samples, frames)
@@ -250,9 +251,9 @@ class FrameDecoder:
         if claim is None and self.file.syntax != RLELossless:
             raise IntakeError("its compressed image does not begin like one of its transfer syntax")
         if claim is not None and claim != self.geometry[:3]:
+            seen, expected = (", ".join(map(counted, one)) for one in (claim, self.geometry[:3]))
             raise IntakeError(
-                f"its compressed image has rows, columns, samples {tuple(claim)}, "
-                f"its header {self.geometry[:3]}"
+                f"its compressed image has rows, columns, samples ({seen}), its header ({expected})"
             )
 
     def _check_complete(self) -> None:
@@ -266,7 +267,7 @@ class FrameDecoder:
             expected = get_expected_length(self.file.header)
         if present < expected:
             raise IntakeError(
-                f"its pixel data is cut short: {present} bytes, its header describes {expected}"
+                f"its pixel data is cut short: {present} bytes are there, its header describes more"
             )
 
 
