@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EMFILE, errno.ENFILE}
 
 
 def write_durably(path: Path, content: bytes, mode: int = 0o666) -> None:
@@ -37,6 +40,16 @@ def flush_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def disk_refuses(error: BaseException) -> str:
+    """What the system said, if it had no room for more behind this error; else empty."""
+    link: BaseException | None = error
+    while link is not None:
+        if isinstance(link, OSError) and link.errno in _NO_ROOM:
+            return os.strerror(link.errno)
+        link = link.__cause__ or link.__context__
+    return ""
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from deploy.intake_words import (
+    check_listing,
     console,
     print_not_used,
     print_summary,
@@ -162,7 +163,8 @@ def run(
 
     if split not in SPLITS:
         raise ConfigError(f"--split {split!r}; expected train, validation or test, or none at all")
-    check_target(cohort)
+    check_target(cohort, source)
+    check_listing(not_used)
     described = read_run_file(spec).spec
     table = read_labels(labels, described.task)
     means = means_of(desk_of(cohort), node, profile, site_key, cohort_key)
@@ -244,7 +246,8 @@ def export(
     from client.intake.export import export as write
     from client.intake.take import check_target, desk_of
 
-    check_target(folder)
+    check_target(folder, source)
+    check_listing(not_used)
     means = means_of(desk_of(folder), node, profile, site_key)
     order = ExportOrder(source, folder, means.key, means.profile, workers, registry=means.registry)
     with _shown("Exporting") as show:

@@ -97,6 +97,18 @@ def reasons(not_used: tuple[NotUsed, ...], title: str, option: str) -> Table:
     return table
 
 
+def check_listing(path: Path | None) -> None:
+    """See, before the work is done, that a listing can be written there; None is none.
+
+    Raises:
+        ConfigError: if there is something already, or no folder for it.
+    """
+    if path is not None and (os.path.lexists(path) or not path.parent.is_dir()):
+        raise ConfigError(
+            f"{path}: the listing cannot be written; expected a new name in a folder that is there"
+        )
+
+
 def write_listing(path: Path, not_used: tuple[NotUsed, ...]) -> None:
     """Write everything that was not used to a new file, readable by its owner alone.
 

@@ -73,6 +73,11 @@ class MemberItem:
     crc: int
     method: int
 
+    @property
+    def stamp(self) -> str:
+        """What the directory of the ZIP says of its bytes, and where they are."""
+        return f"{self.size} {self.crc} {self.start} {self.room} {self.packed}"
+
     def open(self, limit: int) -> BinaryIO:
         """Inflate it into memory, at most `limit` bytes.
 

@@ -20,9 +20,10 @@ from __future__ import annotations
 import hmac
 import json
 import os
+import secrets
 import sqlite3
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -51,12 +52,14 @@ CREATE TABLE item (
     number INTEGER PRIMARY KEY, id TEXT NOT NULL UNIQUE, place BLOB NOT NULL,
     state TEXT NOT NULL, reason TEXT NOT NULL DEFAULT '', content TEXT NOT NULL DEFAULT '',
     named INT NOT NULL DEFAULT 0, line INT NOT NULL DEFAULT 0, boxes INT NOT NULL DEFAULT 0,
-    account INT NOT NULL DEFAULT 0, decision INT NOT NULL DEFAULT 0
+    account INT NOT NULL DEFAULT 0, decision INT NOT NULL DEFAULT 0,
+    stamp TEXT NOT NULL DEFAULT ''
 );
 CREATE INDEX item_by_state ON item (state, number);
+CREATE INDEX item_by_content ON item (content) WHERE state = 'rejected';
 CREATE TABLE image (
     row INTEGER PRIMARY KEY, item INT NOT NULL, instance TEXT NOT NULL UNIQUE,
-    sha256 TEXT NOT NULL, record BLOB NOT NULL
+    image BLOB NOT NULL
 );
 CREATE INDEX image_by_item ON image (item);
 CREATE TABLE account (number INTEGER PRIMARY KEY, counts TEXT NOT NULL UNIQUE);
@@ -122,6 +125,7 @@ class Row:
     sha256: str
 
 
+_GONE = "it is no longer in the source"
 _ENTRY = "number, id, state, reason, content, boxes, line, decision"
 
 
@@ -134,7 +138,8 @@ class Desk:
         cohort_key: the cohort's, if it is sealed at rest.
 
     Raises:
-        ConfigError: if there is no desk, of another version, or of another key.
+        ConfigError: if there is no desk, of another version, or of another key, or its journal
+            cannot be opened.
     """
 
     def __init__(self, path: Path, key: SiteKey, cohort_key: bytes | None = None) -> None:
@@ -147,8 +152,12 @@ class Desk:
                 f"{path}: no desk of an intake; `cloister intake run` makes one beside the cohort"
             )
         self._database = _connected(path / JOURNAL)
-        check = hmac.digest(secret, b"which key", "sha256").hex()
-        self._check({"format": str(FORMAT), "key": check})
+        try:
+            check = hmac.digest(secret, b"which key", "sha256").hex()
+            self.settle(format=str(FORMAT), key=check)
+        except BaseException:
+            self.close()
+            raise
 
     @classmethod
     def create(cls, path: Path, key: SiteKey, cohort_key: bytes | None = None) -> Self:
@@ -190,9 +199,11 @@ class Desk:
         Raises:
             ConfigError: naming what differs.
         """
-        with self._transaction():
-            for name, value in settings.items():
-                self._database.execute("INSERT OR IGNORE INTO setting VALUES (?, ?)", (name, value))
+        if not all(map(self.setting, settings)):
+            with self._transaction():
+                self._database.executemany(
+                    "INSERT OR IGNORE INTO setting VALUES (?, ?)", list(settings.items())
+                )
         self._check(settings)
 
     def setting(self, name: str, default: str = "") -> str:
@@ -213,7 +224,8 @@ class Desk:
 
         What is new is put in an order that the key draws: names of files often are patients'
         names, and the order of a cohort's images then says nothing of them. What is not read yet
-        and no longer there is ``gone``.
+        and no longer there is ``gone``; what is back, or was refused and is another file now, is
+        to be read.
         """
         where = os.fspath(source.absolute())
         known = dict(self._database.execute("SELECT id, number FROM item"))
@@ -228,39 +240,59 @@ class Desk:
                     "INSERT INTO item (number, id, place, state) VALUES (?, ?, ?, ?)",
                     (number, name, place, State.OPEN),
                 )
-            self._mark_gone({known[name] for name in by_id})
-        return {known[name]: item for name, item in by_id.items()}
+            present = {known[name]: item for name, item in by_id.items()}
+            self._mark_gone(present)
+            self._reopen_changed(present)
+        return present
 
-    def _mark_gone(self, present: set[int]) -> None:
+    def _mark_gone(self, present: Mapping[int, Item]) -> None:
         """What waits to be read and is not in the source now; what is back is read."""
-        waiting = "SELECT number FROM item WHERE state IN ('open', 'aside', 'gone')"
-        for (number,) in self._database.execute(waiting).fetchall():
-            gone = number not in present
-            self._database.execute(
-                "UPDATE item SET state = CASE WHEN ? THEN 'gone' ELSE "
-                "CASE state WHEN 'gone' THEN 'open' ELSE state END END, reason = ? "
-                "WHERE number = ?",
-                (gone, "it is no longer in the source" if gone else "", number),
-            )
+        for number in self.numbers(State.OPEN, State.ASIDE):
+            if number not in present:
+                self._put(number, State.GONE, _GONE)
+        for number in self.numbers(State.GONE):
+            if number in present:
+                self._put(number, State.OPEN)
 
-    def reopen_decided(self) -> None:
+    def _reopen_changed(self, present: Mapping[int, Item]) -> None:
+        """What was refused may have been copied in part then, or mended since."""
+        asked = "SELECT number, state, stamp FROM item WHERE state IN ('open', 'aside', 'refused')"
+        for number, state, stamp in self._database.execute(asked).fetchall():
+            item = present.get(number)
+            now = self.key.pseudonym("content", item.stamp) if item else stamp
+            if now != stamp:
+                self._database.execute("UPDATE item SET stamp = ? WHERE number = ?", (now, number))
+                if state == State.REFUSED:
+                    self._put(number, State.OPEN)
+
+    def reopen_decided(self, present: Collection[int]) -> None:
         """Act on what was decided since: released objects are read again, rejected ones taken out.
 
         The images of both are no longer the cohort's.
+
+        Args:
+            present: the objects that are in the source now; others cannot be read again.
         """
         with self._transaction():
             for number, item in self._database.execute(
                 "SELECT MAX(d.number), d.item FROM decision d JOIN item i ON i.number = d.item "
                 "GROUP BY d.item HAVING MAX(d.number) > MAX(i.decision)"
             ).fetchall():
-                verdict = self._said(number, item).verdict
-                state = State.OPEN if verdict == "release" else State.REJECTED
-                reason = "" if verdict == "release" else "a person rejected it"
+                if self._said(number, item).verdict == "reject":
+                    self._put(item, State.REJECTED, "a person rejected it")
+                elif item in present:
+                    self._put(item, State.OPEN)
+                else:
+                    self._put(item, State.GONE, _GONE)
                 self._database.execute(
-                    "UPDATE item SET state = ?, reason = ?, decision = ? WHERE number = ?",
-                    (state, reason, number, item),
+                    "UPDATE item SET decision = ? WHERE number = ?", (number, item)
                 )
                 self._database.execute("UPDATE image SET item = -item WHERE item = ?", (item,))
+
+    def _put(self, number: int, state: State, reason: str = "") -> None:
+        self._database.execute(
+            "UPDATE item SET state = ?, reason = ? WHERE number = ?", (state, reason, number)
+        )
 
     def numbers(self, *states: State) -> list[int]:
         """The numbers of all objects in these states, ascending."""
@@ -270,8 +302,10 @@ class Desk:
 
     def entries(self, *states: State) -> Iterator[Entry]:
         """All objects in these states; all there are if none is given."""
-        for number in self.numbers(*(states or State)):
-            yield self.entry(number)
+        marks = ", ".join("?" * len(states or State))
+        query = f"SELECT {_ENTRY} FROM item WHERE state IN ({marks}) ORDER BY number"  # noqa: S608
+        for row in self._database.execute(query, states or tuple(State)).fetchall():
+            yield _entry(row)
 
     def entry(self, number: int) -> Entry:
         """The object of a number.
@@ -287,7 +321,7 @@ class Desk:
             raise ConfigError(
                 f"{self.path}: no object {number}; `cloister intake review` lists them"
             )
-        return Entry(row[0], row[1], State(row[2]), *row[3:])
+        return _entry(row)
 
     def find(self, beginning: str) -> Entry:
         """The one object whose id begins so.
@@ -354,11 +388,11 @@ class Desk:
         )
 
     def _add(self, row: int, item: int, image: Row) -> None:
-        record = json.dumps(asdict(image.record)).encode()
+        told = json.dumps(asdict(image.record) | {"sha256": image.sha256}).encode()
         instance = image.record.instance
-        sealed = self._seal.close(record, f"image {instance}")
+        sealed = self._seal.close(told, f"image {instance}")
         self._database.execute(
-            "INSERT INTO image VALUES (?, ?, ?, ?, ?)", (row, item, instance, image.sha256, sealed)
+            "INSERT INTO image VALUES (?, ?, ?, ?)", (row, item, instance, sealed)
         )
 
     def _account(self, account: Account) -> int:
@@ -368,10 +402,16 @@ class Desk:
         self._database.execute("INSERT OR IGNORE INTO account (counts) VALUES (?)", (text,))
         return self._one("SELECT number FROM account WHERE counts = ?", text)
 
-    def knows(self, instance: str) -> bool:
-        """Whether an image of this instance is in the cohort already."""
-        found = self._database.execute("SELECT 1 FROM image WHERE instance = ?", (instance,))
-        return found.fetchone() is not None
+    def row(self, instance: str) -> Row | None:
+        """The image of this instance that is in the cohort already."""
+        found = self._database.execute("SELECT image FROM image WHERE instance = ?", (instance,))
+        sealed = found.fetchone()
+        return None if sealed is None else self._opened(instance, sealed[0])
+
+    def is_rejected(self, content: str) -> bool:
+        """Whether a person has rejected these bytes, wherever in the source they were."""
+        asked = "SELECT EXISTS(SELECT 1 FROM item WHERE state = 'rejected' AND content = ?)"
+        return bool(content and self._one(asked, content))
 
     def images(self) -> int:
         """How many rows there are, those of objects that were taken out among them."""
@@ -379,13 +419,17 @@ class Desk:
 
     def rows(self) -> Iterator[Row]:
         """Every image of the cohort, in the order of the stored ones."""
-        for instance, sha256, sealed in self._database.execute(
-            "SELECT instance, sha256, record FROM image ORDER BY row"
+        for instance, sealed in self._database.execute(
+            "SELECT instance, image FROM image ORDER BY row"
         ):
-            values = json.loads(self._seal.open(sealed, f"image {instance}"))
-            if isinstance(values["label"], list):
-                values["label"] = tuple(values["label"])
-            yield Row(ImageRecord(**values), sha256)
+            yield self._opened(instance, sealed)
+
+    def _opened(self, instance: str, sealed: bytes) -> Row:
+        values = json.loads(self._seal.open(sealed, f"image {instance}"))
+        if isinstance(values["label"], list):
+            values["label"] = tuple(values["label"])
+        sha256 = values.pop("sha256")
+        return Row(ImageRecord(**values), sha256)
 
     def live_rows(self) -> list[int]:
         """The rows whose objects are still the cohort's, ascending."""
@@ -408,9 +452,7 @@ class Desk:
     def set_state(self, number: int, state: State, reason: str = "") -> None:
         """Say where one object stands."""
         with self._transaction():
-            self._database.execute(
-                "UPDATE item SET state = ?, reason = ? WHERE number = ?", (state, reason, number)
-            )
+            self._put(number, state, reason)
 
     def lines(self) -> set[int]:
         """The lines of the label table of which something was kept."""
@@ -561,13 +603,18 @@ class Desk:
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:
-        self._database.execute("BEGIN IMMEDIATE")
         try:
+            self._database.execute("BEGIN IMMEDIATE")
             yield
             self._database.execute("COMMIT")
-        except BaseException:
-            self._database.execute("ROLLBACK")
-            raise
+        except sqlite3.Error as error:
+            raise CohortError(
+                f"{self.path}: the journal cannot be written ({error}); check the folder, its "
+                "rights and its space, and start again"
+            ) from error
+        finally:
+            if self._database.in_transaction:  # of some errors SQLite has rolled back itself
+                self._database.execute("ROLLBACK")
 
     def _set(self, settings: Mapping[str, str]) -> None:
         self._database.executemany(
@@ -579,10 +626,7 @@ class Desk:
 
     def _check(self, expected: Mapping[str, str]) -> None:
         for name, value in expected.items():
-            seen = self.setting(name)
-            if not seen and name == "key":
-                self.change(key=value)
-            elif seen != value:
+            if (seen := self.setting(name)) != value:
                 raise ConfigError(_difference(self.path, name, seen, value))
 
 
@@ -606,9 +650,13 @@ def _decision(said: Mapping[str, Any]) -> Decision:
     return Decision(**{**said, "blank": tuple(Box(*box) for box in said["blank"])})
 
 
+def _entry(row: Sequence[Any]) -> Entry:
+    return Entry(row[0], row[1], State(row[2]), *row[3:])
+
+
 def _new_journal(file: Path) -> None:
-    """An empty journal under its name, or none."""
-    partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
+    """An empty journal under its name, unless another process was faster; or none."""
+    partial = file.with_name(f"{file.name}.{secrets.token_hex(8)}.partial")
     os.close(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
     try:
         database = sqlite3.connect(partial)
@@ -616,14 +664,20 @@ def _new_journal(file: Path) -> None:
             database.executescript(_SCHEMA)
             database.execute("INSERT INTO setting VALUES ('format', ?)", (str(FORMAT),))
         database.close()
-        os.rename(partial, file)
+        with suppress(FileExistsError):
+            os.link(partial, file)
         flush_folder(file.parent)
     finally:
         partial.unlink(missing_ok=True)
 
 
 def _connected(file: Path) -> sqlite3.Connection:
-    database = sqlite3.connect(file, timeout=60, isolation_level=None)
-    database.execute("PRAGMA journal_mode = WAL")
-    database.execute("PRAGMA synchronous = FULL")
+    try:
+        database = sqlite3.connect(file, timeout=60, isolation_level=None)
+        database.execute("PRAGMA journal_mode = WAL")
+        database.execute("PRAGMA synchronous = FULL")
+    except sqlite3.Error as error:
+        raise ConfigError(
+            f"{file}: the journal cannot be opened ({error}); if it is damaged, put back a copy"
+        ) from error
     return database

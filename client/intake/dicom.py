@@ -22,7 +22,7 @@ from client.intake.deid.seam import (
     patient_of,
 )
 from client.intake.deid.walk import Account
-from client.intake.deidentify import text_of
+from client.intake.deidentify import counted, text_of
 from client.intake.display import brightness
 from client.intake.items import Item
 from client.intake.labels import LabelEntry, LabelTable
@@ -33,7 +33,8 @@ from client.intake.registry import Registry
 from client.intake.shots import shot
 from client.intake.source import Kept
 from common.cohort import PIXEL
-from common.errors import IntakeError, ReviewError
+from common.errors import CohortError, ConfigError, IntakeError, ReviewError
+from common.files import disk_refuses
 from common.spec import Input
 
 MOST_SHOTS = 16
@@ -74,6 +75,7 @@ class FileResult:
         written: the file that was written of it, for an export.
         account: what was done to its header.
         shots: for a person's eyes.
+        failure: why it could not be read or written, if that is no fault of its own: a full disk.
     """
 
     images: tuple[Kept, ...] = ()
@@ -86,6 +88,12 @@ class FileResult:
     written: Written | None = None
     account: Account = field(default_factory=Account)
     shots: tuple[Shot, ...] = ()
+    failure: str = ""
+
+    @property
+    def made(self) -> tuple[Kept | Written, ...]:
+        """All that was made of it."""
+        return self.images if self.written is None else (self.written,)
 
 
 @dataclass(frozen=True)
@@ -106,7 +114,7 @@ def result_of(task: Task, limits: Limits, read: Callable[[DicomFile], FileResult
     """Open and parse an object, and read it; all that goes wrong is in the result.
 
     Args:
-        task: whose decision is passed over if the bytes are no longer those that were decided on.
+        task: what to read; whether its decision was on these bytes is for the desk to say.
         limits: what a file may ask for.
         read: what is made of it.
     """
@@ -117,14 +125,22 @@ def result_of(task: Task, limits: Limits, read: Callable[[DicomFile], FileResult
             return replace(read(DicomFile.parse(stream, limits)), content=content)
     except Directory:
         return FileResult(content=content)
-    except IntakeError as error:
-        review = isinstance(error, ReviewError)
-        return FileResult(reason=str(error), reviewable=review, content=content)
-    except MemoryError:
-        return FileResult(reason="it needs more memory than a worker may take", content=content)
     except Exception as error:  # noqa: BLE001
         # Parsers and codecs raise whatever the bytes of a broken file drive them to.
-        return FileResult(reason=f"cannot be read ({_brief(error)})", content=content)
+        return replace(_gone_wrong(error), content=content)
+
+
+def _gone_wrong(error: Exception) -> FileResult:
+    """What an error says of an object, or of the machine."""
+    if isinstance(error, CohortError | ConfigError):
+        return FileResult(failure=str(error))
+    if full := disk_refuses(error):
+        return FileResult(failure=full)
+    if isinstance(error, IntakeError):
+        return FileResult(reason=str(error), reviewable=isinstance(error, ReviewError))
+    if isinstance(error, MemoryError):
+        return FileResult(reason="it needs more memory than a worker may take")
+    return FileResult(reason=f"cannot be read ({_brief(error)})")
 
 
 @dataclass(frozen=True)
@@ -226,11 +242,11 @@ class FileReader:
 
     def _seen(self, clean: CleanFile, frames: range, decode: FrameDecoder) -> Iterator[Shot]:
         """Pictures of a file that waits for a person; one that cannot be shown has none."""
-        step = max(1, math.ceil(len(frames) / MOST_SHOTS))
-        for number in frames[::step]:
+        for number in spread(len(frames)):
             with suppress(Exception):
-                pixels = brightness(decode(number), clean.header, number, self.settings.window)
-                yield shot(number, pixels, None, found_text(pixels))
+                frame = frames[number]
+                pixels = brightness(decode(frame), clean.header, frame, self.settings.window)
+                yield shot(frame, pixels, None, found_text(pixels))
 
     def _label(self, header: Dataset) -> LabelEntry:
         key = text_of(header, self.labels.key)
@@ -245,19 +261,24 @@ class FileReader:
         count, rule = geometry.frames, self.settings.frames
         if count > 1 and rule == "refuse":
             raise IntakeError(
-                f"it has {count} frames and input.frames = 'refuse'; 'first', 'middle' or 'all' "
-                "in the run's spec would take it"
+                f"it has {counted(count)} frames and input.frames = 'refuse'; 'first', 'middle' or "
+                "'all' in the run's spec would take it"
             )
         if rule != "all":
             first = count // 2 if rule == "middle" else 0
             return range(first, first + 1)
-        stored = count * math.prod(self.settings.shape) * PIXEL.itemsize
-        if stored > self.limits.stored_bytes:
+        each = math.prod(self.settings.shape) * PIXEL.itemsize
+        if count * each > self.limits.stored_bytes:
             raise IntakeError(
-                f"{count} frames would take {stored} bytes in the cohort; at most "
+                f"{counted(count)} frames would take {each} bytes each in the cohort; at most "
                 f"{self.limits.stored_bytes} of one file: use frames = 'first' or 'middle'"
             )
         return range(count)
+
+
+def spread(frames: int) -> range:
+    """The frames of which pictures are shown, at most `MOST_SHOTS`."""
+    return range(0, frames, max(1, math.ceil(frames / MOST_SHOTS)))
 
 
 def _digest(stream: BinaryIO) -> str:

@@ -13,8 +13,10 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import BinaryIO
 
@@ -22,15 +24,15 @@ import numpy as np
 from pydicom.dataset import Dataset
 
 from client.intake.builder import ImageRecord
-from client.intake.decision import Shot
-from client.intake.deid.engine import Engine
+from client.intake.decision import Decision, Shot
+from client.intake.deid.engine import Cleaned, Engine
 from client.intake.deid.profile import Profile
 from client.intake.deid.save import save
-from client.intake.deid.seam import decided, found_text, patient_of
+from client.intake.deid.seam import blanked, decided, found_text, patient_of
 from client.intake.deid.walk import Account
 from client.intake.deidentify import text_of
 from client.intake.desk import WORK, Desk, Row, State
-from client.intake.dicom import MOST_SHOTS, FileResult, Task, Written, result_of
+from client.intake.dicom import MOST_SHOTS, FileResult, Task, Written, result_of, spread
 from client.intake.digest import deidentification_digest
 from client.intake.display import brightness
 from client.intake.items import listed
@@ -45,9 +47,9 @@ from client.intake.shots import shot
 from client.intake.source import NotUsed
 from client.intake.take import at_work, check_target, not_used
 from common.errors import CohortError, IntakeError, ReviewError
-from common.files import flush_folder
+from common.files import disk_refuses, flush_folder
 
-_PART = re.compile(r"[0-9A-Za-z][0-9A-Za-z.]{0,63}")
+_PSEUDONYM, _UID = re.compile(r"[0-9a-f]{32}"), re.compile(r"[0-9][0-9.]{0,63}")
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,7 @@ def export(
         ConfigError: if it was begun with another key or profile.
         IntakeError: if there is no such source.
     """
-    check_target(order.folder)
+    check_target(order.folder, order.source)
     listing = listed(order.source)
     with at_work(order.folder, order.key) as desk:
         desk.settle(
@@ -99,19 +101,21 @@ def export(
             profile=order.profile.digest,
             deidentification=deidentification_digest(order.profile),
         )
+        _check_folder(desk, order.folder)
         items = desk.plan(order.source, listing.items)
-        desk.reopen_decided()
+        desk.reopen_decided(items)
         _take_back(desk, order.folder)
         work = desk.path / WORK
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir(mode=0o700)
         if numbers := desk.numbers(State.OPEN):
-            reader = FileExporter(Engine(order.profile, order.key), work, order.registry)
+            engine = Engine(order.profile, order.key, spool=work)
+            reader = FileExporter(engine, work, order.registry)
             workers = order.workers or len(os.sched_getaffinity(0))
             with pool(reader, workers, order.bounds) as mapper:
-                sink = _Files(desk, order.folder)
+                sink = _Files(order.folder)
                 Reading(desk, items, mapper, sink, order.batch, progress).through(numbers)
-        work.rmdir()
+        shutil.rmtree(work)  # a worker that was lost may have left something there
         records = [row.record for row in desk.rows()]
         patients = len({record.patient for record in records})
         unused = (*not_used(desk), *listing.unusable)
@@ -126,7 +130,7 @@ def place_of(folder: Path, record: ImageRecord) -> Path:
             elsewhere.
     """
     parts = (record.patient, record.study, record.series, record.instance)
-    if not all(map(_PART.fullmatch, parts)):
+    if not (_PSEUDONYM.fullmatch(parts[0]) and all(map(_UID.fullmatch, parts[1:]))):
         raise IntakeError("its identifiers are missing, or none that a folder can be named by")
     return folder.joinpath(*parts[:3], f"{record.instance}.dcm")
 
@@ -168,14 +172,24 @@ class FileExporter:
         record = _record(cleaned.dataset)
         place = self.work / secrets.token_hex(16)
         place_of(place, record)
-        place.mkdir(mode=0o700)
-        path = save(cleaned, place)
         if self.registry is not None:
             self.registry.add(record.patient, *patient)
+        place.mkdir(mode=0o700)
+        path = self._saved(cleaned, place)
         shots = tuple(self._seen(task, path)) if _blanked(cleaned.account) else ()
         with path.open("rb") as stream:
             written = Written(path, record, hashlib.file_digest(stream, "sha256").hexdigest())
         return replace(found, written=written, account=cleaned.account, shots=shots)
+
+    def _saved(self, cleaned: Cleaned, place: Path) -> Path:
+        """The file, in a folder of its own; of an error only what says nothing of where it was."""
+        try:
+            return save(cleaned, place)
+        except IntakeError as error:
+            shutil.rmtree(place)
+            if full := disk_refuses(error):
+                raise CohortError(f"{self.work}: cannot be written ({full})") from None
+            raise IntakeError("what was made of it cannot be encoded") from None
 
     def _seen(self, task: Task, written: Path | None) -> Iterator[Shot]:
         """Pictures of the frames in which something was blanked; of all, if nothing was written."""
@@ -183,12 +197,13 @@ class FileExporter:
             with task.item.open(self.limits.read_bytes) as stream:
                 before = _Frames(stream, self.limits)
                 if written is None:
-                    for number in range(0, before.count, max(1, before.count // MOST_SHOTS)):
+                    for number in spread(before.count):
                         pixels = before(number)
                         yield shot(number, pixels, None, found_text(pixels))
                     return
                 with BoundedFile(written, self.limits.read_bytes) as file:
-                    yield from _differences(before, _Frames(file, self.limits))
+                    after = _Frames(file, self.limits)
+                    yield from islice(_differences(before, after, task.decision), MOST_SHOTS)
         except Exception:  # noqa: BLE001
             return  # one that cannot be shown has no picture
 
@@ -208,14 +223,12 @@ class _Frames:
         return brightness(self._decode(number), self._header, number, "dicom")
 
 
-def _differences(before: _Frames, after: _Frames) -> Iterator[Shot]:
-    """Pictures of frames that are not as they were, the first few."""
-    shown = 0
+def _differences(before: _Frames, after: _Frames, said: Decision | None) -> Iterator[Shot]:
+    """Pictures of frames that are not as they were."""
     for number in range(before.count):
         came, kept = before(number), after(number)
-        if shown < MOST_SHOTS and not np.array_equal(came, kept):
-            shown += 1
-            yield shot(number, came, kept, found_text(came))
+        if not np.array_equal(came, kept):
+            yield shot(number, came, kept, blanked(came, said))
 
 
 def _blanked(account: Account) -> bool:
@@ -233,23 +246,19 @@ def _record(clean: Dataset) -> ImageRecord:
 
 
 class _Files:
-    """Exported files as a sink: each gets its name when it is no copy of one that is there."""
+    """Exported files as a sink: each that is taken gets its name, any other is removed."""
 
-    def __init__(self, desk: Desk, folder: Path) -> None:
-        self._desk = desk
+    def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._pending: set[str] = set()
         self._touched: set[Path] = set()
 
-    def take(self, result: FileResult) -> list[Row]:
+    def take(self, result: FileResult, new: Collection[str]) -> list[Row]:
         written = result.written
         if written is None:
             return []
-        instance = written.record.instance
-        if instance in self._pending or self._desk.knows(instance):
+        if written.record.instance not in new:
             shutil.rmtree(written.path.parent)
             return []
-        self._pending.add(instance)
         target = place_of(self._folder, written.record)
         try:
             target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -257,14 +266,26 @@ class _Files:
             written.path.parent.rmdir()
         except OSError as error:
             raise CohortError(f"{target}: cannot be written ({error.strerror})") from error
-        self._touched.add(target.parent)
+        self._touched |= {*target.parents[:3], self._folder, self._folder.parent}
         return [Row(written.record, written.sha256)]
 
     def flush(self) -> None:
         for folder in self._touched:
             flush_folder(folder)
         self._touched.clear()
-        self._pending.clear()  # the journal knows them from here on
+
+
+def _check_folder(desk: Desk, folder: Path) -> None:
+    """What was written is still in its place.
+
+    Raises:
+        CohortError: otherwise.
+    """
+    if desk.images() and not folder.is_dir():
+        raise CohortError(
+            f"{folder}: files were written there, and it is gone; put it back, or remove "
+            f"{desk.path} to begin anew (its decisions go with it)"
+        )
 
 
 def _take_back(desk: Desk, folder: Path) -> None:
@@ -272,5 +293,9 @@ def _take_back(desk: Desk, folder: Path) -> None:
     live = set(desk.live_rows())
     for number, row in enumerate(desk.rows()):
         if number not in live:
-            place_of(folder, row.record).unlink(missing_ok=True)
+            file = place_of(folder, row.record)
+            file.unlink(missing_ok=True)
+            for empty in file.parents[:3]:
+                with suppress(OSError):  # others are in there
+                    empty.rmdir()
     desk.drop_dead_rows()

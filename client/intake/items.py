@@ -37,6 +37,10 @@ class Item(Protocol):
     def place(self) -> str:
         """See `Item`."""
 
+    @property
+    def stamp(self) -> str:
+        """What tells, without reading it, that it is not what it was; empty if nothing does."""
+
     def open(self, limit: int) -> BinaryIO:
         """Open it for reading and seeking.
 
@@ -59,6 +63,15 @@ class FileItem:
     def path(self) -> Path:
         """Where it is."""
         return self.folder / self.place
+
+    @property
+    def stamp(self) -> str:
+        """Size, and when bytes or rights were changed."""
+        try:
+            found = self.path.stat()
+        except OSError:
+            return ""
+        return f"{found.st_size} {found.st_mtime_ns} {found.st_ctime_ns}"
 
     def open(self, limit: int) -> BinaryIO:
         """See `Item`."""

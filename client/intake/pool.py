@@ -3,7 +3,9 @@
 Codecs are native code, and the bytes they get may be hostile: one that crashes, never ends, or
 takes all memory ends its own process. The kernel holds each worker to its time (SIGALRM, which
 native code cannot put off) and to its memory (RLIMIT_DATA); the parent notices that it is gone,
-says why, and starts another. A worker whose parent is gone finds its pipe closed and ends.
+and gives the task to another: the system or a person may have ended the first one for no fault of
+the task. Lost twice, the task is given up, with the reason. A worker whose parent is gone finds
+its pipe closed and ends.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from types import TracebackType
-from typing import Any, Generic, Self, TypeVar
+from typing import Any, Generic, NamedTuple, Self, TypeVar
 
 from common.errors import CloisterError, RunError
 
@@ -43,11 +45,17 @@ class WorkerLostError(CloisterError):
     """The worker ended before it answered; the text is the reason."""
 
 
+class _Asked(NamedTuple, Generic[T]):
+    number: int
+    task: T
+    again: bool = False
+
+
 @dataclass
 class _Worker(Generic[T]):
     process: BaseProcess
     pipe: Connection
-    task: int | None = None
+    asked: _Asked[T] | None = None
 
 
 class Pool(Generic[T, R]):
@@ -82,7 +90,7 @@ class Pool(Generic[T, R]):
             _ended(worker)
 
     def map(self, tasks: Iterable[T]) -> Iterator[R | WorkerLostError]:
-        """The answers in the order of the tasks; a lost worker's is the error that says why.
+        """The answers in the order of the tasks; one that lost two workers has the error why.
 
         Tasks are drawn as workers become free, a few ahead of the answer that is next.
         """
@@ -92,10 +100,9 @@ class Pool(Generic[T, R]):
         while True:
             for worker in self._workers:
                 room = len(expected) < _AHEAD * len(self._workers)
-                if worker.task is None and room and (drawn := next(source, None)) is not None:
-                    worker.task = drawn[0]
+                if worker.asked is None and room and (drawn := next(source, None)) is not None:
                     expected.append(drawn[0])
-                    self._ask(worker, drawn[1])
+                    _ask(worker, _Asked(*drawn))
             if not expected:
                 return
             answers |= self._answered()
@@ -103,25 +110,29 @@ class Pool(Generic[T, R]):
                 yield answers.pop(expected.popleft())
 
     def _answered(self) -> dict[int, R | WorkerLostError]:
-        """Wait for one answer or more; a lost worker is replaced."""
-        busy = {worker.pipe: worker for worker in self._workers if worker.task is not None}
+        """Wait for one answer or a loss; a lost worker is replaced."""
+        busy = {worker.pipe: worker for worker in self._workers if worker.asked is not None}
         answers: dict[int, R | WorkerLostError] = {}
         for pipe in wait(list(busy)):
             worker = busy[pipe]  # type: ignore[index]  # what went in comes out
-            number, worker.task = worker.task, None
-            if number is None:
+            asked, worker.asked = worker.asked, None
+            if asked is None:
                 continue
             try:
-                answers[number] = worker.pipe.recv()
+                answers[asked.number] = worker.pipe.recv()
             except (EOFError, OSError):
-                answers[number] = WorkerLostError(self._loss(worker))
-                self._workers[self._workers.index(worker)] = fresh = self._started()
-                _wait_until_ready(fresh)
+                reason = self._loss(worker)
+                fresh = self._replaced(worker)
+                if asked.again:
+                    answers[asked.number] = WorkerLostError(reason)
+                else:
+                    _ask(fresh, asked._replace(again=True))
         return answers
 
-    def _ask(self, worker: _Worker[T], task: T) -> None:
-        with suppress(OSError):  # it is gone: its pipe says so when it is read
-            worker.pipe.send(task)
+    def _replaced(self, worker: _Worker[T]) -> _Worker[T]:
+        self._workers[self._workers.index(worker)] = fresh = self._started()
+        _wait_until_ready(fresh)
+        return fresh
 
     def _started(self) -> _Worker[T]:
         ours, theirs = self._context.Pipe()
@@ -140,6 +151,12 @@ class Pool(Generic[T, R]):
             return f"it took more than {self._bounds.seconds} s"
         how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
         return f"the process that read it ended ({how}): most likely a codec that it crashed"
+
+
+def _ask(worker: _Worker[T], asked: _Asked[T]) -> None:
+    worker.asked = asked
+    with suppress(OSError):  # it is gone: its pipe says so when it is read
+        worker.pipe.send(asked.task)
 
 
 def _wait_until_ready(worker: _Worker[Any]) -> None:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
 
 from client.intake.desk import Desk, Row, State
-from client.intake.dicom import FileResult, Task
+from client.intake.dicom import FileResult, Task, Written
 from client.intake.items import Item
 from client.intake.pool import Bounds, WorkerLostError
 from client.intake.run import Progress
+from client.intake.source import Kept
+from common.errors import CohortError
 
 _LONGEST_BATCH = 1.0
 """Seconds of work that a killed intake does again at most, but for the object it was at."""
@@ -21,6 +23,11 @@ Reader = Callable[[Task], FileResult]
 CHANGED = "its bytes are no longer those that a person decided on: look at it again"
 COPY = "a copy of an image already taken in"
 NO_PATIENT = "no patient identifier"
+OTHER = (
+    "its SOP Instance UID is that of another image already taken in, and it is not the same one: "
+    "one of the two has a wrong UID, or was changed"
+)
+REJECTED = "a person rejected the same bytes under another name"
 
 
 class Mapper(Protocol):
@@ -35,10 +42,14 @@ Workers = Callable[[Reader, int, Bounds], AbstractContextManager[Mapper]]
 
 
 class Sink(Protocol):
-    """Where the images of objects go."""
+    """Where what is made of objects goes."""
 
-    def take(self, result: FileResult) -> Sequence[Row]:
-        """Put the images of one object there, but copies; what was put, in order."""
+    def take(self, result: FileResult, new: Collection[str]) -> Sequence[Row]:
+        """Put there what was made of one object, but nothing whose instance is not in `new`.
+
+        Returns:
+            What was put, in order.
+        """
 
     def flush(self) -> None:
         """Return when all of them are on the disk."""
@@ -59,7 +70,7 @@ class Reading:
         desk: whose objects they are.
         items: each object's item, by number.
         pool: of workers that read.
-        sink: takes their images.
+        sink: takes what is made of them.
         batch: how many objects are committed together at most.
         progress: called with the objects that were read, and those to read.
     """
@@ -74,9 +85,14 @@ class Reading:
     def __post_init__(self) -> None:
         self._done = 0
         self._total = len(self.desk.numbers(State.OPEN, State.ASIDE))
+        self._pending: dict[str, Row] = {}
 
     def through(self, numbers: Sequence[int], *, without_patient: bool = False) -> None:
-        """Read these objects and record what becomes of each."""
+        """Read these objects and record what becomes of each.
+
+        Raises:
+            CohortError: if the disk refuses, or something else that is no object's own fault.
+        """
         batch: list[_Told] = []
         began = time.monotonic()
         tasks = (self._task(number, without_patient) for number in numbers)
@@ -94,50 +110,64 @@ class Reading:
 
     def _told(self, number: int, answer: FileResult | WorkerLostError) -> _Told:
         """What is said of an object; its images are in the sink already, and not held here."""
-        lost = isinstance(answer, WorkerLostError)
-        result = FileResult(reason=str(answer)) if isinstance(answer, WorkerLostError) else answer
-        told = None if lost else self.desk.decision_of(self.desk.entry(number))
-        if told and self.desk.content_id(result.content) != told[1]:
-            result = replace(result, images=(), reason=CHANGED, reviewable=True)
-        rows = self.sink.take(result)
-        state = _state(result, rows)
-        reason = COPY if state is State.COPY else result.reason
-        return _Told(number, state, replace(result, images=(), reason=reason), rows)
+        if isinstance(answer, WorkerLostError):
+            return _Told(number, State.REFUSED, FileResult(reason=str(answer)), ())
+        if answer.failure:
+            raise CohortError(
+                f"{self.desk.path}: {answer.failure}; the object at hand was not recorded: see to "
+                "it, and start again"
+            )
+        known = {made.record.instance: self._row_of(made) for made in answer.made}
+        state, reason = self._judged(number, answer, known)
+        kept = state is State.KEPT
+        new = {instance for instance, row in known.items() if kept and row is None}
+        rows = self.sink.take(answer, new)
+        self._pending |= {row.record.instance: row for row in rows}
+        return _Told(number, state, replace(answer, images=(), written=None, reason=reason), rows)
+
+    def _row_of(self, made: Kept | Written) -> Row | None:
+        """What is there already under its instance."""
+        instance = made.record.instance
+        return self._pending.get(instance) or self.desk.row(instance)
+
+    def _judged(
+        self, number: int, answer: FileResult, known: Mapping[str, Row | None]
+    ) -> tuple[State, str]:
+        """Where an object stands now, and why nothing of it is kept."""
+        told = self.desk.decision_of(self.desk.entry(number))
+        content = self.desk.content_id(answer.content)
+        if told and content and content != told[1]:
+            return State.WAITS, CHANGED
+        if not told and self.desk.is_rejected(content):
+            return State.REJECTED, REJECTED
+        if answer.reason:
+            return State.WAITS if answer.reviewable else State.REFUSED, answer.reason
+        if not answer.made:
+            return State.ASIDE if answer.put_aside else State.IGNORED, ""
+        if not all(_same(made, known[made.record.instance]) for made in answer.made):
+            return State.REFUSED, OTHER
+        return (State.COPY, COPY) if all(known.values()) else (State.KEPT, "")
 
     def _commit(self, batch: Sequence[_Told]) -> None:
         if not batch:
             return
         self.sink.flush()
         self.desk.record(batch)
+        self._pending.clear()  # the journal knows them from here on
         self._done += sum(told.state is not State.ASIDE for told in batch)
         if self.progress is not None:
             self.progress(min(self._done, self._total), self._total)
 
-    def those_aside(self) -> str:
-        """Settle those that name no patient, now that all others are seen.
-
-        If any object names a patient, they cannot be used; if none does, the source has no
-        patients to protect by name.
-
-        Returns:
-            What a pseudonym stands for: ``patient`` or ``image``.
-        """
-        aside = self.desk.numbers(State.ASIDE)
-        if not self.desk.names_patients():
-            self.through(aside, without_patient=True)
-            return "image" if aside or self.desk.setting("unit") == "image" else "patient"
-        refused = FileResult(reason=NO_PATIENT)
-        for start in range(0, len(aside), self.batch):
-            some = aside[start : start + self.batch]
+    def refuse(self, numbers: Sequence[int], reason: str) -> None:
+        """Record that nothing of these objects can be kept."""
+        refused = FileResult(reason=reason)
+        for start in range(0, len(numbers), self.batch):
+            some = numbers[start : start + self.batch]
             self._commit([_Told(number, State.REFUSED, refused, ()) for number in some])
-        return "patient"
 
 
-def _state(result: FileResult, rows: Sequence[Row]) -> State:
-    if result.reason:
-        return State.WAITS if result.reviewable else State.REFUSED
-    if result.put_aside:
-        return State.ASIDE
-    if rows:
-        return State.KEPT
-    return State.COPY if result.images or result.written else State.IGNORED
+def _same(made: Kept | Written, row: Row | None) -> bool:
+    """Whether a row is of what was made, if there is one; a UID alone proves nothing."""
+    if row is None:
+        return True
+    return (made.record.patient, made.sha256) == (row.record.patient, row.sha256)

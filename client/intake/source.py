@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
@@ -10,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from client.intake.builder import ImageRecord
-from common.cohort import Unit
+from common.cohort import PIXEL, Unit
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,16 @@ class Kept:
 
     record: ImageRecord
     pixels: NDArray[np.uint16]
+
+    @property
+    def stored(self) -> bytes:
+        """The pixels as a cohort stores them."""
+        return self.pixels.astype(PIXEL, copy=False).tobytes()
+
+    @property
+    def sha256(self) -> str:
+        """Of `stored`."""
+        return hashlib.sha256(self.stored).hexdigest()
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import hashlib
 import os
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from datetime import date
@@ -23,6 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
+from client.folder import cohort_digest
 from client.intake.builder import ImageFile, write_index
 from client.intake.deid.engine import Engine
 from client.intake.deid.profile import Profile
@@ -34,7 +35,7 @@ from client.intake.items import Item, Listing, listed
 from client.intake.keys import SiteKey
 from client.intake.labels import LabelTable, labels_without_image
 from client.intake.pool import Bounds, Pool
-from client.intake.reading import Reading, Workers
+from client.intake.reading import NO_PATIENT, Reading, Workers
 from client.intake.registry import Registry
 from client.intake.run import IntakeSummary, Progress
 from client.intake.source import NotUsed
@@ -102,12 +103,21 @@ def desk_of(target: Path) -> Path:
     return target.with_name(target.name + SUFFIX)
 
 
-def check_target(target: Path) -> None:
-    """What is there already is an intake's own, beside its desk.
+def check_target(target: Path, source: Path) -> None:
+    """What is there already is an intake's own, beside its desk, and apart from the source.
 
     Raises:
         CohortError: otherwise.
     """
+    if not target.name:
+        raise CohortError(f"{target}: no name for something new; expected one such as north.cohort")
+    here = source.resolve()
+    for made in (target.resolve(), desk_of(target).resolve()):
+        if made.is_relative_to(here) or here.is_relative_to(made):
+            raise CohortError(
+                f"{made}: within the source {source}, or around it: what is made would be taken "
+                "in itself; choose a place beside it"
+            )
     if target.exists() and not desk_of(target).exists():
         raise CohortError(
             f"{target}: exists already, without the desk {desk_of(target).name} of an intake; "
@@ -136,7 +146,7 @@ def take_in(
         ConfigError: if it was begun with another key, spec, profile or label table.
         IntakeError: if there is no such source, or it is not of one kind.
     """
-    check_target(order.cohort)
+    check_target(order.cohort, order.source)
     listing = listed(order.source)
     with at_work(order.cohort, order.key, order.cohort_key) as desk:
         return _Intake(order, desk, listing, today or date.today(), pool).run(progress)
@@ -147,7 +157,7 @@ def at_work(target: Path, key: SiteKey, cohort_key: bytes | None = None) -> Iter
     """The desk of what is made at `target`, for this process alone.
 
     Raises:
-        CohortError: if another intake is at work there.
+        CohortError: if another intake is at work there, or the disk refuses.
         ConfigError: if it is another key's.
     """
     with Desk.create(desk_of(target), key, cohort_key) as desk:
@@ -158,6 +168,11 @@ def at_work(target: Path, key: SiteKey, cohort_key: bytes | None = None) -> Iter
             raise CohortError(
                 f"{desk.path}: another intake is at work here; wait for it to end"
             ) from None
+        except OSError as error:
+            raise CohortError(
+                f"{desk.path}: work cannot go on ({error}); check the folder, its rights and its "
+                "space, and start again"
+            ) from error
 
 
 def not_used(desk: Desk) -> Iterator[NotUsed]:
@@ -199,7 +214,7 @@ class _Intake:
         items = self._desk.plan(order.source, self._listing.items)
         if self._phase == _WORKING:
             self._pass(items, progress)
-        self._desk.reopen_decided()
+        self._desk.reopen_decided(items)
         if self._anything_new():
             self._begin()
             self._pass(items, progress)
@@ -215,11 +230,13 @@ class _Intake:
         Raises:
             CohortError: otherwise.
         """
-        known, there = self._desk.setting("completed"), self._order.cohort.exists()
-        if there and not known and self._phase != _FINISHING:
+        desk, cohort = self._desk, self._order.cohort
+        known, there = desk.setting("completed"), os.path.lexists(cohort)
+        ours = {known, desk.setting("coming")} - {""}
+        if there and (not cohort.is_dir() or _digest_of(cohort) not in ours):
             raise CohortError(
-                f"{self._order.cohort}: exists already, and is not of this intake; a cohort is "
-                "never overwritten: move it away, or choose another name"
+                f"{cohort}: exists already, and is not of this intake, or was changed since; a "
+                "cohort is never overwritten: move it away, or choose another name"
             )
         if known and not there and self._phase != _FINISHING:
             raise CohortError(
@@ -282,16 +299,35 @@ class _Intake:
         with closing(self._images(desk.setting("cohort"))) as images:
             images.truncate(desk.images())
             with self._pool(order.reader, workers, order.bounds) as pool:
-                reading = Reading(desk, items, pool, _Images(desk, images), order.batch, progress)
+                reading = Reading(desk, items, pool, _Images(images), order.batch, progress)
                 reading.through(desk.numbers(State.OPEN))
-                unit = reading.those_aside()
-        if desk.setting("unit", unit) != unit:
-            raise IntakeError(
-                f"{order.source}: names patients, and what was taken in before names none, so its "
-                "unit is the image; take this source in under another cohort's name"
-            )
-        desk.change(phase=_FINISHING, unit=unit)
+                self._settle_aside(reading)
+        desk.change(phase=_FINISHING)
         self._finish()
+
+    def _settle_aside(self, reading: Reading) -> None:
+        """Those that name no patient, now that all others are seen.
+
+        If any object names a patient, they cannot be used; if none does, the source has no
+        patients to protect by name, and a pseudonym stands for an image. That is settled before
+        any of them is kept, and for good.
+
+        Raises:
+            IntakeError: if it is settled that there are none, and there are.
+        """
+        desk = self._desk
+        aside, named, unit = desk.numbers(State.ASIDE), desk.names_patients(), desk.setting("unit")
+        if named and unit == "image":
+            raise IntakeError(
+                f"{self._order.source}: names patients, and what was taken in before names none, "
+                "so its unit is the image; take this source in under another cohort's name"
+            )
+        if not unit and (named or aside):
+            desk.change(unit="patient" if named else "image")
+        if desk.setting("unit") == "image":
+            reading.through(aside, without_patient=True)
+        else:
+            reading.refuse(aside, NO_PATIENT)
 
     def _finish(self) -> None:
         """The index, then the name; done again from any point of it."""
@@ -301,12 +337,14 @@ class _Intake:
             unit: Unit = "image" if desk.setting("unit") == "image" else "patient"
             rows = ((row.record, row.sha256) for row in desk.rows())
             write_index(self._work, self._meta(unit), rows, self._seal(desk.setting("cohort")))
+            self._check_cohort()
+            desk.change(coming=cohort_digest(self._work))
             if cohort.exists():
                 shutil.rmtree(old, ignore_errors=True)
                 cohort.rename(old)
             self._work.rename(cohort)
             flush_folder(cohort.parent)
-        desk.change(phase=_COMPLETE, completed="yes")
+        desk.change(phase=_COMPLETE, completed=desk.setting("coming"))
         shutil.rmtree(old, ignore_errors=True)
 
     def _summary(self) -> IntakeSummary:
@@ -318,27 +356,28 @@ class _Intake:
 
 
 class _Images:
-    """The images of a cohort as a sink: copies are known by their instance."""
+    """The images of a cohort as a sink."""
 
-    def __init__(self, desk: Desk, images: ImageFile) -> None:
-        self._desk = desk
+    def __init__(self, images: ImageFile) -> None:
         self._images = images
-        self._pending: set[str] = set()
 
-    def take(self, result: FileResult) -> list[Row]:
-        rows = []
-        for image in result.images:
-            instance = image.record.instance
-            if instance in self._pending or self._desk.knows(instance):
-                continue
-            self._pending.add(instance)
-            pixels = image.pixels.astype(PIXEL, copy=False).tobytes()
-            rows.append(Row(image.record, self._images.append(pixels)))
-        return rows
+    def take(self, result: FileResult, new: Collection[str]) -> list[Row]:
+        return [
+            Row(image.record, self._images.append(image.stored))
+            for image in result.images
+            if image.record.instance in new
+        ]
 
     def flush(self) -> None:
         self._images.flush()
-        self._pending.clear()  # the journal knows them from here on
+
+
+def _digest_of(cohort: Path) -> str:
+    """That of a cohort's index; empty for a folder that is no cohort."""
+    try:
+        return cohort_digest(cohort)
+    except CohortError:
+        return ""
 
 
 def _spec_digest(spec: RunSpec) -> str:

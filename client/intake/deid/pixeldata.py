@@ -31,7 +31,7 @@ from client.intake.deid.codestrip import stripped
 from client.intake.deid.findtext import find_text
 from client.intake.deid.profile import Profile
 from client.intake.deid.spool import FrameSpool, NativeSpool
-from client.intake.deidentify import quoted, text_of
+from client.intake.deidentify import counted, quoted, text_of
 from client.intake.palette import palette_of
 from client.intake.part10 import DicomFile, FrameDecoder, Geometry, Limits, PixelElement
 from common.errors import IntakeError, ReviewError
@@ -210,7 +210,8 @@ def _described(header: Dataset, geometry: Geometry) -> int:
     size = math.prod(geometry) * int(text_of(header, "BitsAllocated") or 8) // 8
     if size > _MOST_BYTES:
         raise IntakeError(
-            f"its {geometry.frames} frames take {size} bytes; at most {_MOST_BYTES} are cleaned"
+            f"its {counted(geometry.frames)} frames take more than the {_MOST_BYTES} bytes that "
+            "an element can have"
         )
     return size
 
@@ -224,25 +225,34 @@ def masked(stored: NDArray[Any], header: Dataset) -> NDArray[Any]:
 
 
 def planes_of(stored: NDArray[Any], header: Dataset) -> Iterator[NDArray[Any]]:
-    """Where text would stand out: grey as it is; of colour each channel, if they differ.
-
-    Any two colours differ in a channel; they may have the same brightness, and the same largest
-    and smallest channel.
-    """
+    """Where text would stand out: grey as it is; of colour each channel, if they differ."""
     if stored.ndim == 2 and text_of(header, "PhotometricInterpretation") != _PALETTE:
         yield stored
         return
     colour = stored if stored.ndim == 3 else palette_of(header)(stored)
+    yield from channels_of(colour)
+
+
+def channels_of(colour: NDArray[Any], step: float = 1) -> Iterator[NDArray[Any]]:
+    """The channels of an image (rows, columns, channels); the first alone if it is grey.
+
+    Any two colours differ in a channel; they may have the same brightness, and the same largest
+    and smallest channel.
+
+    Args:
+        colour: the image.
+        step: between two values; channels that differ by the rounding of a conversion are alike.
+    """
     channels = [np.ascontiguousarray(colour[..., number]) for number in range(colour.shape[2])]
     yield channels[0]
-    grey = all(_alike(channel, channels[0]) for channel in channels[1:])
+    grey = all(_alike(channel, channels[0], step) for channel in channels[1:])
     yield from () if grey else channels[1:]
 
 
-def _alike(one: NDArray[Any], other: NDArray[Any]) -> bool:
+def _alike(one: NDArray[Any], other: NDArray[Any], step: float) -> bool:
     """Whether two channels differ by no more than the rounding of a conversion of colours."""
     high, low = np.maximum(one, other), np.minimum(one, other)
-    return bool((high - low).max() <= _ROUNDING)
+    return bool((high - low).max() <= _ROUNDING * step * 1.001)
 
 
 def _blanked(

@@ -19,12 +19,13 @@ from client.intake.decision import Decision
 from client.intake.deid.burned_in import Box, outside_regions
 from client.intake.deid.engine import Engine
 from client.intake.deid.findtext import find_text
-from client.intake.deid.pixeldata import PixelCleaner, text_in
+from client.intake.deid.pixeldata import PixelCleaner, channels_of, text_in
 from client.intake.deid.walk import Account
 from client.intake.deidentify import text_of
-from client.intake.keys import SiteKey
 from client.intake.pixels import Floats
 
+_GREY = 1 / 255
+"""Brightness of one step of 8 bits."""
 _FOR_A_PERSON = ("text", "faces")
 _SETTLED_BY_READING = ("patient", "instance")
 
@@ -140,10 +141,9 @@ class _File:
         )
 
     def _text(self, pixels: Floats) -> tuple[Box, ...]:
-        said = self.decision
-        if said is None:
+        if self.decision is None:
             return tuple(text_in(planes(pixels), self.engine.profile))
-        return (*said.blank, *(found_text(pixels) if said.found else ()))
+        return blanked(pixels, self.decision)
 
 
 def decided(engine: Engine, decision: Decision | None) -> Engine:
@@ -151,7 +151,8 @@ def decided(engine: Engine, decision: Decision | None) -> Engine:
     if decision is None:
         return engine
     checks = {name: check for name, check in engine.checks.items() if name not in _FOR_A_PERSON}
-    return replace(engine, checks=checks, pixels=PixelCleaner(engine.profile, decision=decision))
+    pixels = PixelCleaner(engine.profile, decision=decision, spool=engine.spool)
+    return replace(engine, checks=checks, pixels=pixels)
 
 
 def patient_of(unverified: Dataset) -> tuple[str, str]:
@@ -160,8 +161,8 @@ def patient_of(unverified: Dataset) -> tuple[str, str]:
 
 
 def planes(pixels: Floats) -> list[Floats]:
-    """Where text would stand out: grey as it is, of colour the brightest and darkest channel."""
-    return [pixels] if pixels.ndim == 2 else [pixels.max(axis=2), pixels.min(axis=2)]
+    """Where text would stand out: grey as it is, of colour each channel, if they differ."""
+    return [pixels] if pixels.ndim == 2 else list(channels_of(pixels, _GREY))
 
 
 def found_text(pixels: Floats) -> tuple[Box, ...]:
@@ -169,9 +170,10 @@ def found_text(pixels: Floats) -> tuple[Box, ...]:
     return tuple(box for plane in planes(pixels) for box in find_text(plane))
 
 
-def pseudonym_of(key: SiteKey, unverified: Dataset) -> str:
-    """The pseudonym of a data set's patient."""
-    return key.pseudonym("patient", *patient_of(unverified))
+def blanked(pixels: Floats, said: Decision | None) -> tuple[Box, ...]:
+    """The boxes that are blanked in a frame under a decision, or under none."""
+    drawn = said.blank if said else ()
+    return (*drawn, *(found_text(pixels) if said is None or said.found else ()))
 
 
 def _digest(pixels: Floats) -> str:

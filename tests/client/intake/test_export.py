@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import resource
+import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,8 +20,9 @@ from client.intake.deid.burned_in import Box
 from client.intake.deid.profile import Profile
 from client.intake.desk import Desk, State
 from client.intake.export import ExportOrder, ExportSummary, export, place_of
+from client.intake.pool import WorkerLostError
 from client.intake.take import desk_of, take_in
-from common.errors import ConfigError, IntakeError
+from common.errors import CohortError, ConfigError, IntakeError
 
 Go = Callable[..., ExportSummary]
 
@@ -122,12 +127,23 @@ def test_what_a_person_releases_is_written_and_what_is_rejected_is_taken_back(
 def test_a_copy_is_written_once_whichever_process_is_faster(
     order: ExportOrder, go: Go, hospital: Any
 ) -> None:
-    hospital.film("again", PatientID="P0", SOPInstanceUID="1.2.3.4.5.6.1")
+    shutil.copy(order.source / "Muster^Erika" / "0", order.source / "again")
 
     summary = go(order)
 
     assert summary.files == 6
     assert sum("a copy" in item.reason for item in summary.not_used) == 1
+
+
+def test_one_instance_of_two_patients_is_said_and_no_copy(
+    order: ExportOrder, go: Go, hospital: Any
+) -> None:
+    hospital.film("other", PatientID="P9", SOPInstanceUID="1.2.3.4.5.6.1")
+
+    summary = go(order)
+
+    assert summary.files == 6
+    assert sum("SOP Instance UID is that of another" in one.reason for one in summary.not_used) == 1
 
 
 def test_a_desk_of_files_is_none_of_a_cohort(order: ExportOrder, go: Go, hospital: Any) -> None:
@@ -138,7 +154,91 @@ def test_a_desk_of_files_is_none_of_a_cohort(order: ExportOrder, go: Go, hospita
         take_in(other)
 
 
-@pytest.mark.parametrize("part", ["", "..", ".hidden", "a/b", "a\0b", "x" * 65])
+def test_what_changed_after_its_release_is_not_written(
+    order: ExportOrder, go: Go, hospital: Any
+) -> None:
+    go(order)
+    with Desk(desk_of(order.folder), order.key) as desk:
+        (waits,) = desk.entries(State.WAITS)
+        desk.decide(waits, Decision("release", by="Dr. A"))
+    hospital.film("screen", PatientID="P7", BurnedInAnnotation="YES", PatientComments="other")
+
+    assert go(order).files == 6
+
+    assert len(files(order.folder)) == 6
+    with Desk(desk_of(order.folder), order.key) as desk:
+        assert "no longer those" in desk.entry(waits.number).reason
+
+
+def test_a_worker_that_is_lost_when_its_file_was_written_leaves_nothing(
+    order: ExportOrder, in_this_process: Any
+) -> None:
+    class Lost(in_this_process):  # type: ignore[misc]
+        def map(self, tasks: Any) -> Any:
+            for _ in super().map(tasks):
+                yield WorkerLostError("the process that read it ended")
+
+    assert export(order, pool=Lost).files == 0
+    assert not (desk_of(order.folder) / "work").exists()
+
+
+def test_a_full_disk_ends_the_export_and_costs_no_object(
+    order: ExportOrder, go: Go, hospital: Any
+) -> None:
+    hospital.film("large", np.zeros((512, 512), dtype=np.uint16), PatientID="P8")
+
+    def write_little() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
+        with pytest.raises(CohortError, match="File too large"):
+            go(order)
+
+    assert in_a_process(write_little) == 0
+    assert not any("large" in item.what for item in go(order).not_used)
+    assert len(files(order.folder)) == 7
+
+
+def in_a_process(work: Callable[[], None]) -> int:
+    """The exit code of `work` in a process of its own."""
+    child = os.fork()
+    if child == 0:
+        try:
+            work()
+            os._exit(0)
+        finally:
+            os._exit(1)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def test_pictures_are_few_and_only_of_frames_that_changed(
+    order: ExportOrder, go: Go, hospital: Any
+) -> None:
+    frames = np.arange(31 * 600, dtype=np.uint16).reshape(31, 20, 30) % 4096
+    several = {"Rows": 20, "Columns": 30, "NumberOfFrames": 31}
+    hospital.film("many", frames, PatientID="P8", BurnedInAnnotation="YES", **several)
+    go(order)
+    with Desk(desk_of(order.folder), order.key) as desk:
+        (many,) = [entry for entry in desk.entries(State.WAITS) if desk.place(entry) == "many"]
+        assert len(desk.shots(many)) == 16
+        desk.decide(many, Decision("release", (Box(0, 0, 5, 30),), found=False, by="Dr. A"))
+
+    go(order)
+
+    with Desk(desk_of(order.folder), order.key) as desk:
+        shots = desk.shots(desk.entry(many.number))
+    assert len(shots) == 16
+    assert {shot.boxes for shot in shots} == {(Box(0, 0, 5, 30),)}
+
+
+def test_files_that_are_gone_are_missed(order: ExportOrder, go: Go) -> None:
+    go(order)
+    shutil.rmtree(order.folder)
+
+    with pytest.raises(CohortError, match="it is gone"):
+        go(order)
+
+
+@pytest.mark.parametrize("part", ["", "..", ".hidden", "a/b", "a\0b", "MUSTER.ERIKA", "1" * 65])
 def test_no_identifier_leads_out_of_the_folder(part: str, order: ExportOrder, go: Go) -> None:
     go(order)
     with Desk(desk_of(order.folder), order.key) as desk:

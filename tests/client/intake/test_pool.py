@@ -47,6 +47,20 @@ def test_a_crash_in_native_code_costs_one_task_and_says_how() -> None:
     assert "SIGABRT" in str(aborted)
 
 
+def once(marker: Path) -> str:
+    """Ends its process the first time."""
+    if not marker.exists():
+        marker.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return "done"
+
+
+def test_a_worker_that_somebody_else_ended_costs_nothing(tmp_path: Path) -> None:
+    tasks = [partial(once, tmp_path / "a"), partial(abs, -1), partial(once, tmp_path / "b")]
+
+    assert run(tasks) == ["done", 1, "done"]
+
+
 def test_what_never_ends_is_ended() -> None:
     endless = partial(pow, 3, 3**20)  # within one call of native code, which no handler interrupts
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import os
 import random
+import resource
 import shutil
 import signal
 import time
@@ -180,6 +182,77 @@ def test_a_decision_holds_for_the_bytes_that_were_looked_at(filled: Any, go: Any
     assert len(go(order)) == 13
 
 
+def test_a_release_of_what_is_gone_waits_until_it_is_back(filled: Any, go: Any) -> None:
+    order = filled.order(filled.labels(EVERYBODY))
+    go(order)
+    desk, entry = waiting(order)
+    with desk:
+        desk.decide(entry, Decision("release", by="Dr. A"))
+    lost, aside = filled.folder / "Muster^Erika", filled.place / "elsewhere"
+    lost.rename(aside)
+
+    assert len(go(order)) == 12
+    with Desk(order.desk, order.key) as desk:
+        assert desk.entry(entry.number).state is State.GONE
+
+    aside.rename(lost)
+    assert len(go(order)) == 13
+
+
+def test_bytes_that_a_person_rejected_do_not_come_back_under_another_name(
+    filled: Any, go: Any
+) -> None:
+    order = filled.order(filled.labels(EVERYBODY))
+    go(order)
+    with Desk(order.desk, order.key) as desk:
+        kept = next(desk.entries(State.KEPT))
+        again = filled.folder / "again"
+        shutil.copy(filled.folder / desk.place(kept), again)
+        desk.decide(kept, Decision("reject", by="Dr. A", why="not ours"))
+    go(order)
+    with Desk(order.desk, order.key) as desk:
+        copies = [entry for entry in desk.entries(State.REJECTED) if entry.number != kept.number]
+        assert [desk.place(entry) for entry in copies] == ["again"]
+        desk.decide(copies[0], Decision("release", by="Dr. B"))
+
+    assert len(go(order)) == 12
+
+
+def test_one_instance_of_two_patients_is_said_and_no_copy(filled: Any, go: Any) -> None:
+    shutil.copy(filled.folder / "P0" / "0", filled.folder / "copy")
+    filled.film("other", PatientID="P9", SOPInstanceUID="1.2.3.4.5.6.1")
+    brighter = np.full((20, 30), 9, dtype=np.uint16)
+    filled.film("changed", brighter, PatientID="P0", SOPInstanceUID="1.2.3.4.5.6.1")
+    order = dataclasses.replace(filled.order(filled.labels(EVERYBODY)), batch=1)
+
+    assert len(go(order)) == 12
+
+    with Desk(order.desk, order.key) as desk:
+        said = {desk.place(entry): entry for entry in desk.entries()}
+    four = [said[name] for name in ("P0/0", "copy", "other", "changed")]
+    first = min(four, key=lambda entry: entry.number)
+    assert first.state is State.KEPT
+    others = [entry for entry in four if entry is not first]
+    copies = sum(entry.state is State.COPY for entry in others)
+    assert copies == (first in (said["P0/0"], said["copy"]))
+    refused = [entry for entry in others if entry.state is State.REFUSED]
+    assert len(refused) == 3 - copies
+    assert all("SOP Instance UID is that of another" in entry.reason for entry in refused)
+
+
+def test_what_was_refused_is_read_again_when_it_is_another_file(filled: Any, go: Any) -> None:
+    order = filled.order(filled.labels(EVERYBODY))
+    whole = filled.film("P8/new", PatientID="P8").read_bytes()
+    (filled.folder / "P8" / "new").write_bytes(whole[:-100])
+    assert len(go(order)) == 12
+    first = content(order.cohort)
+    assert content(go(order).path) == first
+
+    (filled.folder / "P8" / "new").write_bytes(whole)
+
+    assert len(go(order)) == 13
+
+
 def test_nobody_decides_on_what_was_read_again_meanwhile(filled: Any, go: Any) -> None:
     order = filled.order(filled.labels(EVERYBODY))
     go(order)
@@ -248,6 +321,75 @@ def test_a_cohort_that_is_gone_is_missed(filled: Any, go: Any) -> None:
         go(order)
 
 
+def interrupted_before_its_name(order: Order, pool: Any) -> None:
+    """Take in until all but the name is done."""
+    rename = Path.rename
+
+    def interrupt(path: Path, target: Path) -> Path:
+        if path.name == "work":
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Path, "rename", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            take_in(order, pool=pool, today=DAY)
+
+
+def test_a_foreign_cohort_that_came_meanwhile_is_never_touched(
+    filled: Any, go: Any, in_this_process: Any
+) -> None:
+    order = filled.order(filled.labels(EVERYBODY))
+    interrupted_before_its_name(order, in_this_process)
+    order.cohort.mkdir()
+    (order.cohort / "theirs").write_text("x")
+
+    for _ in range(2):
+        with pytest.raises(CohortError, match="is not of this intake"):
+            go(order)
+
+    assert content(order.cohort) == {"theirs": b"x"}
+    shutil.rmtree(order.cohort)
+    assert len(go(order)) == 12
+
+
+def test_a_cohort_that_was_exchanged_is_neither_read_nor_replaced(filled: Any, go: Any) -> None:
+    order, other = (filled.order(filled.labels(EVERYBODY), name) for name in ("one", "two"))
+    go(order)
+    filled.film("P8/new", PatientID="P8")
+    go(other)
+    shutil.rmtree(order.cohort)
+    shutil.copytree(other.cohort, order.cohort)
+
+    with pytest.raises(CohortError, match="is not of this intake"):
+        go(order)
+
+    assert content(order.cohort) == content(other.cohort)
+
+
+def test_an_interrupted_last_step_is_done_again(filled: Any, go: Any, in_this_process: Any) -> None:
+    order = filled.order(filled.labels(EVERYBODY))
+    go(order)
+    filled.film("P8/new", PatientID="P8")
+    interrupted_before_its_name(order, in_this_process)
+
+    assert len(go(order)) == 13
+    assert not (order.desk / "superseded").exists()
+
+
+def test_nothing_is_made_within_its_source_nor_around_it(filled: Any, go: Any) -> None:
+    inside = filled.order(filled.labels(EVERYBODY), "source/cohort")
+    around = dataclasses.replace(filled.order(filled.labels(EVERYBODY)), source=filled.folder)
+    around = dataclasses.replace(around, cohort=filled.folder.parent)
+    before = sorted(filled.folder.rglob("*"))
+
+    for order in (inside, around):
+        with pytest.raises(CohortError, match="within the source"):
+            go(order)
+
+    assert sorted(filled.folder.rglob("*")) == before
+
+
 def test_images_that_were_changed_are_not_carried_on(filled: Any, go: Any) -> None:
     order = filled.order(filled.labels(EVERYBODY))
     go(order)
@@ -289,6 +431,82 @@ def test_patients_that_come_later_do_not_make_images_of_a_cohort_of_images(
     assert content(order.cohort) == before
 
 
+def test_images_of_nobody_that_were_kept_before_a_patient_came_are_no_patients(
+    hospital: Any, in_this_process: Any
+) -> None:
+    """Killed while it reads what names nobody; then somebody is named."""
+    for number in range(6):
+        hospital.film(f"b{number}", PatientID="")
+    order = hospital.order(hospital.labels({"1.2.3.4.5": "normal"}, "StudyInstanceUID"))
+    order = dataclasses.replace(order, batch=2)
+
+    class Interrupted(in_this_process):  # type: ignore[misc]
+        def map(self, tasks: Any) -> Any:
+            for number, answer in enumerate(super().map(tasks)):
+                if number == 3 and answer.images:
+                    raise KeyboardInterrupt
+                yield answer
+
+    with pytest.raises(KeyboardInterrupt):
+        take_in(order, pool=Interrupted)
+    hospital.film("named", PatientID="P1")
+
+    with pytest.raises(IntakeError, match="its unit is the image"):
+        take_in(order, pool=in_this_process)
+    assert not order.cohort.exists()
+
+
+def test_a_source_that_was_empty_settles_nothing(hospital: Any, in_this_process: Any) -> None:
+    order = hospital.order(hospital.labels({"1.2.3.4.5": "normal"}, "StudyInstanceUID"))
+    take_in(order, pool=in_this_process)
+    hospital.film("a", PatientID="")
+    take_in(order, pool=in_this_process)
+
+    assert Cohort.open(order.cohort).unit == "image"
+
+
+def test_a_full_disk_ends_the_intake_and_costs_no_object(filled: Any, go: Any) -> None:
+    order = dataclasses.replace(filled.order(filled.labels(EVERYBODY)), batch=3)
+    go(dataclasses.replace(order, cohort=order.cohort.with_name("elsewhere")))  # all is loaded
+
+    def write_little() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
+        with pytest.raises(CohortError, match="cannot be written"):
+            go(order)
+
+    assert in_a_process(write_little) == 0
+    assert not order.cohort.exists()
+    assert len(go(order)) == 12
+
+
+def in_a_process(work: Callable[[], None]) -> int:
+    """The exit code of `work` in a process of its own."""
+    child = os.fork()
+    if child == 0:
+        try:
+            work()
+            os._exit(0)
+        finally:
+            os._exit(1)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def test_no_number_of_a_header_is_in_a_reason(hospital: Any, in_this_process: Any) -> None:
+    """The number of a patient may stand in any attribute of numbers."""
+    for name, rows in (("one", 1), ("two", 0xFFFF)):
+        pixels = np.zeros((1, 1), dtype=np.uint16)
+        hospital.film(name, pixels, Rows=rows, Columns=rows, NumberOfFrames="1945051234")
+    order = hospital.order(hospital.labels(EVERYBODY))
+    several = hospital.order(hospital.labels(EVERYBODY), "all", input={"frames": "all"})
+    first = hospital.order(hospital.labels(EVERYBODY), "first", input={"frames": "first"})
+
+    for one in (order, several, first):
+        told = [item.reason for item in take_in(one, pool=in_this_process).not_used[:2]]
+        assert any("frames" in reason or "cut short" in reason for reason in told)
+        assert not any("45051" in reason or "389010" in reason for reason in told)
+
+
 def test_a_sealed_cohort_grows_and_nothing_of_it_is_ever_plain(filled: Any, go: Any) -> None:
     order = dataclasses.replace(filled.order(filled.labels(EVERYBODY)), cohort_key=bytes(range(32)))
     plain = go(filled.order(filled.labels(EVERYBODY), "plain"))
@@ -303,7 +521,10 @@ def test_a_sealed_cohort_grows_and_nothing_of_it_is_ever_plain(filled: Any, go: 
     np.testing.assert_array_equal(cohort.images(range(12)), plain.images(range(12)))
     written = [path for top in (order.cohort, order.desk) for path in top.rglob("*")]
     everything = b"".join(path.read_bytes() for path in written if path.is_file())
-    for secret in (*cohort.patients, "Muster", "notes of"):
+    pixels = (plain.path / "images.u16").read_bytes()
+    size = len(pixels) // 12
+    seen = [hashlib.sha256(pixels[at : at + size]).hexdigest() for at in range(0, 12 * size, size)]
+    for secret in (*cohort.patients, "Muster", "notes of", *seen):
         assert secret.encode() not in everything
     assert plain.patients[0].encode() in (plain.path / "index.sqlite").read_bytes()
 

@@ -111,3 +111,18 @@ def test_outside_of_ultrasound_regions_is_black(film: Film) -> None:
     np.testing.assert_array_equal(seen.pixels[32:96, 32:96], grey()[32:96, 32:96])
     assert seen.pixels[:32].max() == seen.pixels[:, 96:].max() == 0
     assert seen.outside
+
+
+def test_text_is_found_in_any_two_colours(film: Film) -> None:
+    """Red on blue: the brightest channel is the same everywhere, and so is the darkest."""
+    text = grey("DOE JOHN", "12.08.1964") == 1
+    image = np.zeros((128, 128, 3), dtype=np.float32)
+    image[..., 2] = 1
+    image[text] = (1, 0, 0)
+    colour = film(SamplesPerPixel=3, PhotometricInterpretation="RGB")
+
+    seen = clean(colour, image)
+
+    assert image.max(axis=2).min() == image.max()
+    assert seen.boxes
+    assert not seen.pixels[text].any()
