@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import stat
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from client.intake.keys import SiteKey
+from client.intake.reidentify import create_officer_key, read_officer_key, read_table
 from common.cohort import Cohort
 from common.errors import CohortError, ConfigError
 from deploy.cli_intake import intake_app
@@ -118,3 +120,65 @@ def test_mistakes_are_errors_of_ours(hospital: Hospital, run_file: Path, tmp_pat
 @pytest.mark.parametrize("command", ["run", "medmnist", "pictures", "show"])
 def test_help_teaches_with_an_example(command: str) -> None:
     assert f"Example: cloister intake {command}" in call(command, "--help").output
+
+
+def test_a_nodes_file_says_how_its_hospital_takes_in(
+    hospital: Hospital, run_file: Path, tmp_path: Path
+) -> None:
+    """Profile, site key, a sealed cohort and the officer's table, all of them by --node."""
+    node = tmp_path / "node"
+    node.mkdir()
+    (node / "node.toml").write_text(NODE)
+    call("new-key", node / "cohort.key")
+    create_officer_key(tmp_path / "officer.key", node / "officer.pem", PASSPHRASE)
+    options = ("--spec", run_file, "--labels", hospital.labels, "--node", node)
+
+    taken = call("run", hospital.folder, tmp_path / "c", *options)
+    plain = call("show", tmp_path / "c")
+    both = call("run", hospital.folder, tmp_path / "d", *options, "--site-key", node / "site.key")
+
+    assert taken.exit_code == 0, taken.output
+    assert isinstance(plain.exception, CohortError)
+    assert isinstance(both.exception, ConfigError)
+    key = bytes.fromhex((node / "cohort.key").read_text())
+    cohort = Cohort.open(tmp_path / "c", key)
+    private = read_officer_key(tmp_path / "officer.key", PASSPHRASE)
+    table = read_table(node / "table.sealed", private)
+    assert set(cohort.patients) == set(table.identities)
+    named = {identity.patient for found in table.identities.values() for identity in found}
+    assert len(named) == hospital.patients
+    assert named <= hospital.planted
+    report = json.loads((tmp_path / "c.intake" / "report.json").read_text())
+    assert "113107" in json.dumps(report)  # the profile's modified dates
+
+
+PASSPHRASE = "correct horse battery staple"  # noqa: S105
+NODE = """
+site = "north"
+declared_size = 400
+cohort = "c"
+
+[budget]
+epsilon = 8.0
+delta = 1e-5
+
+[data]
+unit = "patient"
+kind = "binary"
+classes = ["normal", "opacity"]
+shape = [1, 16, 16]
+preprocessing = "0000000000000000000000000000000000000000000000000000000000000000"
+
+[intake]
+site_key = "site.key"
+
+[intake.profile]
+dates = "modified"
+
+[intake.encryption]
+key_file = "cohort.key"
+
+[intake.reidentification]
+public_key = "officer.pem"
+table = "table.sealed"
+"""
