@@ -16,7 +16,7 @@ import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import pytest
@@ -300,13 +300,15 @@ def program() -> Callable[[str], str]:
 
     def find(name: str) -> str:
         found = shutil.which(name, path=f"{os.environ.get('PATH', '')}:/usr/sbin:/usr/local/sbin")
-        if found is None:
-            if os.environ.get("CI") == "true":
-                pytest.fail(f"{name} is missing, and CI must not skip a real peer")
-            pytest.skip(f"{name} is not installed; this test speaks with it")
-        return found
+        return missing(name) if found is None else found
 
     return find
+
+
+def missing(peer: str) -> NoReturn:
+    if os.environ.get("CI") == "true":
+        pytest.fail(f"{peer} is missing, and CI must not skip a real peer")
+    pytest.skip(f"{peer} is not installed; this test speaks with it")
 
 
 @pytest.fixture
@@ -437,6 +439,9 @@ def start_orthanc(
     """`start_orthanc()`: a PACS of its own."""
     running: list[subprocess.Popen[bytes]] = []
     found = program("Orthanc")
+    plugins = [place for place in ORTHANC_PLUGINS if list(Path(place).glob("*DicomWeb*"))]
+    if not plugins:
+        missing("Orthanc's DICOMweb plugin")
 
     def start() -> Orthanc:
         folder = tmp_path_factory.mktemp("orthanc")
@@ -451,7 +456,7 @@ def start_orthanc(
             "RemoteAccessAllowed": False,
             "AuthenticationEnabled": True,
             "RegisteredUsers": dict([ORTHANC_USER.split(":")]),
-            "Plugins": [place for place in ORTHANC_PLUGINS if Path(place).is_dir()][:1],
+            "Plugins": plugins[:1],
             "DicomWeb": {"Enable": True, "Root": "/dicom-web/"},
             "DicomTlsEnabled": True,
             "DicomTlsCertificate": str(issued.certificate),

@@ -523,21 +523,46 @@ class _Server(ThreadedAssociationServer):
         return connection, address
 
     def verify_request(self, request: Any, client_address: Any) -> bool:
-        """Whether there is room for one more connection."""
-        settings = self.listener.settings
+        """Whether a caller may be there, and there is room for one more connection."""
+        address, settings = str(client_address[0]), self.listener.settings
         most = _CONNECTIONS_AN_ASSOCIATION * settings.greatest_associations
-        if len(self.active_associations) < most and self._handshakes.acquire(blocking=False):
+        if not any(caller.calls_from(address) for caller in settings.callers):
+            self.listener.turn_away("no caller's address", address)
+        elif len(self.active_associations) < most and self._handshakes.acquire(blocking=False):
             return True
-        self.listener.turn_away("too many connections", str(client_address[0]))
+        else:
+            self.listener.turn_away("too many connections", address)
         return False
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        try:
+            super().process_request(request, client_address)
+        except BaseException:
+            self._handshakes.release()
+            raise
 
     def finish_request(self, request: Any, client_address: Any) -> None:
         try:
             if self._tls is not None:
-                request = self._tls.wrap_socket(request, server_side=True)
+                request = self._secured(request, self._tls)
             super().finish_request(request, client_address)
         finally:
             self._handshakes.release()
+
+    def _secured(self, connection: Any, tls: ssl.SSLContext) -> ssl.SSLSocket:
+        """Shake hands, all in all within the time that a single answer may take."""
+        secured = tls.wrap_socket(connection, server_side=True, do_handshake_on_connect=False)
+        late = threading.Timer(self.listener.settings.idle_seconds, _shut, [secured])
+        late.daemon = True
+        late.start()
+        try:
+            secured.do_handshake()
+        except BaseException:
+            secured.close()
+            raise
+        finally:
+            late.cancel()
+        return secured
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         error = sys.exception()
@@ -552,8 +577,13 @@ class _Server(ThreadedAssociationServer):
 def _hang_up(association: Association) -> None:
     connection = association.dul.socket.socket if association.dul.socket else None
     if connection is not None:
-        with suppress(OSError):
-            connection.shutdown(socket.SHUT_RDWR)
+        _shut(connection)
+
+
+def _shut(connection: socket.socket) -> None:
+    """Wake whoever waits on a connection; what TLS would like to say before is not said."""
+    with suppress(OSError):
+        socket.socket.shutdown(connection, socket.SHUT_RDWR)
 
 
 def _messages(association: Association) -> _Messages:

@@ -457,14 +457,31 @@ def test_a_handshake_that_nobody_goes_on_with_holds_up_nobody_else(
         assert time.monotonic() - begun < 10
 
 
+def test_a_handshake_that_trickles_in_has_its_time(start_tls: Callable[..., Service]):
+    service = start_tls(idle_seconds=1.5)
+    begun = time.monotonic()
+    with connected(service.port) as peer, suppress(OSError):
+        for byte in b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(300):
+            peer.sendall(bytes([byte]))
+            time.sleep(0.1)
+    assert time.monotonic() - begun < 15
+    assert any("no TLS" in why for why in service.listener.turned_away)
+
+
+def test_whoever_comes_from_nowhere_on_the_list_is_not_even_asked_who_he_is(
+    start: Callable[..., Service],
+):
+    service = start(callers=(Caller(ae_title="PACS", addresses=("192.0.2.7",)),))
+    assert not service.echo()
+    assert service.listener.turned_away == {"no caller's address": 1}
+
+
 def hostile_units() -> dict[str, bytes]:
     whole = association_request(b"PACS".ljust(16))
     return {
         "random bytes": bytes(range(7, 256)) * 40,
         "a request with a hole": whole[:60] + b"\xff" * 40 + whole[100:],
         "half a request": whole[:100],
-        "a gigantic length": struct.pack(">BxI", 1, 0xFFFFFFFF) + bytes(2**20),
-        "a gigantic message": whole + struct.pack(">BxI", 4, 0xFFFFFFF0) + bytes(2**20),
         "an answer where a request belongs": struct.pack(">BxI", 2, 4) + bytes(4),
         "a message before any request": struct.pack(">BxI", 4, 10) + bytes(10),
         "an empty part of a message": whole + struct.pack(">BxIIB", 4, 5, 1, 1),
@@ -489,6 +506,24 @@ def test_a_malformed_unit_ends_its_connection_and_nothing_else(
     assert service.echo()
     assert service.files == []
     assert "Traceback" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("first", [b"", association_request(b"PACS".ljust(16))])
+def test_a_unit_of_gigantic_length_is_not_waited_for(start: Callable[..., Service], first: bytes):
+    service, kind = start(idle_seconds=60.0), 4 if first else 1
+    with connected(service.port) as peer:
+        peer.sendall(first)
+        if first:
+            assert peer.recv(1) == b"\x02"  # the association is accepted
+        begun = time.monotonic()
+        peer.settimeout(50)
+        with suppress(ConnectionError):
+            peer.sendall(struct.pack(">BxI", kind, 0xFFFFFFF0) + bytes(1000))
+            while peer.recv(65536):
+                pass
+        assert time.monotonic() - begun < 40
+    assert service.wait_until(service.is_idle)
+    assert service.echo()
 
 
 def units(what: FileDataset, part: int = 16000) -> list[bytes]:
@@ -707,6 +742,7 @@ def test_a_flood_of_requests_without_waiting_for_answers_is_ended(
     with suppress(OSError):
         association.dul.socket.socket.sendall(flood)
     assert service.wait_until(service.is_idle)
+    assert service.inbox.tally.total() < 20
     assert not list((service.inbox.path / "incoming").iterdir())
     assert service.echo()
 
