@@ -10,7 +10,7 @@ import numpy as np
 
 from client.intake.verify.codestream import precision_of, words_in
 from client.intake.verify.finding import Finding, masked
-from client.intake.verify.header import PIXELS, TABLES, Claims, claims_of
+from client.intake.verify.header import PIXELS, TABLES
 from client.intake.verify.layout import Element, Layout, Level
 from client.intake.verify.words import common_words, strange_words
 
@@ -31,6 +31,8 @@ _PROFILE_WORDS = frozenset(
 )
 _PROFILE_MARK, _PROFILE_DATE = slice(36, 40), slice(24, 36)
 _CHUNK = 2**24
+_RLE = "1.2.840.10008.1.2.5"
+_STARTS = (b"\xff\xd8\xff", b"\xff\x4f\xff\x51")
 
 
 class Spot(NamedTuple):
@@ -49,16 +51,15 @@ def pixel_findings(layout: Layout, file: str) -> Iterator[Finding]:
         layout: a file, taken apart.
         file: its path within what is searched.
     """
-    claims = claims_of(layout)
     for element in layout.elements:
-        for spot in _spots(layout, claims, element):
+        for spot in _spots(layout, element):
             value = layout.data[spot.offset : spot.offset + min(spot.length, 64)]
             yield Finding(
                 file, element.where, spot.offset, spot.length, spot.rule, spot.why, masked(value)
             )
 
 
-def _spots(layout: Layout, _claims: Claims, element: Element) -> Iterator[Spot]:
+def _spots(layout: Layout, element: Element) -> Iterator[Spot]:
     if element.keyword in PIXELS:
         if element.fragments:
             yield from _encapsulated(layout, element)
@@ -139,10 +140,6 @@ def _encapsulated(layout: Layout, element: Element) -> Iterator[Spot]:
             yield Spot(start, len(frame), "unused bits", why)
     if layout.syntax == _RLE:
         yield from _run_lengths(layout, fragments)
-
-
-_RLE = "1.2.840.10008.1.2.5"
-_STARTS = (b"\xff\xd8\xff", b"\xff\x4f\xff\x51")
 
 
 def _frames(layout: Layout, fragments: list[tuple[int, int]]) -> Iterator[tuple[int, bytes]]:
