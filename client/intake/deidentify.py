@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 from pydicom.dataset import Dataset
+from pydicom.tag import BaseTag, Tag
 from pydicom.uid import UID
 
 from client.intake.deid.vocabulary import terms
@@ -12,11 +15,22 @@ _SHORT = 5
 
 def text_of(dataset: Dataset, keyword: str) -> str:
     """An attribute's value as text without its padding; empty where there is none."""
-    value = dataset.get(keyword)
-    if value is None:
+    element = dataset.get(_tag(keyword))
+    if element is None or (value := element.value) is None:
         return ""
     parts = [value] if isinstance(value, str | int | float) else list(value)
     return "\\".join(map(str, parts)).strip(" \0\t\r\n")
+
+
+def items_of(dataset: Dataset, keyword: str) -> list[Dataset]:
+    """The items of a sequence; none where it is missing or empty."""
+    element = dataset.get(_tag(keyword))
+    return [] if element is None else list(element.value or ())
+
+
+@cache
+def _tag(keyword: str) -> BaseTag:
+    return Tag(keyword)
 
 
 def quoted(text: str) -> str:

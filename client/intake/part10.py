@@ -45,6 +45,8 @@ _FLOAT, _DOUBLE, _INTEGER = 0x7FE00008, 0x7FE00009, 0x7FE00010
 _PIXELS = {_FLOAT: "FloatPixelData", _DOUBLE: "DoubleFloatPixelData", _INTEGER: "PixelData"}
 _FLOAT_BYTES = {"FloatPixelData": 4, "DoubleFloatPixelData": 8}
 _UNDEFINED = 0xFFFFFFFF
+_SMALL = 2**12
+"""Bytes that may be asked for whether they are there or not."""
 CLOSED_FOLDER = "a link to a folder, or a folder that cannot be listed: nobody looked into it"
 _DIRECTORY = "1.2.840.10008.1.3.10"
 # Names that the standard (PS3.6 annex A) has given since pydicom's dictionary was made.
@@ -114,6 +116,8 @@ class BoundedFile(io.BufferedReader):
         Raises:
             IntakeError: if that many are there and they are above the limit.
         """
+        if size is not None and 0 <= size <= _SMALL:
+            return super().read(size)
         left = max(0, self._size - self.tell())
         wanted = left if size is None or size < 0 else min(size, left)
         if wanted > self._limit:

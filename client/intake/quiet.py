@@ -7,16 +7,20 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from pydicom import config
+
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep pydicom from printing and logging as long as this lasts."""
-    log = logging.getLogger("pydicom")
-    level = log.level
+    """Keep pydicom from printing and logging, and from looking for what to tell, meanwhile."""
+    log, settings = logging.getLogger("pydicom"), config.settings
+    level, validation = log.level, settings.reading_validation_mode
     log.setLevel(logging.CRITICAL + 1)
+    settings.reading_validation_mode = config.IGNORE
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
         log.setLevel(level)
+        settings.reading_validation_mode = validation

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 from pydicom.dataset import Dataset
 
-from client.intake.deidentify import text_of
+from client.intake.deidentify import items_of, text_of
 
 _MODALITIES = frozenset({"CT", "MR", "PT"})
 _TEXTS = (
@@ -34,6 +34,7 @@ _STEM_LIST = (
 )
 _WORD_LIST = "NNH CCT CMRT TMJ EAR EARS IAC EYE NOSE JAW WB"
 _STEMS, _WORDS = tuple(_STEM_LIST.split()), frozenset(_WORD_LIST.split())
+_PIECE = re.compile(r"[^\W_]+")
 _PAIR = "WHOLE BODY"
 _ANATOMY = ("AnatomicRegionSequence", "ProcedureCodeSequence", "RequestedProcedureCodeSequence")
 
@@ -42,22 +43,19 @@ def shows_face(header: Dataset) -> bool:
     """Whether the header says that a head is in an image of slices."""
     if text_of(header, "Modality").upper() not in _MODALITIES:
         return False
-    return any(map(_speaks_of_head, _descriptions(header)))
-
-
-def _speaks_of_head(text: str) -> bool:
-    words = re.findall(r"[^\W_]+", text.upper())
-    spaced = " ".join(words)
-    return _PAIR in spaced or not _WORDS.isdisjoint(words) or any(stem in spaced for stem in _STEMS)
+    spaced = [" ".join(_PIECE.findall(text.upper())) for text in _descriptions(header) if text]
+    said = "|".join(spaced)
+    words = " ".join(spaced).split()
+    return _PAIR in said or not _WORDS.isdisjoint(words) or any(stem in said for stem in _STEMS)
 
 
 def _descriptions(header: Dataset) -> Iterator[str]:
     yield from (text_of(header, keyword) for keyword in _TEXTS)
-    shared = list(header.get("SharedFunctionalGroupsSequence") or ())[:1]
-    frames = list(header.get("PerFrameFunctionalGroupsSequence") or ())[:1]
+    shared = items_of(header, "SharedFunctionalGroupsSequence")[:1]
+    frames = items_of(header, "PerFrameFunctionalGroupsSequence")[:1]
     groups = [
-        item for group in (*shared, *frames) for item in group.get("FrameAnatomySequence", ())
+        item for group in (*shared, *frames) for item in items_of(group, "FrameAnatomySequence")
     ]
     for level in (header, *groups):
         for keyword in _ANATOMY:
-            yield from (text_of(code, "CodeMeaning") for code in level.get(keyword) or ())
+            yield from (text_of(code, "CodeMeaning") for code in items_of(level, keyword))

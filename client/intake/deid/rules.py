@@ -18,18 +18,19 @@ from pydicom.datadict import dictionary_has_tag, keyword_for_tag
 from pydicom.dataelem import DataElement
 from pydicom.dataset import Dataset
 from pydicom.sequence import Sequence
-from pydicom.tag import BaseTag
+from pydicom.tag import BaseTag, Tag
 
 from client.intake.deid import values
 from client.intake.deid.lookup import COLOUR_PROFILE, TABLES
 from client.intake.deid.profile import Profile
 from client.intake.deid.table import Action, standard_table
 from client.intake.deid.vocabulary import meaning_of
+from client.intake.deidentify import text_of
 from client.intake.keys import SiteKey
 
 UNKNOWN_CODE = ("261665006", "SCT", "Unknown")
 CODE_KEYWORDS = ("CodeValue", "CodingSchemeDesignator", "CodeMeaning")
-_CODE_VALUES = ("CodeValue", "LongCodeValue", "URNCodeValue")
+_CODE_VALUES = tuple(map(Tag, ("CodeValue", "LongCodeValue", "URNCodeValue")))
 # The rest of a code item (PS3.3 8.8): where the code came from, which its scheme says already.
 _CODE_DETAILS = frozenset(
     {
@@ -91,6 +92,12 @@ OF_ACTION = {
     Action.KEEP: Rule.KEEP,
     Action.CLEAN: Rule.CLEAN,
 }
+
+
+@lru_cache(maxsize=2**13)
+def keyword_of(tag: int) -> str:
+    """The keyword of a standard attribute; empty for any other."""
+    return keyword_for_tag(tag)
 
 
 class TagRules:
@@ -167,7 +174,7 @@ def rule_of(scope: Scope, tag: BaseTag) -> Rule | None:
     rule = scope.by_tag(tag, top=scope.depth == 0)
     if not scope.in_code or rule in _BEFORE_CODES:
         return rule
-    keyword = keyword_for_tag(tag)
+    keyword = keyword_of(int(tag))
     if keyword in CODE_KEYWORDS:
         return Rule.CODE
     return Rule.CODE_DETAIL if keyword in _CODE_DETAILS else rule
@@ -175,7 +182,7 @@ def rule_of(scope: Scope, tag: BaseTag) -> Rule | None:
 
 def rule_of_value(element: DataElement) -> Rule:
     """The rule for an element whose value decides."""
-    representation, keyword = element.VR, element.keyword
+    representation, keyword = element.VR, keyword_of(int(element.tag))
     if representation == "SQ":
         return Rule.SEQUENCE
     if keyword in TABLES:
@@ -209,11 +216,11 @@ def _is_structure(tag: BaseTag, *, top: bool) -> bool:
 
 def is_code(item: Dataset) -> bool:
     """Whether an item is a code (PS3.3 8.8)."""
-    return any(keyword in item for keyword in _CODE_VALUES)
+    return any(tag in item for tag in _CODE_VALUES)
 
 
 def code_of(item: Dataset) -> tuple[str, str, str]:
     """Value, scheme and meaning from the standard; the code for "unknown" if it has none."""
-    value, scheme = (str(item.get(name) or "").strip(" \0") for name in CODE_KEYWORDS[:2])
+    value, scheme = (text_of(item, name) for name in CODE_KEYWORDS[:2])
     meaning = meaning_of(scheme, value)
     return (value, scheme, meaning) if meaning else UNKNOWN_CODE

@@ -5,10 +5,17 @@ from __future__ import annotations
 import os
 import secrets
 from pathlib import Path
+from typing import BinaryIO
+
+from pydicom.filebase import DicomIO
+from pydicom.filewriter import write_dataset, write_file_meta_info
 
 from client.intake.deid.engine import Cleaned
 from client.intake.quiet import quiet
 from common.errors import IntakeError
+
+_PREFIX = b"DICM"
+_BUFFER = 2**20
 
 
 def save(cleaned: Cleaned, folder: Path) -> Path:
@@ -23,8 +30,8 @@ def save(cleaned: Cleaned, folder: Path) -> Path:
     partial = folder / f".{cleaned.name}.{secrets.token_hex(8)}"
     try:
         descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with quiet(), os.fdopen(descriptor, "wb") as file:
-            cleaned.dataset.save_as(file, enforce_file_format=True)
+        with quiet(), os.fdopen(descriptor, "wb", buffering=_BUFFER) as file:
+            _write(cleaned, file)
             file.flush()
             os.fsync(file.fileno())
         os.rename(partial, target)
@@ -36,3 +43,13 @@ def save(cleaned: Cleaned, folder: Path) -> Path:
     finally:
         partial.unlink(missing_ok=True)
     return target
+
+
+def _write(cleaned: Cleaned, file: BinaryIO) -> None:
+    """A file of PS3.10 7.1: as `Dataset.save_as` writes one, but without first copying a header."""
+    dataset, out = cleaned.dataset, DicomIO(file)
+    out.is_implicit_VR, out.is_little_endian = False, True
+    out.write(dataset.preamble or bytes(128))
+    out.write(_PREFIX)
+    write_file_meta_info(out, dataset.file_meta, enforce_standard=True)
+    write_dataset(out, dataset)

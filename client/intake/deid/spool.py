@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from common.errors import IntakeError
 
+Buffer = bytes | memoryview
 _MOST_HELD = 2**24
 """Bytes in memory."""
 _ITEM = b"\xfe\xff\x00\xe0"
@@ -36,24 +37,22 @@ class Spool:
     """
 
     def __init__(self, size: int, folder: Path | None) -> None:
-        self._held = size <= _MOST_HELD
+        held = size <= _MOST_HELD
         with _told():
             # Open until nobody uses it any more: it is the value of an element then.
             self._file: Any = (
-                io.BytesIO() if self._held else tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
+                io.BytesIO() if held else tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
             )
 
-    def write(self, data: bytes) -> None:
+    def write(self, data: Buffer) -> None:
         """Append bytes."""
         with _told():
             self._file.write(data)
 
-    def value(self) -> bytes | io.BufferedIOBase:
-        """All of it, with a byte more if its length is odd (PS3.5 8.2)."""
+    def value(self) -> io.BufferedIOBase:
+        """All of it, from its beginning; with a byte more if its length is odd (PS3.5 8.2)."""
         if self._file.seek(0, io.SEEK_END) % 2:
             self.write(b"\0")
-        if self._held:
-            return bytes(self._file.getvalue())
         with _told():
             self._file.seek(0)
         buffered: io.BufferedIOBase = self._file
@@ -84,7 +83,7 @@ class NativeSpool(Spool):
         self.write(np.packbits(bits[:whole], bitorder="little").tobytes())
         self._rest = bits[whole:]
 
-    def value(self) -> bytes | io.BufferedIOBase:
+    def value(self) -> io.BufferedIOBase:
         """See `Spool`."""
         self.write(np.packbits(self._rest, bitorder="little").tobytes())
         self._rest = self._rest[:0]
@@ -115,7 +114,7 @@ class FrameSpool(Spool):
         self.write(_ITEM + len(padded).to_bytes(4, "little"))
         self.write(padded)
 
-    def value(self) -> bytes | io.BufferedIOBase:
+    def value(self) -> io.BufferedIOBase:
         """See `Spool`."""
         if len(self._offsets) == self._frames and self._offsets[-1] <= _MOST_OFFSET:
             self._file.seek(_ITEM_HEAD)
@@ -133,5 +132,5 @@ def _told() -> Iterator[None]:
         ) from None
 
 
-def _little(stored: NDArray[Any]) -> bytes:
-    return np.ascontiguousarray(stored, dtype=stored.dtype.newbyteorder("<")).tobytes()
+def _little(stored: NDArray[Any]) -> memoryview:
+    return np.ascontiguousarray(stored, dtype=stored.dtype.newbyteorder("<")).data

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from pydicom import config
-from pydicom.datadict import dictionary_has_tag, dictionary_VR, keyword_for_tag
+from pydicom.datadict import dictionary_has_tag, dictionary_VR
 from pydicom.dataelem import DataElement
 from pydicom.sequence import Sequence
 
@@ -18,7 +18,7 @@ from client.intake.deid import values
 from client.intake.deid.graphics import KEYWORDS
 from client.intake.deid.lookup import colour_profile, cut_table, in_little_endian
 from client.intake.deid.profile import PrivateElement
-from client.intake.deid.rules import CODE_KEYWORDS, OF_ACTION, Rule, Scope, code_of
+from client.intake.deid.rules import CODE_KEYWORDS, OF_ACTION, Rule, Scope, code_of, keyword_of
 from client.intake.deid.table import RESOLVED, Action, Row, standard_table
 from client.intake.deid.vocabulary import words_of
 
@@ -135,7 +135,7 @@ def clean(scope: Scope, element: DataElement) -> DataElement | None:
 
 def _clean_overlay(scope: Scope, element: DataElement) -> DataElement | None:
     """What an overlay's bitmap needs; the bitmap itself is cleaned when the walk is over."""
-    if keyword_for_tag(element.tag) not in KEYWORDS:
+    if keyword_of(int(element.tag)) not in KEYWORDS:
         return None
     if element.VR in ("CS", "IS"):
         known = values.kept_terms if element.VR == "CS" else values.whole_numbers
@@ -171,7 +171,7 @@ def keep_safe_private(scope: Scope, element: DataElement) -> DataElement | None:
 def keep_numbers(_scope: Scope, element: DataElement) -> DataElement:
     """Of listed attributes, up to a largest number."""
     found = values.values_of(element)
-    kept = values.kept_numbers(element.keyword, found)
+    kept = values.kept_numbers(keyword_of(int(element.tag)), found)
     if not kept:
         return _emptied(element)
     if kept == [getattr(number, "original_string", number) for number in found]:
@@ -187,17 +187,20 @@ def keep_pointers(_scope: Scope, element: DataElement) -> DataElement:
 
 def keep_terms(_scope: Scope, element: DataElement) -> DataElement:
     """Words of the list; others become empty, or a dummy where something has to stand."""
-    if element.keyword == "SpecificCharacterSet":
+    keyword = keyword_of(int(element.tag))
+    if keyword == "SpecificCharacterSet":
         return _new(element, "ISO_IR 192")
     kept = values.kept_terms(values.values_of(element))
-    if element.keyword in _POSITIONAL and all(kept[:2]):
+    if keyword in _POSITIONAL and all(kept[:2]):
         last = max(place for place, text in enumerate(kept) if text)
         pairs = list(zip(kept, values.values_of(element), strict=True))[: last + 1]
         return _new(element, [new or ("OTHER" if old else "") for new, old in pairs])
+    if kept and kept == values.values_of(element):
+        return DataElement(element.tag, element.VR, element.value, already_converted=True)
     known = [text for text in kept if text]
-    if known and element.keyword not in _POSITIONAL:
+    if known and keyword not in _POSITIONAL:
         return _new(element, known)
-    fallback = _TYPE_ONE.get(element.keyword) if kept else None
+    fallback = _TYPE_ONE.get(keyword) if kept else None
     return _emptied(element) if fallback is None else _new(element, fallback)
 
 

@@ -11,13 +11,13 @@ from io import BytesIO
 
 from pydicom import config
 from pydicom.charset import default_encoding
-from pydicom.datadict import dictionary_has_tag, dictionary_VR, keyword_for_tag
+from pydicom.datadict import dictionary_has_tag, dictionary_VR
 from pydicom.dataelem import DataElement, RawDataElement, convert_raw_data_element
 from pydicom.dataset import Dataset
 from pydicom.filereader import read_sequence
 from pydicom.filewriter import correct_ambiguous_vr
 from pydicom.sequence import Sequence
-from pydicom.tag import BaseTag
+from pydicom.tag import BaseTag, Tag
 
 from client.intake.deid.profile import Profile
 from client.intake.deid.rules import (
@@ -26,11 +26,19 @@ from client.intake.deid.rules import (
     Scope,
     TagRules,
     code_of,
+    keyword_of,
     rule_of,
     rule_of_value,
     tag_rules,
 )
-from client.intake.deid.treatments import TREATMENTS, Treatment, drop, keep_safe_private
+from client.intake.deid.treatments import (
+    TREATMENTS,
+    Treatment,
+    drop,
+    empty,
+    keep_safe_private,
+    replace_by_dummy,
+)
 from client.intake.keys import SiteKey
 
 _BYTES = frozenset({"OB", "OW", "OL", "OF", "OD", "OV", "UN"})
@@ -51,7 +59,7 @@ class Account:
 
     def note(self, rule: str, tag: BaseTag) -> None:
         """Count one element."""
-        self.counts[rule, _name_of(tag)] += 1
+        self.counts[rule, _name_of(int(tag))] += 1
 
     def __add__(self, other: Account) -> Account:
         return Account(self.counts + other.counts)
@@ -85,12 +93,14 @@ class Walk:
 
     def __call__(self, unverified: Dataset) -> Dataset:
         """The new data set, without pixels; of `unverified` only ambiguous VRs change."""
-        with suppress(AttributeError, KeyError, ValueError):
-            correct_ambiguous_vr(unverified, unverified.original_encoding[1] is not False)
+        implicit, little = unverified.original_encoding
+        if implicit is not False:
+            with suppress(AttributeError, KeyError, ValueError):
+                correct_ambiguous_vr(unverified, little is not False)
         return self._level(unverified, 0)
 
     def _level(self, level: Dataset, depth: int) -> Dataset:
-        clean = Dataset()
+        found: dict[BaseTag, DataElement | RawDataElement] = {}
         scope = Scope(
             self.profile,
             self.key,
@@ -103,7 +113,8 @@ class Walk:
         )
         for tag in sorted(level.keys()):
             if (new := self._element(scope, tag)) is not None:
-                clean[tag] = new
+                found[new.tag] = new
+        clean = Dataset(found)
         if scope.in_code:
             _complete_code(clean, level)
         self._name_creators(clean)
@@ -118,7 +129,7 @@ class Walk:
         if rule is not None and self._drops(rule):
             self.account.note(rule, tag)
             return None
-        element = read_again(scope.level, tag)
+        element = self._unread(rule, tag) or read_again(scope.level, tag)
         if element is None:
             self.account.note(Rule.UNREADABLE, tag)
             return self.treatments[Rule.UNREADABLE](scope, _as_bytes(scope.level, tag))
@@ -131,6 +142,15 @@ class Walk:
         treatment = self.treatments[rule]
         safe = self.profile.retain_safe_private
         return treatment is drop or (treatment is keep_safe_private and not safe)
+
+    def _unread(self, rule: Rule | None, tag: BaseTag) -> DataElement | None:
+        """An element without its value, where its representation and not that is asked for."""
+        if rule is None or self.treatments[rule] not in (empty, replace_by_dummy):
+            return None
+        representation = _representation_of(int(tag))
+        if representation in (None, "SQ", "UI") or " or " in str(representation):
+            return None
+        return DataElement(tag, str(representation), None, already_converted=True)
 
     def _clean_items(self, items: Sequence, depth: int) -> Sequence:
         if depth > _DEEPEST:
@@ -183,7 +203,7 @@ def _as_the_dictionary_has_it(element: DataElement) -> DataElement:
         ValueError, TypeError: if its value is not one of that representation.
     """
     tag = element.tag
-    expected = _representation_of(tag)
+    expected = _representation_of(int(tag))
     if expected is None or " or " in element.VR:
         return element
     if element.VR in expected.split(" or ") or {element.VR, expected} <= _BYTES:
@@ -194,14 +214,14 @@ def _as_the_dictionary_has_it(element: DataElement) -> DataElement:
 
 
 @lru_cache(maxsize=2**13)
-def _representation_of(tag: BaseTag) -> str | None:
+def _representation_of(tag: int) -> str | None:
     """What the dictionary has for a standard attribute."""
-    return None if tag.is_private or not dictionary_has_tag(tag) else dictionary_VR(tag)
+    return None if Tag(tag).is_private or not dictionary_has_tag(tag) else dictionary_VR(tag)
 
 
 @lru_cache(maxsize=2**13)
-def _name_of(tag: BaseTag) -> str:
-    return "private" if tag.is_private else keyword_for_tag(tag) or "unknown"
+def _name_of(tag: int) -> str:
+    return "private" if Tag(tag).is_private else keyword_of(tag) or "unknown"
 
 
 def _settled(element: DataElement) -> DataElement | None:
