@@ -17,6 +17,7 @@ import pydicom
 import pytest
 
 from client.intake.reception import Caller, Listen
+from common.cohort import Cohort
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -178,6 +179,45 @@ def test_killed_while_a_pacs_sends_it_has_whatever_it_acknowledged(
     assert acknowledged
     assert "Success" in send(storescu, node, *films)
     assert node.says(f"{len(films)} taken|sent again")
+
+
+@pytest.fixture
+def take_in(
+    films: list[Path], spec_text: str, cloister: Callable[..., Any], tmp_path: Path
+) -> Callable[[Path, str], list[bytes]]:
+    """`take_in(source, name)`: the images of the cohort of that name, after `intake run`."""
+    numbers = {str(pydicom.dcmread(path, stop_before_pixels=True).PatientID) for path in films}
+    lines = [f"{number},{'normal' if at % 2 else 'finding'}" for at, number in enumerate(numbers)]
+    spec, labels = tmp_path / "run.toml", tmp_path / "labels.csv"
+    spec.write_text(spec_text)
+    labels.write_text("\n".join(["PatientID,label", *lines]))
+
+    def taken(source: Path, name: str) -> list[bytes]:
+        cohort = tmp_path / name
+        said = cloister("intake", "run", source, cohort, "--spec", spec, "--labels", labels)
+        assert said.code == 0, said
+        opened = Cohort.open(cohort)
+        return sorted(image.tobytes() for image in opened.images(range(len(opened))))
+
+    return taken
+
+
+@pytest.mark.slow
+def test_what_a_pacs_has_sent_is_taken_in_and_later_what_it_sends_later(
+    node: Node,
+    program: Callable[[str], str],
+    films: list[Path],
+    take_in: Callable[[Path, str], list[bytes]],
+):
+    node.start()
+    send(program("storescu"), node, *films[:10])
+    assert node.says("0 arriving, [1-9]")
+    assert len(take_in(node.inbox / "complete", "sent")) == 10
+    send(program("storescu"), node, *films)
+    assert node.says(f"0 arriving, [1-9][0-9]* complete; objects: {len(films)} taken")
+    sent = take_in(node.inbox / "complete", "sent")
+    assert sent == take_in(films[0].parent, "direct")
+    assert len(sent) == len(films)
 
 
 def tail(path: Path) -> bytes:
