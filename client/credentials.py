@@ -191,7 +191,8 @@ def request_afresh(home: Path, site: str) -> Request:
 def renew(home: Path, *, new_key: bool) -> Request:
     """Ask for a new certificate, over the same key or a new one; the present key vouches for it.
 
-    What is in force stays so until the bundle has come. It may have ended.
+    What is in force stays so until the bundle has come; it may have ended. While a new key waits
+    for its bundle, it is asked for again, whatever `new_key` says.
 
     Raises:
         ConfigError: if the node has joined no federation, or nothing can be written.
@@ -201,6 +202,9 @@ def renew(home: Path, *, new_key: bool) -> Request:
         bundle = identity.bundle()
         if bundle is None:
             raise ConfigError(f"{home}: has joined no federation; see `cloister node request`")
+        waiting = identity.request()
+        if waiting and waiting.key != bundle.key and waiting.vouched_by == bundle.key:
+            return waiting  # the coordinator may have let go of the present key for it already
         present = identity.key(bundle.key)
         key = certificates.new_key() if new_key else present
         made = identity.ask(key, bundle.offer.site, old=present)
@@ -263,6 +267,7 @@ class _Identity:
         """Hold the folder for this process alone; it is made if there is none."""
         try:
             self.folder.mkdir(mode=0o700, exist_ok=True)
+            self.folder.chmod(0o700)
             with locked(self.folder):
                 yield
         except BlockingIOError:
@@ -325,9 +330,10 @@ class _Identity:
     def tidy(self) -> None:
         """Remove the keys that neither the bundle nor the request needs any more."""
         needed = {self._path(each.key) for each in (self.bundle(), self.request()) if each}
-        for path in self.folder.glob("*.key"):
-            if path not in needed:
-                path.unlink()
+        for pattern in ("*.key", "*.partial"):  # the second: what a killed command has left
+            for path in self.folder.glob(pattern):
+                if path not in needed:
+                    path.unlink()
 
     def _path(self, key: bytes) -> Path:
         return self.folder / f"{hashlib.sha256(key).hexdigest()[:16]}.key"

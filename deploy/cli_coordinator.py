@@ -156,6 +156,10 @@ def renew(
         typer.Option(help="Names and addresses from now on, without a request.", show_default=""),
     ] = None,
     port: Annotated[int | None, typer.Option(min=1, max=65535, help="Likewise.")] = None,
+    declared_size_limit: Annotated[
+        int | None,
+        typer.Option(min=1, help="The greatest size that the site may declare from now on."),
+    ] = None,
     out: OutOption = None,
     days: DaysOption = NODE_DAYS,
     home: HomeOption = Path(),
@@ -176,6 +180,8 @@ def renew(
 
     if request is not None and (host or port):
         raise ConfigError("--host and --port: the coordinator's own; expected no request with them")
+    if request is None and (out or declared_size_limit):
+        raise ConfigError("--out and --declared-size-limit: a site's; expected its request")
     if request is None:
         signed = _signed(by, reason)
         _authority(home, passphrase_file, ca_key).renew_tls(host or (), port, days, signed)
@@ -184,7 +190,9 @@ def renew(
     asked = Request.read(request)
     path = _new_file(out, asked.site)
     authority = _authority(home, passphrase_file, ca_key)
-    _handed_out(authority.renew(asked, days, _signed(by, reason)), path)
+    signed = _signed(by, reason)
+    limit = declared_size_limit
+    _handed_out(authority.renew(asked, days, signed, greatest_declared_size=limit), path)
 
 
 @coordinator_app.command()
@@ -281,7 +289,7 @@ def _authority(home: Path, passphrase_file: Path | None, ca_key: Path | None) ->
 
 
 def _new_passphrase(file: Path | None) -> str:
-    from server.authority import LEAST_PASSPHRASE
+    from server.passphrase import LEAST_PASSPHRASE
 
     if file is not None:
         return _passphrase_in(file)

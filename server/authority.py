@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import json
 import os
 import secrets
 import shutil
@@ -24,21 +23,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple, Self
-
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes
-from cryptography.x509.oid import NameOID
-from pydantic import Base64Bytes, Field, ValidationError
+from typing import NamedTuple, Self
 
 from common import certificates
-from common.certificates import BACKDATED, Certificate, PrivateKey, Use, fingerprint, shown
+from common.certificates import Certificate, PrivateKey, Use, fingerprint, shown
 from common.clock import Clock
 from common.enrolment import Bundle, Offer, Request, address_of, check_site_name
-from common.errors import ConfigError, IdentityError, SealError
+from common.errors import ConfigError, IdentityError
 from common.files import flush_folder, locked, write_durably
-from common.sealed import Seal
-from common.spec import Section
+from server.issuing import Wish, issue
+from server.passphrase import check_passphrase, open_key, sealed_key
 from server.roster import (
     AUTHORITY,
     RECORD,
@@ -56,12 +50,10 @@ from server.roster import (
 )
 
 SEALED_KEY, TLS = "ca.key", "tls.pem"
-LEAST_PASSPHRASE = 16
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 """Always among the names of the coordinator's certificate: its own machine may ask after it."""
 LEAVING = timedelta(days=14)
 """For so long a node's old key is good beside its new one."""
-_COST = 17  # of scrypt: 2^17 blocks of 1 KiB
 
 
 class Lifetimes(NamedTuple):
@@ -141,8 +133,8 @@ class Authority:
     def _make(cls, folder: Path, new: NewFederation, passphrase: str, clock: Clock) -> Self:
         key = certificates.new_key()
         days = new.lifetimes.authority
-        own = _issue(_Wish(new.name, key, None, days), key, None, clock.date())
-        certificates.write_secret(folder / SEALED_KEY, _sealed(key, passphrase))
+        own = issue(Wish(new.name, key, None, days), key, None, clock.date())
+        certificates.write_secret(folder / SEALED_KEY, sealed_key(key, passphrase))
         write_durably(folder / AUTHORITY, certificates.certificate_pem(own))
         return cls(folder, own, key, clock)
 
@@ -182,7 +174,7 @@ class Authority:
         own = read_authority(folder)
         certificates.check_authority(own, clock.date())
         sealed = certificates.read_secret(path, "authority's key")
-        key = _unsealed(sealed, passphrase, path)
+        key = open_key(sealed, passphrase, path)
         if certificates.key_bytes(key) != certificates.key_bytes(certificates.key_of(own, "")):
             raise ConfigError(f"{path}: the key of another authority than that in {AUTHORITY}")
         return cls(folder, own, key, clock)
@@ -231,19 +223,35 @@ class Authority:
             self._put(changed, _Change("enrolled", site.name, request.key, signed))
             return bundle
 
-    def renew(self, request: Request, days: int, signed: Signed) -> Bundle:
+    def renew(
+        self,
+        request: Request,
+        days: int,
+        signed: Signed,
+        *,
+        greatest_declared_size: int | None = None,
+    ) -> Bundle:
         """Give an enrolled site a new certificate, over its key or over one that its key vouches.
 
         A key that is replaced is good for `LEAVING` more, or until its certificate ends.
 
+        Args:
+            request: the site's.
+            days: for which the certificate is in force.
+            signed: by whom, and why.
+            greatest_declared_size: that the site may state from now on; None: as before.
+
         Raises:
-            IdentityError: if the key that speaks is not an enrolled one, or the new one is known
-                already and not this site's.
+            IdentityError: if the key that speaks for it is not an enrolled one of that site.
             ConfigError: if the roster cannot be relied on.
         """
         with self._changing():
             roster, now = self.roster(), _seconds(self.clock.date())
             site = _speaking(roster, request)
+            if greatest_declared_size is not None:
+                changes = {"greatest_declared_size": greatest_declared_size}
+                site = site.model_copy(update=changes)
+            sites = tuple(site if each.name == site.name else each for each in roster.sites)
             bundle = self._bundle(roster, site, request.key, days)
             kept = [
                 _left(each, now) if each.site == site.name and each.content != request.key else each
@@ -252,7 +260,7 @@ class Authority:
             ]
             known = _known(site.name, request.key, bundle, now)
             what = "renewed" if roster.known(request.key) else "renewed with a new key"
-            changed = _next(roster, now, all_keys=(*kept, known))
+            changed = _next(roster, now, sites=sites, all_keys=(*kept, known))
             self._put(changed, _Change(what, site.name, request.key, signed))
             return bundle
 
@@ -330,6 +338,9 @@ class Authority:
         certificates.check_authority(self.certificate, self.clock.date())
         try:
             with locked(self.folder):
+                for name in (ROSTER, TLS):  # what a killed command has left
+                    for path in self.folder.glob(f"{name}.*.partial"):
+                        path.unlink()
                 yield
         except BlockingIOError:
             raise ConfigError(f"{self.folder}: another command changes it; try again") from None
@@ -359,8 +370,8 @@ class Authority:
             )
 
     def _bundle(self, roster: RosterContent, site: EnrolledSite, key: bytes, days: int) -> Bundle:
-        wish = _Wish(site.name, certificates.public_key(key), Use.NODE, days)
-        made = _issue(wish, self.key, self.certificate, self.clock.date())
+        wish = Wish(site.name, certificates.public_key(key), Use.NODE, days)
+        made = issue(wish, self.key, self.certificate, self.clock.date())
         offer = Offer(
             address=roster.address,
             site=site.name,
@@ -373,8 +384,8 @@ class Authority:
     def _write_tls(self, hosts: Sequence[str], days: int) -> None:
         key = certificates.new_key()
         names = list(dict.fromkeys(_written(host) for host in (*hosts, *LOOPBACK)))
-        wish = _Wish(names[0], key, Use.COORDINATOR, days, names)
-        made = _issue(wish, self.key, self.certificate, self.clock.date())
+        wish = Wish(names[0], key, Use.COORDINATOR, days, names)
+        made = issue(wish, self.key, self.certificate, self.clock.date())
         content = certificates.key_pem(key) + certificates.certificate_pem(made)
         certificates.write_secret(self.folder / TLS, content)
 
@@ -455,7 +466,7 @@ def _revoked(known: KnownKey, now: datetime) -> KnownKey:
 
 def _speaking(roster: RosterContent, request: Request) -> EnrolledSite:
     """The site whose enrolled key speaks in a request for renewal."""
-    known = roster.known(request.vouched_by or request.key)
+    known = roster.known(request.key) or roster.known(request.vouched_by)
     if known is None:
         raise IdentityError(
             "no enrolled key speaks for it; a site that comes for the first time, or whose key "
@@ -465,12 +476,6 @@ def _speaking(roster: RosterContent, request: Request) -> EnrolledSite:
         raise IdentityError(
             f"the key that speaks for it is {known.standing.value} since {shown(known.since)}; "
             "only an enrolled one can: `cloister node request --afresh`, and enrolment"
-        )
-    new = roster.known(request.key)
-    if new is not None and new.content != known.content:
-        raise IdentityError(
-            f"its new key is known already, {new.standing.value} as that of {new.site}; a key is "
-            "new once: `cloister node renew --new-key` makes one"
         )
     if known.site != request.site:
         raise IdentityError(
@@ -495,71 +500,6 @@ def _set_aside(path: Path) -> None:
         path.rename(path.with_name(f"{path.name}.{secrets.token_hex(4)}.damaged"))
 
 
-# --- Certificates -------------------------------------------------------------------------------
-
-
-class _Wish(NamedTuple):
-    """A certificate to be made; `use` None: the authority's own."""
-
-    name: str
-    key: PrivateKey | certificates.PublicKey
-    use: Use | None
-    days: int
-    hosts: Sequence[str] = ()
-
-
-def _issue(
-    wish: _Wish, signer: PrivateKey, authority: Certificate | None, now: datetime
-) -> Certificate:
-    """Make a certificate; it does not outlive the authority's."""
-    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, wish.name)])
-    key = wish.key.public_key() if isinstance(wish.key, PrivateKey) else wish.key
-    ends = _seconds(now) + timedelta(days=wish.days)
-    if authority is not None:
-        ends = min(ends, authority.not_valid_after_utc)
-    builder = (
-        x509.CertificateBuilder()
-        .subject_name(subject)
-        .issuer_name(authority.subject if authority else subject)
-        .public_key(key)
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(_seconds(now) - BACKDATED)
-        .not_valid_after(ends)
-    )
-    for extension, critical in _extensions(wish, key, signer):
-        builder = builder.add_extension(extension, critical)
-    return builder.sign(signer, hashes.SHA384())
-
-
-def _extensions(
-    wish: _Wish, key: certificates.PublicKey, signer: PrivateKey
-) -> Iterator[tuple[x509.ExtensionType, bool]]:
-    """RFC 5280 4.2: what a certificate may be used for."""
-    ca = wish.use is None
-    yield x509.BasicConstraints(ca=ca, path_length=0 if ca else None), True
-    yield _usage(ca=ca), True
-    yield x509.SubjectKeyIdentifier.from_public_key(key), False
-    yield x509.AuthorityKeyIdentifier.from_issuer_public_key(signer.public_key()), False
-    if wish.use is not None:
-        yield x509.ExtendedKeyUsage([wish.use.value]), True
-    if wish.hosts:
-        yield x509.SubjectAlternativeName(map(certificates.host_name, wish.hosts)), False
-
-
-def _usage(*, ca: bool) -> x509.KeyUsage:
-    return x509.KeyUsage(
-        digital_signature=not ca,
-        key_cert_sign=ca,
-        crl_sign=ca,
-        content_commitment=False,
-        key_encipherment=False,
-        data_encipherment=False,
-        key_agreement=False,
-        encipher_only=False,
-        decipher_only=False,
-    )
-
-
 def _written(host: str) -> str:
     """A host as a certificate has it."""
     return str(certificates.host_name(host).value)
@@ -576,62 +516,3 @@ def _check_new(folder: Path, new: NewFederation, passphrase: str) -> None:
         certificates.host_name(host)
     if not 0 < new.port < 65536:
         raise ConfigError(f"--port {new.port}: expected 1 to 65535")
-
-
-# --- The sealed key -----------------------------------------------------------------------------
-
-
-class _SealedKey(Section):
-    """``ca.key``: `cost` is the logarithm of scrypt's N; r is 8, p is 1."""
-
-    format: Literal["cloister authority key 1"] = "cloister authority key 1"
-    cost: Annotated[int, Field(ge=14, le=20)]
-    salt: Base64Bytes
-    sealed: Base64Bytes
-
-
-def check_passphrase(passphrase: str) -> None:
-    """Check that a passphrase is one.
-
-    Raises:
-        ConfigError: if it is too short.
-    """
-    if len(passphrase) < LEAST_PASSPHRASE:
-        raise ConfigError(
-            f"a passphrase of {len(passphrase)} characters; expected {LEAST_PASSPHRASE} or more, "
-            "such as five words drawn by lot"
-        )
-
-
-def _sealed(key: PrivateKey, passphrase: str) -> bytes:
-    salt = os.urandom(16)
-    sealed = _seal(passphrase, salt, _COST).close(certificates.key_pem(key), "authority's key")
-    fields = {
-        "format": "cloister authority key 1",
-        "cost": _COST,
-        "salt": base64.b64encode(salt).decode(),
-        "sealed": base64.b64encode(sealed).decode(),
-    }
-    return json.dumps(fields, indent=1).encode() + b"\n"
-
-
-def _unsealed(content: bytes, passphrase: str, path: Path) -> PrivateKey:
-    try:
-        held = _SealedKey.model_validate_json(content)
-    except ValidationError as error:
-        raise ConfigError(
-            f"{path}: not the key of an authority ({error.errors()[0]['msg']}); put it back from "
-            "a copy"
-        ) from None
-    try:
-        pem = _seal(passphrase, held.salt, held.cost).open(held.sealed, "authority's key")
-    except SealError:
-        raise ConfigError(f"{path}: another passphrase, or the file was changed") from None
-    return certificates.private_key(pem, path)
-
-
-def _seal(passphrase: str, salt: bytes, cost: int) -> Seal:
-    drawn = hashlib.scrypt(
-        passphrase.encode(), salt=salt, n=2**cost, r=8, p=1, maxmem=2**31 - 1, dklen=32
-    )
-    return Seal(drawn)
