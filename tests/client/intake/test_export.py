@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-import resource
 import shutil
-import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -183,31 +180,15 @@ def test_a_worker_that_is_lost_when_its_file_was_written_leaves_nothing(
 
 
 def test_a_full_disk_ends_the_export_and_costs_no_object(
-    order: ExportOrder, go: Go, hospital: Any
+    order: ExportOrder, go: Go, hospital: Any, small_files: Any
 ) -> None:
     hospital.film("large", np.zeros((512, 512), dtype=np.uint16), PatientID="P8")
 
-    def write_little() -> None:
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
-        with pytest.raises(CohortError, match="File too large"):
-            go(order)
+    with small_files(300_000), pytest.raises(CohortError, match="File too large"):
+        go(order)
 
-    assert in_a_process(write_little) == 0
     assert not any("large" in item.what for item in go(order).not_used)
     assert len(files(order.folder)) == 7
-
-
-def in_a_process(work: Callable[[], None]) -> int:
-    """The exit code of `work` in a process of its own."""
-    child = os.fork()
-    if child == 0:
-        try:
-            work()
-            os._exit(0)
-        finally:
-            os._exit(1)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def test_pictures_are_few_and_only_of_frames_that_changed(

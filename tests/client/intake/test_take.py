@@ -6,7 +6,6 @@ import dataclasses
 import hashlib
 import os
 import random
-import resource
 import shutil
 import signal
 import time
@@ -23,6 +22,7 @@ from client.intake.deid.burned_in import Box
 from client.intake.deid.profile import Profile
 from client.intake.desk import Desk, State
 from client.intake.keys import SiteKey
+from client.intake.registry import Registry
 from client.intake.take import Order, desk_of, take_in
 from common.cohort import Cohort
 from common.errors import CohortError, ConfigError, IntakeError
@@ -465,31 +465,29 @@ def test_a_source_that_was_empty_settles_nothing(hospital: Any, in_this_process:
     assert Cohort.open(order.cohort).unit == "image"
 
 
-def test_a_full_disk_ends_the_intake_and_costs_no_object(filled: Any, go: Any) -> None:
+def test_a_full_disk_ends_the_intake_and_costs_no_object(
+    filled: Any, go: Any, small_files: Any
+) -> None:
     order = dataclasses.replace(filled.order(filled.labels(EVERYBODY)), batch=3)
-    go(dataclasses.replace(order, cohort=order.cohort.with_name("elsewhere")))  # all is loaded
 
-    def write_little() -> None:
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
-        with pytest.raises(CohortError, match="cannot be written"):
-            go(order)
+    with small_files(60_000), pytest.raises(CohortError, match="cannot be written"):
+        go(order)
 
-    assert in_a_process(write_little) == 0
     assert not order.cohort.exists()
     assert len(go(order)) == 12
 
 
-def in_a_process(work: Callable[[], None]) -> int:
-    """The exit code of `work` in a process of its own."""
-    child = os.fork()
-    if child == 0:
-        try:
-            work()
-            os._exit(0)
-        finally:
-            os._exit(1)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+def test_a_table_that_cannot_be_written_ends_the_intake_and_costs_no_object(
+    filled: Any, go: Any
+) -> None:
+    order = filled.order(filled.labels(EVERYBODY))
+    missing = Registry(filled.place / "table", filled.place / "officer.pem")
+
+    with pytest.raises(CohortError, match=r"officer\.pem: the officer's public key cannot be read"):
+        go(dataclasses.replace(order, registry=missing))
+
+    assert not order.cohort.exists()
+    assert len(go(order)) == 12
 
 
 def test_no_number_of_a_header_is_in_a_reason(hospital: Any, in_this_process: Any) -> None:
