@@ -134,7 +134,7 @@ def enrol(
             f"{request}: asks to be enrolled as {asked.site}, and --site is {site}; they have to "
             "agree: the node answers under the name in its node.toml"
         )
-    path = _new_file(out, site)
+    path = _place_for(out, site)
     Roster(home)  # what is wrong there shows before anybody is called
     confirm(f"The request of {site}", asked.key, fingerprint, "the site", console)
     authority = _authority(home, passphrase_file, ca_key)
@@ -188,7 +188,7 @@ def renew(
         _say("The coordinator has a new key and certificate. What serves takes them by itself.")
         return
     asked = Request.read(request)
-    path = _new_file(out, asked.site)
+    path = _place_for(out, asked.site)
     authority = _authority(home, passphrase_file, ca_key)
     signed = _signed(by, reason)
     limit = declared_size_limit
@@ -308,10 +308,21 @@ def _passphrase_in(file: Path) -> str:
         raise ConfigError(f"{file}: expected a passphrase in UTF-8") from None
 
 
-def _new_file(out: Path | None, site: str) -> Path:
+def _place_for(out: Path | None, site: str) -> Path:
+    """Where a bundle goes: to a new file, or over an older bundle of the site."""
+    from common.enrolment import Bundle
+    from common.errors import CloisterError
+
     path = out or Path(f"{site}.bundle.json")
     if path.exists():
-        raise ConfigError(f"{path}: is there already; move it away, or name another with --out")
+        try:
+            older = Bundle.read(path).offer.site
+        except CloisterError:
+            older = ""
+        if older != site:
+            raise ConfigError(
+                f"{path}: is there already, and no bundle of {site}; name another with --out"
+            )
     if not path.absolute().parent.is_dir():
         raise ConfigError(f"{path}: there is no folder {path.absolute().parent}")
     return path
