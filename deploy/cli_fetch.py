@@ -14,42 +14,54 @@ if TYPE_CHECKING:  # the command imports what it needs: --help answers at once
     from client.intake.dicomweb import Fetched
 
 
+UrlArgument = Annotated[
+    str, typer.Argument(help="The service, such as https://pacs.example.org/dicom-web.")
+]
+InboxArgument = Annotated[Path, typer.Argument(help="Folder for what is fetched; made if need be.")]
+StudyOption = Annotated[
+    list[str] | None, typer.Option(help="A Study Instance UID; may be given again.")
+]
+ModalityOption = Annotated[str, typer.Option(help="Only series of this modality, such as CR.")]
+DateOption = Annotated[
+    str, typer.Option(help="20260131, or 20260101-20260331, 20260101- or -20260331.")
+]
+DescriptionOption = Annotated[
+    str, typer.Option(help="Study description; * and ? stand for letters.")
+]
+TokenFileOption = Annotated[
+    Path | None,
+    typer.Option(help="File of mode 0600 with a bearer token, or with Basic and what follows it."),
+]
+TokenVariableOption = Annotated[
+    str | None, typer.Option(help="Name of the environment variable with the token.")
+]
+AuthorityOption = Annotated[
+    Path | None, typer.Option(help="PEM of the authority of the server's certificate.")
+]
+CertificateOption = Annotated[
+    Path | None, typer.Option(help="PEM of our own certificate, if the server asks for one.")
+]
+KeyOption = Annotated[Path | None, typer.Option(help="PEM of its key.")]
+RoomOption = Annotated[
+    float, typer.Option(min=0.0, help="What has to stay free on the inbox's disk.")
+]
+
+
 def fetch(
-    url: Annotated[
-        str, typer.Argument(help="The service, such as https://pacs.example.org/dicom-web.")
-    ],
-    inbox: Annotated[Path, typer.Argument(help="Folder for what is fetched; made if need be.")],
+    url: UrlArgument,
+    inbox: InboxArgument,
     *,
-    study: Annotated[
-        list[str] | None, typer.Option(help="A Study Instance UID; may be given again.")
-    ] = None,
-    modality: Annotated[
-        str, typer.Option(help="Only series of this modality, such as CR.")
-    ] = "",
-    study_date: Annotated[
-        str, typer.Option(help="20260131, or 20260101-20260331, 20260101- or -20260331.")
-    ] = "",
-    description: Annotated[
-        str, typer.Option(help="Study description; * and ? stand for letters.")
-    ] = "",
-    token_file: Annotated[
-        Path | None, typer.Option(help="File with the token, mode 0600: a bearer token, or a whole "
-        "`Basic …`.")
-    ] = None,
-    token_env: Annotated[
-        str | None, typer.Option(help="Name of the environment variable with the token.")
-    ] = None,
-    ca: Annotated[
-        Path | None, typer.Option(help="PEM of the authority of the server's certificate.")
-    ] = None,
-    cert: Annotated[
-        Path | None, typer.Option(help="PEM of our own certificate, if the server asks for one.")
-    ] = None,
-    key: Annotated[Path | None, typer.Option(help="PEM of its key.")] = None,
-    least_free_gib: Annotated[
-        float, typer.Option(min=0.0, help="What has to stay free on the inbox's disk.")
-    ] = 10.0,
-) -> None:  # fmt: skip
+    study: StudyOption = None,
+    modality: ModalityOption = "",
+    study_date: DateOption = "",
+    description: DescriptionOption = "",
+    token_file: TokenFileOption = None,
+    token_env: TokenVariableOption = None,
+    ca: AuthorityOption = None,
+    cert: CertificateOption = None,
+    key: KeyOption = None,
+    least_free_gib: RoomOption = 10.0,
+) -> None:
     """Fetch studies from a DICOMweb server (QIDO-RS, WADO-RS), into an inbox.
 
     Broken off, it goes on where it was: what is there is not fetched again. A study that is whole
