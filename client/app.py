@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from functools import lru_cache
 from pathlib import Path
@@ -18,11 +18,16 @@ from pathlib import Path
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from client.gate import REFUSED, Gate, incident_reply
+from client.gate import Gate
 from client.home import NodeHome
+from client.incident import REFUSED, incident_reply
 from common.errors import ConfigError, LedgerError, MessageError, RefusalCode, VersionError
 from common.files import locked
 from common.messages import (
+    CLOSE,
+    COUNT,
+    INVITE,
+    TRAIN,
     Closing,
     EvaluationTask,
     Invitation,
@@ -36,6 +41,14 @@ from common.messages import (
 log = logging.getLogger("cloister.gate")
 
 GateOf = Callable[[Context], Gate]
+
+REQUESTS: Mapping[str, type[Request]] = {
+    INVITE: Invitation,
+    TRAIN: TrainTask,
+    COUNT: EvaluationTask,
+    CLOSE: Closing,
+}
+"""What comes under which kind of message; a node answers no other."""
 
 app = ClientApp()
 
@@ -54,13 +67,9 @@ def register(client_app: ClientApp, gate_of: GateOf) -> None:
 
         return reply
 
-    for kind, expected in (
-        (client_app.query("invite"), Invitation),
-        (client_app.train("step"), TrainTask),
-        (client_app.evaluate("count"), EvaluationTask),
-        (client_app.query("close"), Closing),
-    ):
-        kind(answering(expected))
+    for kind, expected in REQUESTS.items():
+        category, _, action = kind.partition(".")
+        getattr(client_app, category)(action)(answering(expected))
 
 
 def answer(

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import logging
 import math
-import secrets
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from safetensors.numpy import load, save
 from client.approval import Asked, Requests
 from client.book import Book
 from client.diary import Diary, Page
+from client.incident import REFUSED, incident_reply
 from client.ledger import Ledger, Signed, TaskKey, stamp
 from client.policy import Policy
 from client.rules import check_open, check_sound
@@ -65,9 +65,6 @@ Counter = Callable[[RunSpec, Arrays, Keystream], NDArray[np.float32]]
 Make = Callable[[Keystream], Arrays]
 _COUNTS = "counts"
 _KEPT = 2  # releases of a run: of the round that is asked for, and of the one before
-
-REFUSED = "refused: %.2000s"
-"""For the log; a coordinator cannot fill the disk with it."""
 
 
 @dataclass(frozen=True)
@@ -368,13 +365,6 @@ def _releasable(update: Arrays, shapes: Mapping[str, tuple[int, ...]]) -> Arrays
 def _arrays(release: bytes) -> Arrays:
     """What was kept, in one order: safetensors gives it back in any."""
     return dict(sorted(load(release).items()))
-
-
-def incident_reply() -> RefusalReply:
-    """A failure, to be called while an exception is handled: its text goes to the log alone."""
-    number = secrets.token_hex(8)
-    log.exception("incident %s", number)
-    return RefusalReply(code=RefusalCode.INCIDENT, incident=number)
 
 
 def _answered(answer: Callable[[], Answer]) -> Answer | RefusalReply:

@@ -2,20 +2,26 @@
 
 What Flower offers for this (`flwr.supernode`) parses the coordinator's bundle, opens a port for
 workers, sleeps for seconds, and ends the process on a refusal. So its client and its messages are
-used, and nothing around them. The other side is not trusted: no redirect is followed, and no
-answer is read beyond a limit. What of Flower is no public API is touched here and in
-`server.link` alone; `tests/client/test_link.py` fails when it moves.
+used, and nothing around them. The other side is not trusted: no redirect is followed, no answer is
+read beyond a limit, and what it sends is not looked into here (`Parcel.records` is for the worker
+process). What of Flower is no public API is touched here and in `server.link` alone;
+`tests/system/test_link.py` fails when it moves.
 """
 
 from __future__ import annotations
 
+import ipaddress
+import math
 import ssl
+import threading
+import time
 import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from email.utils import parsedate_to_datetime
 from types import TracebackType
-from typing import Self
+from typing import NamedTuple, Self
 
 import httpx
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -34,6 +40,7 @@ from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest
 from flwr.proto.node_pb2 import Node
 from flwr.proto.run_pb2 import GetRunRequest
 from flwr.supercore.inflatable.inflatable_object import (
+    InflatableObject,
     get_all_nested_objects,
     get_object_tree,
     iterate_object_tree,
@@ -45,6 +52,7 @@ from flwr.supercore.inflatable.inflatable_protobuf_utils import (
     make_push_object_fn_protobuf,
 )
 from flwr.supercore.inflatable.inflatable_utils import (
+    ObjectPullError,
     inflate_object_from_contents,
     pull_objects,
     push_objects,
@@ -54,52 +62,105 @@ from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
-from common.errors import LinkBusyError, LinkError, LinkRefusedError, MessageError
+from client.bundle import LARGEST_BUNDLE, Bundle
+from common.errors import (
+    LinkBusyError,
+    LinkError,
+    LinkOverError,
+    LinkRefusedError,
+    MessageError,
+    PeerError,
+)
 
 _SECONDS = 30.0
 _OVERHEAD = 2**20
 _FIRST_WAIT, _LONGEST_WAIT = 0.02, 0.5
 _MOST_OBJECTS = 100_000
+_LARGEST_ANSWER = 16 * 2**20  # the list of a message's objects is the longest
+_LONGEST_ANSWER = 600.0
+_LONGEST_LIFE = 8 * 86_400.0
+_PULL = "/v1/fleet/pull-object"
+_REFUSED = (httpx.codes.UNAUTHORIZED, httpx.codes.FORBIDDEN)
+
+
+class Parcel(NamedTuple):
+    """Records as they travel: objects by their identity, not looked into.
+
+    Attributes:
+        identity: of the outermost.
+        objects: all of them.
+    """
+
+    identity: str
+    objects: dict[str, bytes]
+
+    @classmethod
+    def of(cls, records: RecordDict) -> Self:
+        """Pack records."""
+        with no_object_id_recompute():
+            nested = get_all_nested_objects(records)
+            return cls(records.object_id, {name: each.deflate() for name, each in nested.items()})
+
+    def records(self) -> RecordDict:
+        """Unpack them; the parcel is empty then. A message that holds an error has none.
+
+        Raises:
+            MessageError: if it holds anything else, or is damaged.
+        """
+        try:
+            found: InflatableObject = inflate_object_from_contents(self.identity, self.objects)
+        except Exception as error:
+            # Whatever Flower's parsers raise on what a stranger sends.
+            raise MessageError(f"not a message ({type(error).__name__}: {error!s:.200})") from error
+        if isinstance(found, Message):
+            return found.content if found.has_content() else RecordDict()
+        if not isinstance(found, RecordDict):
+            raise MessageError(f"a {type(found).__name__} came; expected a message")
+        return found
 
 
 @dataclass(frozen=True)
 class Letter:
-    """A message of the coordinator, whole.
+    """A message of the coordinator, announced; what is in it is fetched when it is asked for.
 
     Attributes:
         run: Flower's number of the submission.
-        message: for the reply; its content is not trusted.
+        kind: the message's type, such as ``train.step``; not trusted.
+        ends: when it is of no use to anybody any more, by this machine's monotonic clock.
+        lifetime: seconds from when it was written until then.
     """
 
     run: int
-    message: Message
+    kind: str
+    ends: float
+    lifetime: float
+    _head: Message = field(repr=False)
+    _fetch: Callable[[Letter], Parcel] = field(repr=False)
 
-    @property
-    def kind(self) -> str:
-        """The message's type, such as ``train.step``."""
-        return str(self.message.metadata.message_type)
+    def fetch(self) -> Parcel:
+        """What was sent, unopened; may be asked for again after a LinkError.
+
+        Raises:
+            MessageError: if it is larger than the limit, or the coordinator has it no more.
+            LinkOverError: if the run is over.
+            LinkRefusedError, LinkError: as `FleetLink.activate` does.
+        """
+        return self._fetch(self)
 
     @property
     def content(self) -> RecordDict:
-        """What was sent; empty where the message holds an error or nothing."""
-        return self.message.content if self.message.has_content() else RecordDict()
+        """What was sent, opened; empty where the message holds an error or nothing."""
+        return self.fetch().records()
 
 
-@dataclass(frozen=True)
-class Bundle:
-    """What the coordinator says that a run consists of, unopened.
+class Answer:
+    """The reply to a message, which may be sent again: it is the same one then."""
 
-    Attributes:
-        app: publisher and name, as the run has them.
-        digest: SHA-256, as the run has it.
-        kind: Flower's type of the run's first task.
-        content: the bundle's bytes.
-    """
-
-    app: str
-    digest: str
-    kind: str
-    content: bytes
+    def __init__(self, letter: Letter, records: RecordDict) -> None:
+        self.run = letter.run
+        self.message = Message(records, reply_to=letter._head)
+        with no_object_id_recompute():
+            self.message.metadata.__dict__["_message_id"] = self.message.object_id
 
 
 class FleetLink:
@@ -130,11 +191,16 @@ class FleetLink:
             ],
         )
         self._client._client.close()
-        transport = _Bounded(
+        self._transport = _Bounded(
             httpx.HTTPTransport(verify=context or True, proxy=proxy_for(address)),
             most_bytes + _OVERHEAD,
         )
-        self._client._client = httpx.Client(transport=transport, timeout=_SECONDS)
+        self._client._client = httpx.Client(
+            transport=self._transport,
+            timeout=_SECONDS,
+            headers={"accept-encoding": "identity"},
+            trust_env=False,
+        )
         self._node: Node | None = None
 
     def __enter__(self) -> Self:
@@ -188,10 +254,9 @@ class FleetLink:
                 raise LinkRefusedError("the coordinator has no place for this node's heartbeat")
 
     def receive(self) -> Letter | None:
-        """The next message, whole; None if there is none.
+        """The next message, of which only the head has come; None if there is none.
 
         Raises:
-            MessageError: if it is larger than the limit or not what it says it is; it is gone.
             LinkRefusedError, LinkError: as `activate` does.
         """
         with _told():
@@ -199,38 +264,58 @@ class FleetLink:
             if not response.messages_list:
                 return None
             head = message_from_proto(response.messages_list[0])
-            run, identity = head.metadata.run_id, head.metadata.message_id
-            objects = [
-                tree.object_id for tree in iterate_object_tree(response.message_object_trees[0])
-            ]
-            contents = self._pulled(run, objects)
-            make_confirm_message_received_fn_protobuf(
-                self._client.ConfirmMessageReceived, self._here, run
-            )(identity)
-            message = inflate_object_from_contents(identity, contents)
-        if not isinstance(message, Message):
-            raise MessageError(f"a {type(message).__name__} came; expected a message")
-        message.metadata.__dict__["_message_id"] = identity
-        return Letter(run, message)
+            tree = response.message_object_trees[0]
+            names = [each.object_id for each in iterate_object_tree(tree)]
+            said = head.metadata
+            life = said.ttl if math.isfinite(said.ttl) else 0.0
+            life = min(max(life, 0.0), _LONGEST_LIFE)
+            age = time.time() - (self.skew or 0.0) - said.created_at
+            left = min(max(life - age, 0.0), life) if math.isfinite(age) else 0.0
+        return Letter(
+            said.run_id,
+            str(said.message_type),
+            time.monotonic() + left,
+            life,
+            head,
+            lambda letter: self._fetched(letter, names),
+        )
 
-    def _pulled(self, run: int, objects: list[str]) -> dict[str, bytes]:
-        if len(objects) > _MOST_OBJECTS:
-            raise MessageError(f"a message of {len(objects)} parts; at most {_MOST_OBJECTS}")
-        left = self._most
-        pull = make_pull_object_fn_protobuf(self._client.PullObject, self._here, run)
+    def _fetched(self, letter: Letter, names: list[str]) -> Parcel:
+        identity = letter._head.metadata.message_id
+        try:
+            with _told(of_run=True):
+                contents = self._pulled(letter, names)
+        except MessageError:
+            self._confirm(letter.run, identity)
+            raise
+        self._confirm(letter.run, identity)
+        return Parcel(identity, contents)
+
+    def _confirm(self, run: int, identity: str) -> None:
+        """Let the coordinator forget the message; if it does not hear it, it forgets it later."""
+        confirm = self._client.ConfirmMessageReceived
+        with suppress(LinkError), _told(of_run=True):
+            make_confirm_message_received_fn_protobuf(confirm, self._here, run)(identity)
+
+    def _pulled(self, letter: Letter, names: list[str]) -> dict[str, bytes]:
+        if len(names) > _MOST_OBJECTS:
+            raise MessageError(f"a message of {len(names)} parts; at most {_MOST_OBJECTS}")
+        left, counting = self._most, threading.Lock()
+        pull = make_pull_object_fn_protobuf(self._client.PullObject, self._here, letter.run)
 
         def bounded(identity: str) -> bytes:
             nonlocal left
             content = pull(identity)
-            left -= len(content)
-            if left < 0:
-                raise MessageError(f"a message of more than {self._most} bytes")
+            with counting:
+                left -= len(content)
+                if left < 0:
+                    raise MessageError(f"a message of more than {self._most} bytes")
             return content
 
         return pull_objects(
-            objects,
+            names,
             pull_object_fn=bounded,
-            max_time=_SECONDS,
+            max_time=max(_SECONDS, letter.ends - time.monotonic()),  # it may still be on its way
             initial_backoff=_FIRST_WAIT,
             backoff_cap=_LONGEST_WAIT,
         )
@@ -239,22 +324,31 @@ class FleetLink:
         """Send the answer to a message; how long it took is not said.
 
         Raises:
+            LinkOverError: if the run is over.
             LinkRefusedError, LinkError: as `activate` does.
         """
-        answer = Message(records, reply_to=letter.message)
-        with no_object_id_recompute(), _told():
-            answer.metadata.__dict__["_message_id"] = answer.object_id
+        self.send(Answer(letter, records))
+
+    def send(self, answer: Answer) -> None:
+        """Send an answer; one that was lost on the way may be sent again.
+
+        Raises:
+            LinkOverError: if the run is over.
+            LinkRefusedError, LinkError: as `activate` does.
+        """
+        message = answer.message
+        with no_object_id_recompute(), _told(of_run=True):
             request = PushMessagesRequest(
                 node=self._here,
-                messages_list=[message_to_proto(remove_content_from_message(answer))],
-                message_object_trees=[get_object_tree(answer)],
+                messages_list=[message_to_proto(remove_content_from_message(message))],
+                message_object_trees=[get_object_tree(message)],
                 clientapp_runtime_list=[0.0],
             )
             response = self._client.PushMessages(request)
             push_objects(
-                get_all_nested_objects(answer),
+                get_all_nested_objects(message),
                 push_object_fn=make_push_object_fn_protobuf(
-                    self._client.PushObject, self._here, letter.run, response.session_id
+                    self._client.PushObject, self._here, answer.run, response.session_id
                 ),
                 object_ids_to_push=set(response.objects_to_push),
             )
@@ -263,14 +357,23 @@ class FleetLink:
         """What a run says that it consists of.
 
         Raises:
+            LinkOverError: if the run is over.
             LinkRefusedError, LinkError: as `activate` does.
         """
-        with _told():
+        with _told(of_run=True):
             said = self._client.GetRun(GetRunRequest(node=self._here, run_id=run)).run
             fab = self._client.GetFab(
                 GetFabRequest(node=self._here, hash_str=said.fab_hash, run_id=run)
             ).fab
         return Bundle(said.fab_id, said.fab_hash, said.primary_task_type, fab.content)
+
+    @property
+    def skew(self) -> float | None:
+        """Seconds by which this machine's clock is ahead of the coordinator's; within a second.
+
+        As of its last answer; None before the first.
+        """
+        return self._transport.skew
 
     @property
     def _here(self) -> Node:
@@ -282,68 +385,109 @@ class FleetLink:
 def proxy_for(address: str) -> str | None:
     """The proxy that the environment names for a coordinator; loopback is never sent to one."""
     host = address.rpartition(":")[0].strip("[]")
-    if host in ("localhost", "127.0.0.1", "::1") or urllib.request.proxy_bypass(host):
+    if host == "localhost" or _is_loopback(host) or urllib.request.proxy_bypass(host):
         return None
     return urllib.request.getproxies().get("https")
 
 
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
 @contextmanager
-def _told() -> Iterator[None]:
-    """Every way in which the other side can fail, as an error of ours."""
+def _told(*, of_run: bool = False) -> Iterator[None]:
+    """Every way in which the other side can fail, as an error of ours.
+
+    Where it is asked about a run, Flower forbids (403) what a run that is over does not allow.
+    """
     try:
         yield
     except httpx.HTTPStatusError as error:
-        status = error.response.status_code
-        if status in (httpx.codes.UNAUTHORIZED, httpx.codes.FORBIDDEN):
-            raise LinkRefusedError(
-                f"the coordinator refuses this node ({status}): its certificate or its key is "
-                "revoked or unknown there, or the two clocks differ by more than a few seconds"
-            ) from error
-        if status == httpx.codes.PRECONDITION_FAILED:
-            raise LinkBusyError(
-                "the coordinator does not know this node's key, or still holds an earlier process "
-                "of it for alive: that passes within a minute"
-            ) from error
-        raise LinkError(f"the coordinator answers {status}") from error
+        raise _error_of(error.response, of_run) from error
     except (MessageError, LinkError):
         raise
+    except ObjectPullError as error:
+        raise MessageError(f"a part of the message is not to be had ({error!s:.200})") from error
     except Exception as error:
         # Whatever Flower's parsers and the network raise on what a stranger sends.
         raise LinkError(
             f"the coordinator cannot be reached, or answers nonsense ({type(error).__name__}: "
-            f"{error})"
+            f"{error!s:.300})"
         ) from error
 
 
+def _error_of(response: httpx.Response, of_run: bool) -> LinkError:
+    status = response.status_code
+    if of_run and status == httpx.codes.FORBIDDEN:
+        return LinkOverError("the run is over at the coordinator, or was stopped there")
+    if status in _REFUSED:
+        return LinkRefusedError(
+            f"the coordinator refuses this node ({status}): its certificate or its key is "
+            "revoked or unknown there, or the two clocks differ by more than a few seconds"
+        )
+    if status == httpx.codes.PRECONDITION_FAILED:
+        return LinkBusyError(
+            "the coordinator does not know this node's key, or still holds an earlier process "
+            "of it for alive: that passes within a minute"
+        )
+    return LinkError(f"the coordinator answers {status}")
+
+
 class _Bounded(httpx.BaseTransport):
-    """A transport that reads no more of an answer than a limit."""
+    """A transport that reads no more of an answer than a limit, and no packed one.
+
+    Attributes:
+        skew: see `FleetLink.skew`.
+    """
 
     def __init__(self, inner: httpx.BaseTransport, most: int) -> None:
         self._inner = inner
         self._most = most
+        self.skew: float | None = None
 
     def handle_request(self, request: httpx.Request) -> httpx.Response:
         response = self._inner.handle_request(request)
         if not isinstance(response.stream, httpx.SyncByteStream):
             raise LinkError("an answer that is no stream")
-        response.stream = _Counted(response.stream, self._most)
+        path = request.url.path
+        too_much = MessageError if path == _PULL else LinkError
+        response.stream = _Counted(response.stream, self._most_of(path), too_much)
+        if response.headers.get("content-encoding", "identity") != "identity":
+            response.close()  # a few bytes could become any number
+            raise LinkError("the coordinator packs its answer, which nobody asked for")
+        with suppress(KeyError, ValueError, TypeError, OverflowError):
+            said = parsedate_to_datetime(response.headers["date"]).timestamp()
+            self.skew = time.time() - said
         return response
+
+    def _most_of(self, path: str) -> int:
+        if path == _PULL:
+            return self._most
+        if path == "/v1/fleet/get-fab":
+            return LARGEST_BUNDLE + _OVERHEAD
+        return _LARGEST_ANSWER
 
     def close(self) -> None:
         self._inner.close()
 
 
 class _Counted(httpx.SyncByteStream):
-    def __init__(self, inner: httpx.SyncByteStream, most: int) -> None:
+    def __init__(self, inner: httpx.SyncByteStream, most: int, too_much: type[PeerError]) -> None:
         self._inner = inner
         self._most = most
+        self._too_much = too_much
 
     def __iter__(self) -> Iterator[bytes]:
-        left = self._most
+        left, last = self._most, time.monotonic() + _LONGEST_ANSWER
         for piece in self._inner:
             left -= len(piece)
             if left < 0:
-                raise LinkError(f"the coordinator answers with more than {self._most} bytes")
+                raise self._too_much(f"the coordinator answers with more than {self._most} bytes")
+            if time.monotonic() > last:
+                raise LinkError(f"the coordinator's answer takes more than {_LONGEST_ANSWER:g} s")
             yield piece
 
     def close(self) -> None:

@@ -11,6 +11,10 @@
     ├── PeerError            the other side of the wire broke the protocol
     │   ├── MessageError     a message that is not on the closed list
     │   │   └── VersionError it is of another version of the protocol
+    │   ├── LinkError        the coordinator cannot be reached, or breaks Flower's protocol
+    │   │   ├── LinkRefusedError  it does not take this node, or no longer
+    │   │   ├── LinkBusyError     it holds an earlier process of this node for alive
+    │   │   └── LinkOverError     the run that this is about is over there
     │   ├── UpdateError      a site's update: shape, type, size, not finite
     │   └── IdentityError    it is not who it says, or may not take part (any more)
     ├── Refusal              this node will not do it; carries the code that may leave
@@ -77,6 +81,10 @@ class LinkError(PeerError):
 
 class LinkRefusedError(LinkError):
     """The coordinator does not take this node, or no longer."""
+
+
+class LinkOverError(LinkError):
+    """The run that this is about is over at the coordinator."""
 
 
 class LinkBusyError(LinkError):
