@@ -227,7 +227,7 @@ class Desk:
         and no longer there is ``gone``; what is back, or was refused and is another file now, is
         to be read.
         """
-        where = os.fspath(source.absolute())
+        where = os.fspath(source.resolve())
         known = dict(self._database.execute("SELECT id, number FROM item"))
         by_id = {self.key.pseudonym("item", where, item.place): item for item in items}
         new = sorted(by_id.keys() - known.keys())
@@ -448,11 +448,6 @@ class Desk:
     def names_patients(self) -> bool:
         """Whether any object that was read names a patient."""
         return bool(self._one("SELECT EXISTS(SELECT 1 FROM item WHERE named)"))
-
-    def set_state(self, number: int, state: State, reason: str = "") -> None:
-        """Say where one object stands."""
-        with self._transaction():
-            self._put(number, state, reason)
 
     def lines(self) -> set[int]:
         """The lines of the label table of which something was kept."""

@@ -28,6 +28,7 @@ from client.intake.decision import Decision
 from client.intake.deid.profile import Profile
 from client.intake.deid.rules import Rule
 from client.intake.desk import Desk, State
+from client.intake.dicom import FileResult
 from client.intake.keys import SiteKey
 from common.clock import Clock
 from common.errors import ConfigError
@@ -340,7 +341,7 @@ def test_a_reason_that_would_be_markup_is_text_and_steers_nothing(ward: Any):
             (f"{HOSTILE}<img src=x onerror=y>", "\x1b[31m\u202egnilims\r" + "x" * 5000),
             strict=True,
         ):
-            desk.set_state(number, State.REFUSED, reason)
+            desk.record([(number, State.REFUSED, FileResult(reason=reason), ())])
     page, data, told = report_of(ward)
     shown = Shown(page.read_text())
     assert shown.tags["script"] == 0

@@ -5,10 +5,11 @@ from __future__ import annotations
 import itertools
 import re
 import socket
+import sqlite3
 import struct
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, replace
 from http.client import HTTPConnection
 from pathlib import Path
@@ -370,10 +371,13 @@ def test_a_fault_is_told_by_its_kind_alone(
         line.sendall(request.encode())
         line.close()
     journal = ward.place / "north.cohort.intake" / "journal.sqlite"
-    journal.write_bytes(b"DOE^JOHN" * 999)
+    with closing(sqlite3.connect(journal)) as database:
+        database.execute('ALTER TABLE item RENAME TO "DOE^JOHN"')
     lost = browser.get()
     assert lost.status == 500
-    assert lost.text == "something went wrong here (DatabaseError)\n"
+    assert lost.text == "something went wrong here (OperationalError)\n"
+    journal.write_bytes(b"DOE^JOHN" * 999)
+    assert "the journal cannot be opened (file is not a database)" in browser.get().text
     said_aloud = capfd.readouterr()
     assert "Traceback" not in said_aloud.err + said_aloud.out
     assert entry.short not in said_aloud.err + said_aloud.out

@@ -83,6 +83,18 @@ def test_a_second_start_changes_nothing(filled: Any, go: Any) -> None:
     assert content(order.cohort) == first
 
 
+def test_a_source_under_another_way_to_it_is_the_same(filled: Any, go: Any) -> None:
+    order = filled.order(filled.labels(EVERYBODY))
+    go(order)
+    (filled.place / "link").symlink_to(filled.folder)
+
+    for way in (filled.place / "link", filled.folder / "P0" / ".."):
+        go(dataclasses.replace(order, source=way))
+
+    with Desk(order.desk, order.key) as desk:
+        assert len(list(desk.entries())) == 14
+
+
 def test_what_is_new_in_the_source_is_added_and_the_rest_is_not_read_again(
     filled: Any, go: Any
 ) -> None:
