@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.text import Text
 
 from common.errors import ConfigError
+from deploy import cli_coordinator_service
 from deploy.run_words import printable
 
 if TYPE_CHECKING:  # each command imports what it needs: --help answers at once
@@ -245,8 +246,10 @@ def roster(
 
     Example: `cloister coordinator roster --home federation`
     """
+    from common.certificates import shown
     from common.clock import Clock
     from deploy import roster_pages
+    from server.authority import tls_certificate
     from server.roster import Roster, lines
 
     if go_on:
@@ -255,6 +258,8 @@ def roster(
     console.print(roster_pages.sites(found.sites(), Clock().date()))
     if history:
         console.print(roster_pages.changes(lines(home)))
+    ends = [each.not_valid_after_utc for each in (tls_certificate(home), found.authority)]
+    _say(f"The coordinator's certificate ends {shown(ends[0])}, the authority's {shown(ends[1])}.")
     content = found.content()
     _say(f"Roster {content.number}, {content.digest[:16]}: note it elsewhere, and an older one")
     _say("that is put back can be told.")
@@ -342,3 +347,6 @@ def _handed_out(bundle: Bundle, path: Path) -> None:
     ends = bundle.certificate.not_valid_after_utc
     _say(f"{bundle.offer.site} is in the roster until {shown(ends)}.")
     _say(f"Send {path} to the site; it holds no secret.")
+
+
+cli_coordinator_service.register(coordinator_app)

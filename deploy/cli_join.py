@@ -113,11 +113,12 @@ def renew(
 
 def _hand_over(made: Request, out: Path | None) -> None:
     """Write a request where a person finds it, and show its fingerprint."""
+    from common.certificates import read_bounded
     from common.files import write_durably
     from deploy.fingerprints import show
 
     path = out or Path(f"{made.site}.request.pem")
-    if path.exists() and b"CERTIFICATE REQUEST" not in path.read_bytes()[:64]:
+    if path.exists() and b"CERTIFICATE REQUEST" not in read_bounded(path, "request"):
         raise ConfigError(f"{path}: is there already, and no request; name another with --out")
     try:
         write_durably(path, made.pem)

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import NamedTuple, Self
 
 from common import certificates
-from common.certificates import Certificate, PrivateKey, Use, fingerprint, shown
+from common.certificates import Certificate, PrivateKey, Use, fingerprint, hosts_of, shown
 from common.clock import Clock
 from common.enrolment import Bundle, Offer, Request, address_of, check_site_name
 from common.errors import ConfigError, IdentityError
@@ -304,7 +304,7 @@ class Authority:
         """
         with self._changing():
             roster, now = self.roster(), _seconds(self.clock.date())
-            self._write_tls(hosts or tls_hosts(self.folder), days)
+            self._write_tls(hosts or hosts_of(tls_certificate(self.folder)), days)
             address = _address(roster.address, hosts, port)
             changed = _next(roster, now, address=address)
             change = _Change("the coordinator's certificate was renewed", "", b"", signed)
@@ -337,7 +337,7 @@ class Authority:
     def _changing(self) -> Iterator[None]:
         certificates.check_authority(self.certificate, self.clock.date())
         try:
-            with locked(self.folder):
+            with locked(self.folder.resolve()):
                 for name in (ROSTER, TLS):  # what a killed command has left
                     for path in self.folder.glob(f"{name}.*.partial"):
                         path.unlink()
@@ -391,31 +391,40 @@ class Authority:
 
     def _put(self, roster: RosterContent, change: _Change) -> None:
         """The roster first: a revocation holds, whatever becomes of the line that tells of it."""
+        line = _line(roster, change)  # what cannot be told is not done
         certificates.write_secret(self.folder / ROSTER, signed_roster(roster, self.key))
-        line = Line(
-            roster=roster.number,
-            digest=roster.digest,
-            time=roster.written,
-            what=change.what,
-            site=change.site,
-            key=fingerprint(change.key) if change.key else "",
-            by=change.signed.by,
-            reason=change.signed.reason,
-        )
         add_line(self.folder, line)
 
 
-def tls_hosts(folder: Path) -> tuple[str, ...]:
-    """The names and addresses that the coordinator's certificate covers.
+def _line(roster: RosterContent, change: _Change) -> Line:
+    by, reason = change.signed
+    try:
+        (by + reason).encode()
+    except UnicodeEncodeError:  # bytes of the command line that are no text
+        raise ConfigError(f"by {by!a}, reason {reason!a}: expected text in UTF-8") from None
+    return Line(
+        roster=roster.number,
+        digest=roster.digest,
+        time=roster.written,
+        what=change.what,
+        site=change.site,
+        key=fingerprint(change.key) if change.key else "",
+        by=by,
+        reason=reason,
+    )
+
+
+def tls_certificate(folder: Path) -> Certificate:
+    """The coordinator's certificate as it lies in its folder, whether in force or not.
 
     Raises:
         ConfigError: if there is none.
     """
     content = certificates.read_secret(folder / TLS, "coordinator's certificate")
     try:
-        return certificates.hosts_of(certificates.certificate(content, str(folder / TLS)))
+        return certificates.certificate(content, str(folder / TLS))
     except IdentityError as error:
-        raise ConfigError(f"{error}; name the hosts with --host") from None
+        raise ConfigError(f"{error}; `cloister coordinator renew --host …` makes one") from None
 
 
 class _Change(NamedTuple):

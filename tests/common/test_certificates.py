@@ -541,6 +541,49 @@ def test_a_certificate_of_one_use_is_refused_for_the_other(chest: Federation, no
         certificates.check_certificate(ca, tls, Use.NODE, now)
 
 
+def crafted(
+    signer: certificates.PrivateKey, issuer: str, *, ca: bool, signs: bool, use: Use | None
+) -> certificates.Certificate:
+    """A certificate of a profile that no authority of ours writes, over the signer's own key."""
+    now = datetime.now(UTC)
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, issuer)])
+    usage = dict.fromkeys(USAGES, False) | {"key_cert_sign": signs, "digital_signature": not signs}
+    builder = (
+        x509.CertificateBuilder(name, name, signer.public_key(), 7)
+        .not_valid_before(now - timedelta(days=1))
+        .not_valid_after(now + timedelta(days=1))
+        .add_extension(x509.BasicConstraints(ca=ca, path_length=0 if ca else None), True)
+        .add_extension(x509.KeyUsage(**usage), True)
+    )
+    if use is not None:
+        builder = builder.add_extension(x509.ExtendedKeyUsage([use.value]), True)
+    return builder.sign(signer, hashes.SHA384())
+
+
+USAGES = (
+    *("digital_signature", "content_commitment", "key_encipherment", "data_encipherment"),
+    *("key_agreement", "key_cert_sign", "crl_sign", "encipher_only", "decipher_only"),
+)
+
+
+def test_a_certificate_that_could_sign_others_is_no_members(chest: Federation):
+    key, ca, now = chest.authority.key, chest.authority.certificate, datetime.now(UTC)
+    plain = crafted(key, "chest", ca=False, signs=False, use=Use.NODE)
+    certificates.check_certificate(plain, ca, Use.NODE, now)
+    for own, signs in ((True, True), (True, False), (False, True)):
+        odd = crafted(key, "chest", ca=own, signs=signs, use=Use.NODE)
+        with pytest.raises(IdentityError, match="of an authority"):
+            certificates.check_certificate(odd, ca, Use.NODE, now)
+
+
+def test_a_certificate_that_signs_itself_is_not_an_authority_by_that():
+    key, now = certificates.new_key(), datetime.now(UTC)
+    certificates.check_authority(crafted(key, "x", ca=True, signs=True, use=None), now)
+    for own, signs in ((True, False), (False, True), (False, False)):
+        with pytest.raises(IdentityError, match="may not sign others"):
+            certificates.check_authority(crafted(key, "x", ca=own, signs=signs, use=None), now)
+
+
 def test_the_clock_that_is_asked_decides(chest: Federation, north: Member):
     own = north.bundle.certificate
     begins, ends = own.not_valid_before_utc, own.not_valid_after_utc

@@ -29,7 +29,7 @@ from server.authority import (
     Lifetimes,
     NewFederation,
     Signed,
-    tls_hosts,
+    tls_certificate,
 )
 from server.roster import Roster, Standing, lines
 from server.tls import ServerTls
@@ -38,6 +38,10 @@ WORDS = "five words drawn by lot"
 ADA = Signed("Ada", "as agreed")
 START = datetime(2030, 1, 1, tzinfo=UTC)
 DAY = timedelta(days=1)
+
+
+def hosts(folder: Path) -> tuple[str, ...]:
+    return certificates.hosts_of(tls_certificate(folder))
 
 
 class Time:
@@ -111,7 +115,7 @@ def test_a_federation_begins_with_an_empty_roster_and_files_for_its_owner_alone(
 
 def test_the_coordinators_certificate_has_its_hosts_and_loopback(desk: Desk):
     expected = ("coordinator.example.org", "192.0.2.7", "localhost", "127.0.0.1", "::1")
-    assert tls_hosts(desk.folder) == expected
+    assert hosts(desk.folder) == expected
     served = ServerTls(desk.folder, desk.clock)
     assert served.hosts == expected
     assert served.days_left(START) == 365
@@ -377,6 +381,22 @@ def test_the_record_has_who_and_why_and_the_roster_has_not(desk: Desk):
     assert "stolen" not in roster
 
 
+def test_what_the_record_could_not_tell_is_not_done(desk: Desk):
+    desk.enrol("north")
+    before = desk.files()
+    for signed in (Signed("\udcff", "stolen"), Signed("Ada", "\udcff")):
+        with pytest.raises(ConfigError, match="expected text in UTF-8"):
+            desk.authority.revoke("north", signed)
+    assert desk.files() == before
+
+
+def test_a_federation_behind_a_link_is_the_same(desk: Desk, tmp_path: Path):
+    (tmp_path / "link").symlink_to(desk.folder)
+    desk.enrol("north")
+    replace(desk.authority, folder=tmp_path / "link").revoke("north", ADA)
+    assert desk.roster().sites() == ()
+
+
 def test_a_stolen_roster_gives_public_keys_names_sizes_and_dates(desk: Desk):
     key, bundle = desk.enrol("north")
     told = json.loads((desk.folder / "roster.json").read_text())["roster"]
@@ -599,12 +619,12 @@ def test_the_coordinators_certificate_is_renewed_under_a_serving_context(desk: D
     assert not served.refresh()
     assert served.context is context
     assert served.days_left(desk.time.when) == 365
-    assert served.hosts == tls_hosts(desk.folder)
+    assert served.hosts == hosts(desk.folder)
 
 
 def test_a_new_host_is_in_the_certificate_and_in_the_next_bundles(desk: Desk):
     desk.authority.renew_tls(["new.example.org"], 443, 365, ADA)
-    assert tls_hosts(desk.folder) == ("new.example.org", "localhost", "127.0.0.1", "::1")
+    assert hosts(desk.folder) == ("new.example.org", "localhost", "127.0.0.1", "::1")
     assert desk.enrol("north")[1].offer.address == "https://new.example.org:443"
     desk.authority.renew_tls((), 9443, 365, ADA)
     assert desk.enrol("south")[1].offer.address == "https://new.example.org:9443"
@@ -612,7 +632,7 @@ def test_a_new_host_is_in_the_certificate_and_in_the_next_bundles(desk: Desk):
 
 def test_a_bad_certificate_on_the_disk_leaves_the_good_one_in_force(desk: Desk):
     served = ServerTls(desk.folder, desk.clock)
-    hosts, path = served.hosts, desk.folder / "tls.pem"
+    before, path = served.hosts, desk.folder / "tls.pem"
     good = path.read_bytes()
     key, bundle = desk.enrol("north")
     half = good[: len(good) // 2]
@@ -624,7 +644,7 @@ def test_a_bad_certificate_on_the_disk_leaves_the_good_one_in_force(desk: Desk):
             served.refresh()
         with pytest.raises(CloisterError):
             ServerTls(desk.folder, desk.clock)
-    assert served.hosts == hosts
+    assert served.hosts == before
     path.write_bytes(good)
     path.chmod(0o644)
     with pytest.raises(ConfigError, match="chmod 600"):
