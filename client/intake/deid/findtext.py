@@ -21,8 +21,6 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 from scipy.spatial import cKDTree
 
 from client.intake.deid.burned_in import Box
@@ -75,6 +73,11 @@ _SMALLER = ((383, 2), (1400, 4))
 _MOST_BINS = 2**16
 _FEWEST_PIXELS = 15
 """Three pieces of five pixels."""
+_LETTERS = 1 / 64
+"""More pieces a pixel are no writing: letters of the smallest kind take as much room."""
+_WHOLE = np.uint8(255)
+_NEAR, _SPARSE = 31, 0.03
+"""Side of a neighbourhood in pixels, and the part of it that texture fills at least."""
 
 
 class _Pieces(NamedTuple):
@@ -243,11 +246,21 @@ def _by_shape(grey: Grey) -> Iterator[_Line]:
 
 
 def _of_relief(relief: Grey) -> Iterator[_Line]:
-    """Search at falling contrast: bright text is found before texture joins it."""
+    """Search at falling contrast: bright text is found before texture joins it.
+
+    What falls apart into more pieces than a page has letters is texture, and lower only more of
+    it: there the search ends, and goes on where it is quiet.
+    """
     highest = _Histogram.of(relief).percentile(0.999)
     levels = {max(_FAINTEST, part * highest) for part in (0.6, 0.35, 0.18)}
+    quiet = np.ones(relief.shape, dtype=np.bool_)
     for level in sorted(levels, reverse=True):
-        yield from _lines(relief > level, relief)
+        mask = (relief > level) & quiet
+        everything = _pieces(mask, relief)
+        yield from _lines(everything, relief)
+        if len(everything.top) > _LETTERS * relief.size:
+            filled = cv2.boxFilter(mask.view(np.uint8) * _WHOLE, -1, (_NEAR, _NEAR))
+            quiet &= filled < _SPARSE * _WHOLE
 
 
 def _by_value(plane: NDArray[Any], grey: Grey, spans: list[_Span]) -> Iterator[_Line]:
@@ -257,9 +270,9 @@ def _by_value(plane: NDArray[Any], grey: Grey, spans: list[_Span]) -> Iterator[_
     for low, high in spans:
         single = low == high
         mask = plane == low if single else (plane >= low) & (plane <= high)
-        if cv2.countNonZero(mask.view(np.uint8)) < _GROUND * mask.size:
+        if np.count_nonzero(mask) < _GROUND * mask.size:
             relief = np.where(mask, edges if single else even, 0).astype(np.int16)
-            yield from _lines(mask, relief, least=_CLEAREST)
+            yield from _lines(_pieces(mask, relief), relief, least=_CLEAREST)
 
 
 def _spans(histogram: _Histogram) -> Iterator[_Span]:
@@ -278,12 +291,8 @@ def _spans(histogram: _Histogram) -> Iterator[_Span]:
         yield _Span(lightest - reach, high)
 
 
-def _lines(mask: Mask, relief: Grey, least: float = _CLEAR) -> Iterator[_Line]:
+def _lines(everything: _Pieces, relief: Grey, least: float = _CLEAR) -> Iterator[_Line]:
     """Level lines, and of the pieces that are in none of them, upright ones."""
-    pixels = cv2.countNonZero(mask.view(np.uint8))
-    if pixels < _FEWEST_PIXELS:
-        return
-    everything = _pieces(mask, relief, pixels)
     pieces = everything.chosen(_glyphlike(everything))
     free = np.ones(len(pieces.top), dtype=np.bool_)
     for group in _rows_of(pieces):
@@ -307,13 +316,18 @@ def _line(line: _Pieces, everything: _Pieces, relief: Grey, least: float) -> _Li
     return _Line(_extended(box, line, everything), certain)
 
 
-def _pieces(mask: Mask, relief: Grey, pixels: int) -> _Pieces:
-    """All connected pieces."""
+def _pieces(mask: Mask, relief: Grey) -> _Pieces:
+    """All connected pieces; none where there are too few pixels for three glyphs."""
+    places = np.flatnonzero(mask)
+    if len(places) < _FEWEST_PIXELS:
+        none = np.zeros(0, dtype=np.int64)
+        return _Pieces(none, none, none, none, none, np.zeros(0))
     count, labels, found, _ = cv2.connectedComponentsWithStats(
-        mask.view(np.uint8), connectivity=8, ltype=cv2.CV_16U if pixels < 2**16 else cv2.CV_32S
+        mask.view(np.uint8),
+        connectivity=8,
+        ltype=cv2.CV_16U if len(places) < 2**16 else cv2.CV_32S,
     )
     left, top, width, height, area = found[1:].T.astype(np.int64)
-    places = np.flatnonzero(mask)
     inside, weights = labels.ravel()[places], relief.ravel()[places]
     total = np.bincount(inside, weights=weights, minlength=count)[1:]
     return _Pieces(top, left, top + height, left + width, area, total / np.maximum(area, 1))
@@ -359,10 +373,20 @@ def _rows_of(pieces: _Pieces) -> Iterator[NDArray[np.int64]]:
     if len(first) < 2:
         return
     count = len(pieces.top)
-    graph = coo_array((np.ones(len(first)), (first, second)), shape=(count, count))
-    _, group = connected_components(graph, directed=False)
-    groups = _Groups.of(group)
+    groups = _Groups.of(_joined(count, first, second))
     yield from groups.members(_are_text(pieces, groups))
+
+
+def _joined(count: int, first: NDArray[np.int64], second: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The number of each piece's group, by its links: the smallest spreads until none changes."""
+    group = np.arange(count)
+    while True:
+        smaller = np.minimum(group[first], group[second])
+        if (smaller == np.maximum(group[first], group[second])).all():
+            return np.unique(group, return_inverse=True)[1]
+        np.minimum.at(group, first, smaller)
+        np.minimum.at(group, second, smaller)
+        group = group[group]
 
 
 def _linked(pieces: _Pieces) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -392,7 +416,8 @@ def _linked(pieces: _Pieces) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
 
 def _near(pieces: _Pieces, middle: Column, height: Column) -> NDArray[np.int64]:
     """Pairs that may be on one line, by their centres: (2, pairs); of dense texture the nearest."""
-    reach = float(np.percentile(height, 95)) * (_GAP + 2)
+    rank = len(height) * 19 // 20
+    reach = float(np.partition(height, rank)[rank]) * (_GAP + 2)
     flattened = middle * (reach / (_OFF_LINE * float(height.max())))
     tree = cKDTree(np.stack([(pieces.left + pieces.right) / 2, flattened], axis=1))
     while len(height) > _DENSE and tree.count_neighbors(tree, reach, p=np.inf) > _MOST_PAIRS:
