@@ -338,28 +338,32 @@ def test_an_answer_that_is_the_object_itself_is_kept(
 
 
 def test_a_part_arrives_whole_wherever_its_pieces_are_cut(
-    liar: Callable[[], Liar], inbox: Inbox, film: Callable[..., FileDataset],
-    object_bytes: Callable[..., bytes],
-):  # fmt: skip
+    liar: Callable[[], Liar], inbox: Inbox, object_bytes: Callable[..., bytes]
+):
     """Bytes within the object that look like the beginning of a boundary are no boundary."""
-    trap = b"\r\n--fronti" * 3000 + b"\r\n--frontie" * 3000
-    whole = object_bytes(ImageComments="x") + trap
-    server = liar()
+    trap = b"\r\n--fronti" * 100 + b"\r\n--frontie" * 100
+    server, uids = liar(), [f"{INSTANCE}.{number}" for number in range(1, 40)]
+    wholes = {uid: object_bytes(SOPInstanceUID=uid) + trap for uid in uids}
 
-    def slowly(handler: BaseHTTPRequestHandler) -> None:
-        body = multipart(whole)
+    def in_two_pieces(handler: BaseHTTPRequestHandler) -> None:
+        uid = handler.path.rsplit("/", 1)[1]
+        body, back = multipart(wholes[uid]), int(uid.rsplit(".", 1)[1])
         handler.send_response(200)
         handler.send_header("Content-Type", RELATED)
         handler.send_header("Transfer-Encoding", "chunked")
         handler.end_headers()
-        for at in range(0, len(body), 997):
-            piece = body[at : at + 997]
+        for piece in (body[:back], body[back:-back], body[-back:]):
             handler.wfile.write(f"{len(piece):x}\r\n".encode() + piece + b"\r\n")
         handler.wfile.write(b"0\r\n\r\n")
 
-    server.wado = slowly
-    assert server.fetch(inbox).counts == {Outcome.NEW.value: 1}
-    assert [file.read_bytes() for file in files(inbox)] == [whole]
+    server.qido = lambda path: instances(uids) if "instances" in path else Liar.honest(path)
+    server.wado = in_two_pieces
+    assert server.fetch(inbox).counts == {Outcome.NEW.value: len(uids)}
+    assert sorted(file.read_bytes() for file in files(inbox)) == sorted(wholes.values())
+
+
+def instances(uids: list[str]) -> list[Any]:
+    return [{"00080018": {"Value": [uid]}, "00080016": {"Value": [CR]}} for uid in uids]
 
 
 @pytest.mark.parametrize(
@@ -433,16 +437,16 @@ def test_an_object_that_trickles_in_has_its_time(liar: Callable[[], Liar], inbox
         handler.send_response(200)
         handler.send_header("Content-Type", RELATED)
         handler.end_headers()
+        handler.wfile.write(b"\r\n--frontier\r\nContent-Type: application/dicom\r\n\r\n")
         for _ in range(300):
             handler.wfile.write(bytes(2**16))
             handler.wfile.flush()
             time.sleep(0.05)
 
     server = liar()
-    server.wado = sends(b"")
     server.wado = trickling
     begun = time.monotonic()
-    with pytest.raises(PeerError):
+    with pytest.raises(PeerError, match="takes longer than"):
         server.fetch(inbox, object_seconds=0.5)
     assert time.monotonic() - begun < 10
     assert files(inbox) == []
@@ -569,11 +573,6 @@ def test_a_server_that_is_gone_in_the_middle_is_named_and_the_rest_is_fetched_la
     server, uids = liar(), [f"{INSTANCE}.{number}" for number in range(1, 31)]
     going = {"left": 12}
 
-    def qido(path: str) -> Any:
-        if "instances" not in path:
-            return Liar.honest(path)
-        return [{"00080018": {"Value": [uid]}, "00080016": {"Value": [CR]}} for uid in uids]
-
     def wado(handler: BaseHTTPRequestHandler) -> None:
         going["left"] -= 1
         if going["left"] < 0:
@@ -583,7 +582,8 @@ def test_a_server_that_is_gone_in_the_middle_is_named_and_the_rest_is_fetched_la
             handler, multipart(object_bytes(SOPInstanceUID=handler.path.rsplit("/")[-1])), RELATED
         )
 
-    server.qido, server.wado = qido, wado
+    server.qido = lambda path: instances(uids) if "instances" in path else Liar.honest(path)
+    server.wado = wado
     with pytest.raises(PeerError, match="cannot be reached"):
         server.fetch(inbox)
     assert len(files(inbox)) == 12
