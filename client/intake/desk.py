@@ -34,7 +34,7 @@ from client.intake.builder import ImageRecord
 from client.intake.decision import Decision, Shot
 from client.intake.deid.burned_in import Box
 from client.intake.deid.walk import Account
-from client.intake.dicom import FileResult
+from client.intake.dicom import NO_LABEL, FileResult
 from client.intake.items import Item
 from client.intake.keys import SiteKey
 from common.errors import CohortError, ConfigError
@@ -51,7 +51,7 @@ CREATE TABLE setting (key TEXT PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE item (
     number INTEGER PRIMARY KEY, id TEXT NOT NULL UNIQUE, place BLOB NOT NULL,
     state TEXT NOT NULL, reason TEXT NOT NULL DEFAULT '', content TEXT NOT NULL DEFAULT '',
-    named INT NOT NULL DEFAULT 0, line INT NOT NULL DEFAULT 0, boxes INT NOT NULL DEFAULT 0,
+    named INT NOT NULL DEFAULT 0, label TEXT NOT NULL DEFAULT '', boxes INT NOT NULL DEFAULT 0,
     account INT NOT NULL DEFAULT 0, decision INT NOT NULL DEFAULT 0,
     stamp TEXT NOT NULL DEFAULT ''
 );
@@ -62,6 +62,7 @@ CREATE TABLE image (
     image BLOB NOT NULL
 );
 CREATE INDEX image_by_item ON image (item);
+CREATE TABLE label (name TEXT PRIMARY KEY, said TEXT NOT NULL);
 CREATE TABLE account (number INTEGER PRIMARY KEY, counts TEXT NOT NULL UNIQUE);
 CREATE TABLE decision (number INTEGER PRIMARY KEY, item INT NOT NULL, said BLOB NOT NULL);
 CREATE INDEX decision_by_item ON decision (item);
@@ -98,7 +99,7 @@ class Entry:
         reason: why nothing is kept; it names no patient.
         content: keyed digest of its bytes.
         boxes: rectangles that were blanked in it.
-        line: of the label table; 0 if none spoke of it.
+        label: keyed digest of what finds its label; empty if none was found.
         decision: number of the decision under which it was read; 0 for none.
     """
 
@@ -108,7 +109,7 @@ class Entry:
     reason: str
     content: str
     boxes: int
-    line: int
+    label: str
     decision: int
 
     @property
@@ -126,7 +127,7 @@ class Row:
 
 
 _GONE = "it is no longer in the source"
-_ENTRY = "number, id, state, reason, content, boxes, line, decision"
+_ENTRY = "number, id, state, reason, content, boxes, label, decision"
 
 
 class Desk:
@@ -373,14 +374,14 @@ class Desk:
         account = self._account(result.account) if state is State.KEPT else 0
         boxes = result.account.counts["pixels: box blanked", "PixelData"]
         self._database.execute(
-            "UPDATE item SET state = ?, reason = ?, content = ?, named = ?, line = ?, boxes = ?, "
+            "UPDATE item SET state = ?, reason = ?, content = ?, named = ?, label = ?, boxes = ?, "
             "account = ? WHERE number = ?",
             (
                 state,
                 result.reason,
                 self.content_id(result.content),
                 result.names_patient,
-                result.line,
+                self.label_id(result.label),
                 boxes,
                 account,
                 number,
@@ -449,9 +450,49 @@ class Desk:
         """Whether any object that was read names a patient."""
         return bool(self._one("SELECT EXISTS(SELECT 1 FROM item WHERE named)"))
 
-    def lines(self) -> set[int]:
-        """The lines of the label table of which something was kept."""
-        query = "SELECT DISTINCT line FROM item WHERE state IN ('kept', 'copy')"
+    # The label table.
+
+    def label_id(self, value: str) -> str:
+        """The keyed digest that stands for what finds a label; empty for nothing."""
+        return self.key.pseudonym("label", value) if value else ""
+
+    def settle_labels(self, table: Mapping[str, str]) -> None:
+        """Hold the label table to what it said before; it may only have grown.
+
+        What was refused for want of a label is to be read again where there are new lines.
+
+        Args:
+            table: what each line says, by what finds it.
+
+        Raises:
+            ConfigError: if a line is gone, or says something else.
+        """
+        said = {
+            self.label_id(name): self.key.pseudonym("label", name, text)
+            for name, text in table.items()
+        }
+        known = dict(self._database.execute("SELECT name, said FROM label"))
+        gone = len(known.keys() - said.keys())
+        other = sum(said[name] != told for name, told in known.items() if name in said)
+        if gone or other:
+            raise ConfigError(
+                f"{self.path}: {gone} lines of the label table are gone since the intake's first "
+                f"start, and {other} say something else; a table may only grow: put them back, or "
+                "take in under another cohort's name"
+            )
+        new = [(name, said[name]) for name in sorted(said.keys() - known.keys())]
+        if new:
+            with self._transaction():
+                self._database.executemany("INSERT INTO label VALUES (?, ?)", new)
+                self._database.execute(
+                    "UPDATE item SET state = 'open', reason = '' "
+                    "WHERE state = 'refused' AND reason LIKE ?",
+                    (f"{NO_LABEL}%",),
+                )
+
+    def labelled(self) -> set[str]:
+        """The keyed digests of what found the labels of which something was kept."""
+        query = "SELECT DISTINCT label FROM item WHERE state IN ('kept', 'copy')"
         return {row[0] for row in self._database.execute(query)}
 
     # For the report.

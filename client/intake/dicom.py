@@ -37,6 +37,7 @@ from common.errors import CohortError, ConfigError, IntakeError, ReviewError
 from common.files import disk_refuses
 from common.spec import Input
 
+NO_LABEL = "no label"
 MOST_SHOTS = 16
 """Pictures of one file for review; of more frames, they are spread evenly."""
 
@@ -70,7 +71,7 @@ class FileResult:
         reviewable: a person may let it through.
         names_patient: whether it is DICOM with a patient identifier.
         put_aside: it names no patient, and was not decoded for that.
-        line: the line of the label table that spoke of it; 0 if none did.
+        label: the value of its key in the label table, an identifier; empty if none spoke of it.
         content: SHA-256 of its bytes; empty if they could not be read.
         written: the file that was written of it, for an export.
         account: what was done to its header.
@@ -83,7 +84,7 @@ class FileResult:
     reviewable: bool = False
     names_patient: bool = False
     put_aside: bool = False
-    line: int = 0
+    label: str = field(default="", repr=False)
     content: str = ""
     written: Written | None = None
     account: Account = field(default_factory=Account)
@@ -174,7 +175,7 @@ class FileReader:
                 raise IntakeError(f"it is {kind}, no picture of a patient")
             element = file.pixel_element()
             entry = self._label(file.header)
-            found = replace(found, line=entry.line)
+            found = replace(found, label=text_of(file.header, self.labels.key))
             if not found.names_patient and not task.without_patient:
                 return replace(found, put_aside=True)
             clean = self.deidentify(file.header, task.decision)
@@ -187,7 +188,7 @@ class FileReader:
             return kept
 
         result = result_of(task, self.limits, read)
-        return replace(result, names_patient=found.names_patient, line=found.line)
+        return replace(result, names_patient=found.names_patient, label=found.label)
 
     def _judged(
         self,
@@ -251,9 +252,9 @@ class FileReader:
     def _label(self, header: Dataset) -> LabelEntry:
         key = text_of(header, self.labels.key)
         if not key:
-            raise IntakeError(f"no label: its {self.labels.key} is empty")
+            raise IntakeError(f"{NO_LABEL}: its {self.labels.key} is empty")
         if key not in self.labels.entries:
-            raise IntakeError(f"no label: its {self.labels.key} is not in the label table")
+            raise IntakeError(f"{NO_LABEL}: its {self.labels.key} is not in the label table")
         return self.labels.entries[key]
 
     def _frames(self, geometry: Geometry) -> range:

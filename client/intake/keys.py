@@ -24,7 +24,7 @@ from common.errors import ConfigError
 PSEUDONYM_BYTES = 16
 MOST_SHIFTED = 3652
 """Days by which dates are shifted at most: ten years, either way."""
-Domain = Literal["patient", "study", "series", "instance", "order", "item", "content"]
+Domain = Literal["patient", "study", "series", "instance", "order", "item", "content", "label"]
 _DerivedDomain = Literal["uid", "date shift", "derived key"]
 
 

@@ -74,10 +74,10 @@ def read_labels(path: Path, task: Task, keys: Sequence[str] = DICOM_KEYS) -> Lab
         raise ConfigError(f"{path}: cannot be read as a CSV in UTF-8 ({error})") from error
 
 
-def labels_without_image(labels: LabelTable, used: Collection[int]) -> Iterator[NotUsed]:
+def labels_without_image(labels: LabelTable, used: Collection[str]) -> Iterator[NotUsed]:
     """The lines of a table of which nothing was kept; for the hospital's own eyes."""
     for name, entry in labels.entries.items():
-        if entry.line not in used:
+        if name not in used:
             where = f"{labels.source}:{entry.line} ({labels.key} {name})"
             yield NotUsed(where, "label without a usable image")
 

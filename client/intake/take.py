@@ -143,7 +143,7 @@ def take_in(
 
     Raises:
         CohortError: if the cohort cannot be written, or is not that of this desk.
-        ConfigError: if it was begun with another key, spec, profile or label table.
+        ConfigError: if it was begun with another key, spec or profile, or a label has changed.
         IntakeError: if there is no such source, or it is not of one kind.
     """
     check_target(order.cohort, order.source)
@@ -201,11 +201,12 @@ class _Intake:
         self._desk.settle(
             makes="a cohort",
             spec=_spec_digest(order.spec),
-            labels=_labels_digest(order.labels),
+            labels=order.labels.key,
             split=order.split,
             profile=order.profile.digest,
             deidentification=self._digest,
         )
+        self._desk.settle_labels(_said(order.labels))
         self._check_cohort()
         if self._phase == _FINISHING:
             self._finish()
@@ -349,7 +350,9 @@ class _Intake:
 
     def _summary(self) -> IntakeSummary:
         order, desk = self._order, self._desk
-        labels = labels_without_image(order.labels, desk.lines())
+        used = desk.labelled()
+        found = {name for name in order.labels.entries if desk.label_id(name) in used}
+        labels = labels_without_image(order.labels, found)
         contents = summarise(Cohort.open(order.cohort, order.cohort_key))
         unusable = self._listing.unusable
         return IntakeSummary(order.cohort, contents, (*not_used(desk), *unusable, *labels))
@@ -386,6 +389,6 @@ def _spec_digest(spec: RunSpec) -> str:
     return hashlib.sha256("\n".join(said).encode()).hexdigest()
 
 
-def _labels_digest(labels: LabelTable) -> str:
-    entries = sorted((name, entry.label, entry.split) for name, entry in labels.entries.items())
-    return hashlib.sha256(repr((labels.key, entries)).encode()).hexdigest()
+def _said(labels: LabelTable) -> dict[str, str]:
+    """What each line of a table says, by what finds it."""
+    return {name: repr((entry.label, entry.split)) for name, entry in labels.entries.items()}

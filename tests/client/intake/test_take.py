@@ -301,12 +301,30 @@ def test_another_order_is_refused_and_nothing_is_touched(
     assert content(order.cohort) == before
 
 
-def test_other_labels_are_refused(filled: Any, go: Any) -> None:
+def test_a_label_that_changes_or_goes_is_refused(filled: Any, go: Any) -> None:
     go(filled.order(filled.labels(EVERYBODY)))
-    other = filled.order(filled.labels(EVERYBODY | {"P1": "finding"}))
+    fewer = {name: label for name, label in EVERYBODY.items() if name != "P1"}
 
-    with pytest.raises(ConfigError, match="labels"):
-        go(other)
+    with pytest.raises(ConfigError, match=r"0 lines .* gone .* 1 say something else"):
+        go(filled.order(filled.labels(EVERYBODY | {"P1": "finding"})))
+    with pytest.raises(ConfigError, match=r"1 lines .* gone"):
+        go(filled.order(filled.labels(fewer)))
+
+
+def test_a_label_table_may_grow_and_be_sorted_otherwise(
+    filled: Any, go: Any, in_this_process: Any
+) -> None:
+    some = {name: label for name, label in EVERYBODY.items() if name != "P1"}
+    assert len(go(filled.order(filled.labels(some)))) == 10
+
+    order = filled.order(filled.labels(dict(reversed(EVERYBODY.items()))))
+    summary = take_in(order, pool=in_this_process, today=DAY)
+
+    assert len(Cohort.open(order.cohort)) == 12
+    without = {item.what.split("PatientID ")[1].strip(")") for item in summary.not_used[2:]}
+    assert without == EVERYBODY.keys() - {f"P{number}" for number in range(6)}
+    everything = b"".join(path.read_bytes() for path in order.desk.rglob("*") if path.is_file())
+    assert b"P59" not in everything
 
 
 def test_a_foreign_cohort_is_never_touched(filled: Any, go: Any) -> None:
@@ -482,7 +500,7 @@ def test_a_full_disk_ends_the_intake_and_costs_no_object(
 ) -> None:
     order = dataclasses.replace(filled.order(filled.labels(EVERYBODY)), batch=3)
 
-    with small_files(60_000), pytest.raises(CohortError, match="cannot be written"):
+    with small_files(70_000), pytest.raises(CohortError, match="cannot be written"):
         go(order)
 
     assert not order.cohort.exists()
