@@ -7,6 +7,7 @@ of text and faces; then the pixels; then the header.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -35,6 +36,7 @@ from common.errors import DataError, IntakeError, ReviewError
 
 Check = Callable[[Dataset, Profile], None]
 _PREAMBLE = bytes(128)
+_UID = re.compile(r"[0-9.]{1,64}")
 
 
 @dataclass(frozen=True)
@@ -169,6 +171,7 @@ class Engine:
         pixels = (self.pixels or PixelCleaner(self.profile, spool=self.spool))(file)
         account = Account()
         clean = self.clean_header(header, account)
+        name = _name_of(clean)
         _put_pixels(clean, pixels, account)
         if self.profile.clean_graphics:
             account.counts["overlays: box blanked", "OverlayData"] += clean_overlays(
@@ -178,7 +181,7 @@ class Engine:
         meta = self.file_meta(clean, pixels.syntax)
         dataset = FileDataset("", clean, preamble=_PREAMBLE, file_meta=meta)
         dataset.set_original_encoding(False, True)
-        return Cleaned(dataset, f"{text_of(clean, 'SOPInstanceUID')}.dcm", account)
+        return Cleaned(dataset, f"{name}.dcm", account)
 
 
 @contextmanager
@@ -195,6 +198,14 @@ def _told_by_kind() -> Iterator[None]:
         raise IntakeError("it is a DICOMDIR, which lists files and is none") from None
     except Exception as error:  # noqa: BLE001
         raise IntakeError(f"cannot be read ({type(error).__name__})") from None
+
+
+def _name_of(clean: Dataset) -> str:
+    """The new UID; of what stood there as one nothing may be left, if it could not be read."""
+    name = text_of(clean, "SOPInstanceUID")
+    if _UID.fullmatch(name) is None:
+        raise IntakeError("its SOP Instance UID cannot be read as one; expected one in (0008,0018)")
+    return name
 
 
 def _put_pixels(clean: Dataset, pixels: CleanPixels, account: Account) -> None:

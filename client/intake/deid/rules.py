@@ -49,7 +49,7 @@ _CODE_DETAILS = frozenset(
     }
 )
 _MOST_KNOWN = 2**14
-_COMMAND_GROUP, _META_GROUP, _PIXEL_GROUP = 0x0000, 0x0002, 0x7FE0
+_COMMAND_GROUP, _META_GROUP, _PIXEL_GROUP, _DELIMITER_GROUP = 0x0000, 0x0002, 0x7FE0, 0xFFFE
 _PATIENT_ID = 0x00100020
 # Identities under somebody's key (PS3.15 E.1.1): ours are not in the file at all.
 _ENCRYPTED = 0x04000500
@@ -205,10 +205,10 @@ def _of_tag(tag: BaseTag, *, top: bool) -> Rule | None:
 
 
 def _is_structure(tag: BaseTag, *, top: bool) -> bool:
-    """Group lengths, commands, file meta, pixels, and what is said anew: written by us or not."""
+    """Group lengths, commands, delimiters, file meta, pixels, what is said anew: ours or none."""
     return (
         tag.element == 0
-        or tag.group in (_COMMAND_GROUP, _META_GROUP, _PIXEL_GROUP)
+        or tag.group in (_COMMAND_GROUP, _META_GROUP, _PIXEL_GROUP, _DELIMITER_GROUP)
         or tag == _ENCRYPTED
         or (top and int(tag) in _SAID_ANEW)
     )

@@ -112,6 +112,32 @@ def test_the_same_file_gives_the_same_bytes(film: Film, clean: Clean) -> None:
     assert clean(film()).data == clean(film()).data
 
 
+@pytest.mark.parametrize("uid", ["\\\\", "1.2\\3.4"])
+def test_what_has_no_readable_name_of_its_own_is_refused(
+    film: Film, clean: Clean, as_bytes: Any, uid: str
+) -> None:
+    data = as_bytes(film(SOPInstanceUID="1.2.345"))
+    named = data.replace(
+        b"\x08\0\x18\0UI\x08\x001.2.345\0", b"\x08\0\x18\0UI\x08\0" + uid.encode().ljust(8, b"\0")
+    )
+    assert named != data
+
+    with pytest.raises(IntakeError, match="cannot be read as one"):
+        clean(named)
+
+
+def test_a_delimiter_that_stands_where_an_attribute_belongs_goes(
+    film: Film, clean: Clean, as_bytes: Any
+) -> None:
+    data = as_bytes(film(ReceiveCoilName="C"))
+    head = b"\x18\0\x50\x12SH\x02\0"
+    assert head in data
+
+    again = clean(data.replace(head, b"\xfe\xff\0\xe0" + head[4:])).again
+
+    assert 0xFFFEE000 not in again
+
+
 def test_file_meta_and_name_are_new(film: Film, clean: Clean) -> None:
     result = clean(film())
 
