@@ -45,14 +45,18 @@ def register(server_app: ServerApp, station_of: Callable[[Context, RunSpec], Sta
         spec = RunSpec.from_json(str(context.run_config["spec"]), source="run configuration")
         station = station_of(context, spec)
         evaluator = CentralEvaluator(spec, Cohort.open(station.evaluation))
-        with _alone(station.folder):
+        with alone(station.folder):
             run = FederatedRun(spec, station.folder, evaluator=evaluator, conduct=station.conduct)
             run.run(grid)
 
 
 @contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Two conductors of one run would mix their rounds and charge the sites twice."""
+def alone(folder: Path) -> Iterator[None]:
+    """Hold a run's folder: two conductors would mix its rounds and charge the sites twice.
+
+    Raises:
+        RunError: if another process holds it.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     with ExitStack() as held:
         try:

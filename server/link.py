@@ -10,16 +10,22 @@ moves.
 from __future__ import annotations
 
 import hashlib
+import logging
+import sys
+import tempfile
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from fastapi import FastAPI
+from fastapi import FastAPI, HTTPException
+from flwr.app import Message, Metadata
 from flwr.app.user_config import UserConfig
+from flwr.cli.build import build_fab_from_disk
 from flwr.common.constant import (
     NOOP_ACCOUNT_NAME,
     NOOP_FLWR_AID,
@@ -32,15 +38,22 @@ from flwr.common.serde import (
 )
 from flwr.proto.control_pb2 import RegisterNodeRequest, StartRunRequest, UnregisterNodeRequest
 from flwr.proto.fab_pb2 import Fab
-from flwr.proto.runtime_pb2 import AcquireTaskRequest, PullTaskInputRequest
+from flwr.proto.fleet_pb2 import PushMessagesRequest
+from flwr.proto.runtime_pb2 import PullTaskInputRequest
 from flwr.proto.task_pb2 import Task
-from flwr.server.superlink.linkstate import LinkState, LinkStateFactory
+from flwr.server.superlink.linkstate import LinkStateFactory
+from flwr.server.superlink.linkstate.sql_linkstate import SqlLinkState
+from flwr.server.superlink.linkstate.utils import create_message_error_unavailable_res_message
 from flwr.supercore import sql_mixin
 from flwr.supercore.auth.typing import AccountInfo
-from flwr.supercore.constant import TaskType
+from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER
 from flwr.supercore.error import http_error_translator
+from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
+from flwr.supercore.object_store import NoObjectInStoreError
+from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 from flwr.supercore.protobuf.translation import ProtobufTranslationMiddleware
-from flwr.supercore.servicer.runtime import runtime_handlers as core_handlers
+from flwr.supercore.state.schema.linkstate_models import MessageIns, MessageRes
+from flwr.supercore.state.schema.objectstore_models import StoredObject
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.superlink.config_loader import (
     get_federation_manager,
@@ -51,16 +64,42 @@ from flwr.superlink.routers.fleet.node_auth import NodeAuthMiddleware
 from flwr.superlink.routers.fleet.router import router as fleet_router
 from flwr.superlink.servicer.control import control_handlers
 from flwr.superlink.servicer.runtime import runtime_handlers
+from sqlalchemy import func, select
 from starlette.middleware import Middleware
-from starlette.middleware.base import BaseHTTPMiddleware
-from starlette.responses import PlainTextResponse
+from starlette.middleware.base import BaseHTTPMiddleware, RequestResponseEndpoint
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from common.certificates import public_key
 from common.errors import RunError
+
+log = logging.getLogger("cloister.link")
+
+PUBLIC_KEY_HEADER = FLEET_HTTP_PUBLIC_KEY_HEADER.lower().encode()
+"""Of each request: the key that signed it, PEM in base64."""
+LARGEST_REPLY = 2**33
+"""Bytes of a reply, where nobody says less."""
+FLEET = "/v1/fleet/"
 
 _ACCOUNT = AccountInfo(NOOP_FLWR_AID, NOOP_ACCOUNT_NAME)
 _BUSY_MILLISECONDS = "60000"
 _BEAT_SECONDS = 10.0
+_MOST_PARTS = 20_000  # of a reply; SQLite takes no more values in a question
+_BUNDLE = """
+[project]
+name = "cloister"
+version = "0.1.0"
+license = "Apache-2.0"
+
+[tool.flwr.app]
+publisher = "cloister"
+fab-include = ["LICENSE"]
+
+[tool.flwr.app.components]
+serverapp = "server.app:app"
+clientapp = "client.app:app"
+"""
 
 
 @dataclass(frozen=True)
@@ -71,13 +110,27 @@ class Seen:
         number: Flower's.
         public_key: in the bytes of Flower (`public_key_to_bytes`).
         online: whether its heartbeats come.
+        left: when it was last seen to go, ISO 8601; empty if never.
     """
 
     number: int
     name: str
     public_key: bytes
     online: bool
-    last_seen: str
+    left: str
+
+
+def bundle() -> bytes:
+    """What Flower takes a run to consist of: a name and a licence, and no code (ADR 0006)."""
+    with tempfile.TemporaryDirectory(prefix="cloister-bundle-") as folder:
+        (Path(folder) / "pyproject.toml").write_text(_BUNDLE)
+        (Path(folder) / "LICENSE").write_text("Apache-2.0\n")
+        return build_fab_from_disk(Path(folder))
+
+
+def flower_key(key: bytes) -> bytes:
+    """A public key as Flower has it, of its bytes as `common.certificates` has them."""
+    return public_key_to_bytes(public_key(key))
 
 
 class Exchange:
@@ -94,9 +147,12 @@ class Exchange:
         )
 
     @cached_property
-    def state(self) -> LinkState:
+    def state(self) -> SqlLinkState:
         """Flower's state."""
-        return self.factory.state()
+        made = self.factory.state()
+        if not isinstance(made, SqlLinkState):
+            raise RunError(f"Flower keeps its state in a {type(made).__name__}, not in the file")
+        return made
 
     def register(self, public_key: bytes, name: str) -> int:
         """Let the node of this key take part, under a name; returns Flower's number for it."""
@@ -118,10 +174,27 @@ class Exchange:
                 node.name,
                 bytes(node.public_key),
                 node.status == "online",
-                node.last_activated_at,
+                node.last_deactivated_at or "",
             )
             for node in self.state.get_node_info(owner_aids=[_ACCOUNT.flwr_aid])
+            if node.status != "unregistered"
         ]
+
+    def nobody_is_here(self) -> None:
+        """Take all nodes for gone, as after a restart; those that live say so in a moment.
+
+        A node that has noticed nothing is taken back by its next heartbeat, and one that connects
+        anew need not wait until Flower has forgotten the connection that died with the process.
+        """
+        for node in self.nodes():
+            if node.online:
+                self.state.deactivate_node(node.number)
+
+    def left(self) -> dict[str, str]:
+        """When each site that is not connected was last seen to go; empty if it never came."""
+        nodes = self.nodes()
+        here = {node.name for node in nodes if node.online}
+        return {node.name: node.left for node in nodes if node.name not in here}
 
     def submit(self, bundle: bytes, config: UserConfig) -> int:
         """Submit a bundle with its configuration; returns Flower's number of the run."""
@@ -133,11 +206,22 @@ class Exchange:
         return int(response.run_id)
 
     @contextmanager
-    def conducting(self, run: int) -> Iterator[LinkGrid]:
+    def conducting(
+        self,
+        run: int,
+        *,
+        check: Callable[[], None] = lambda: None,
+        largest_reply: int = LARGEST_REPLY,
+    ) -> Iterator[LinkGrid]:
         """Conduct a run that was submitted and that nobody conducts yet.
 
         Flower holds a run whose conductor does not say that it is alive for failed. So heartbeats
         are sent as long as this lasts, and at its end Flower learns how the run ended.
+
+        Args:
+            run: Flower's number of it.
+            check: is called before whatever is asked of the grid; what it raises, the grid raises.
+            largest_reply: in bytes; a larger one is dropped unread.
 
         Raises:
             RunError: if somebody conducts it, or it is over.
@@ -145,7 +229,7 @@ class Exchange:
         task = self._claimed(run)
         given = runtime_handlers.pull_task_input(PullTaskInputRequest(), self.state, task)
         _identify(given.task_id, run, given.context.node_id)
-        grid = LinkGrid(_Handlers(self.state, task))
+        grid = LinkGrid(_Handlers(self.state, task, check), largest_reply)
         grid.set_run(run_from_proto(given.run))
         over = threading.Event()
         beating = threading.Thread(target=self._beat, args=(task.task_id, over), daemon=True)
@@ -164,13 +248,11 @@ class Exchange:
         self.state.stop_run(run)
 
     def _claimed(self, run: int) -> Task:
-        wanted = AcquireTaskRequest(supported_task_types=[TaskType.SERVER_APP])
-        while (acquired := core_handlers.acquire_task(wanted, self.state)).HasField("task"):
-            if acquired.task.run_id == run:
-                return acquired.task
-            self.state.finish_task(
-                acquired.task.task_id, sub_status=SubStatus.STOPPED, details="nobody conducts it"
-            )
+        found = self.state.get_run_info(run_ids=[run])
+        wanted = found[0].primary_task_id if found else None
+        for task in self.state.get_tasks(task_ids=[wanted]) if wanted is not None else ():
+            if self.state.claim_task(task.task_id):
+                return task
         raise RunError(f"run {run} of Flower's is conducted already, or over; submit it again")
 
     def _beat(self, task: int, over: threading.Event) -> None:
@@ -179,31 +261,129 @@ class Exchange:
 
 
 class LinkGrid(HttpGrid):
-    """Flower's Grid upon the state itself, without a network in between."""
+    """Flower's Grid upon the state itself, without a network in between.
 
-    def __init__(self, handlers: _Handlers) -> None:
+    Nothing waits in it: a reply is pulled when all of it is there, and one at a time. A message
+    that can have no answer any more, since its node went away with it or its upload broke off, is
+    answered by an error of Flower's, NODE_UNAVAILABLE: the node may be asked again.
+    """
+
+    def __init__(self, handlers: _Handlers, largest_reply: int) -> None:
         super().__init__(token="unused: nothing is sent")  # noqa: S106
         self._handlers = handlers
+        self._largest = largest_reply
+        self._sent: dict[str, Metadata] = {}
 
     @property
     def _runtime_client(self) -> Any:
         return self._handlers
 
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """See `Grid`; empty for what could not be sent."""
+        self._forget_what_is_over()
+        wanted = list(messages)
+        identities = list(super().push_messages(wanted))
+        for identity, message in zip(identities, wanted, strict=True):
+            if identity:
+                self._sent[identity] = message.metadata
+        return identities
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterator[Message]:
+        """See `Grid`."""
+        asked = [identity for identity in message_ids if identity in self._sent]
+        standing = self._handlers.standing(asked)
+        here = {node.node_id for node in self.get_nodes()}
+        for identity in asked:
+            found = standing.get(identity)
+            if found is not None and found.whole and found.size > self._largest:
+                log.warning("a reply of %d bytes, expected at most %d", found.size, self._largest)
+                yield self._lost(identity, "msg_unavail")
+            elif found is not None and found.whole:
+                del self._sent[identity]
+                yield from super().pull_messages([identity])
+            elif found is None or self._sent[identity].dst_node_id not in here:
+                yield self._lost(identity, "node_unavail")
+
+    def _lost(self, identity: str, kind: str) -> Message:
+        metadata = self._sent.pop(identity)
+        self._handlers.drop(identity)
+        return create_message_error_unavailable_res_message(metadata, kind)
+
+    def _forget_what_is_over(self) -> None:
+        """What nobody can answer any more would fill the disk until the run's end."""
+        for identity, metadata in list(self._sent.items()):
+            if metadata.created_at + metadata.ttl < time.time():
+                del self._sent[identity]
+                self._handlers.drop(identity)
+
     def close(self) -> None:
         """There is no connection to end."""
+
+
+@dataclass(frozen=True)
+class _Standing:
+    """What has come of a message that is known to Flower: whether its reply is whole, its bytes."""
+
+    whole: bool = False
+    size: int = 0
 
 
 class _Handlers:
     """Flower's runtime handlers for one task, with the methods of its HTTP client."""
 
-    def __init__(self, state: LinkState, task: Task) -> None:
+    def __init__(self, state: SqlLinkState, task: Task, check: Callable[[], None]) -> None:
         self._state = state
         self._task = task
+        self._check = check
+
+    def standing(self, asked: Sequence[str]) -> dict[str, _Standing]:
+        """What has come of these messages; one that Flower has dropped is not among them."""
+        self._check()
+        if not asked:
+            return {}
+        with self._state.session() as session:
+            known = session.scalars(
+                select(MessageIns.message_id).where(MessageIns.message_id.in_(asked))
+            ).all()
+            replies = session.execute(
+                select(MessageRes.reply_to_message_id, MessageRes.message_id).where(
+                    MessageRes.reply_to_message_id.in_(asked)
+                )
+            ).all()
+            found = {str(identity): _Standing() for identity in known}
+            return found | {str(of): self._reply(session, str(reply)) for of, reply in replies}
+
+    def _reply(self, session: Any, identity: str) -> _Standing:
+        try:
+            tree = self._state.object_store.get_object_tree(identity)
+        except NoObjectInStoreError:
+            return _Standing()
+        parts = {part.object_id for part in iterate_object_tree(tree)}
+        if len(parts) > _MOST_PARTS:
+            return _Standing(whole=True, size=sys.maxsize)
+        there, size = session.execute(
+            select(
+                func.sum(StoredObject.is_available), func.sum(func.length(StoredObject.content))
+            ).where(StoredObject.object_id.in_(parts))
+        ).one()
+        return _Standing(there == len(parts), size or 0)
+
+    def drop(self, identity: str) -> None:
+        """Have Flower forget a message, and what came of it."""
+        with self._state.session() as session:
+            replies = session.scalars(
+                select(MessageRes.message_id).where(MessageRes.reply_to_message_id == identity)
+            ).all()
+            self._state.delete_messages({identity})
+        for each in (identity, *map(str, replies)):
+            self._state.object_store.delete(each)
 
     def GetNodes(self, request: Any) -> Any:  # noqa: N802
+        self._check()
         return runtime_handlers.get_nodes(request, self._state, self._task)
 
     def PushMessages(self, request: Any) -> Any:  # noqa: N802
+        self._check()
         return runtime_handlers.push_messages(request, self._state, self._task)
 
     def PullMessages(self, request: Any) -> Any:  # noqa: N802
@@ -233,6 +413,7 @@ def fleet_app(factory: LinkStateFactory) -> FastAPI:
             Middleware(BaseHTTPMiddleware, dispatch=http_error_translator),
             Middleware(ProtobufTranslationMiddleware),
             Middleware(NodeAuthMiddleware),
+            Middleware(BaseHTTPMiddleware, dispatch=_in_its_own_name),
         ],
     )
     app.state.linkstate_factory = factory
@@ -243,6 +424,16 @@ def fleet_app(factory: LinkStateFactory) -> FastAPI:
     return app
 
 
+async def _in_its_own_name(request: Request, go_on: RequestResponseEndpoint) -> Response:
+    """Flower knows who sends a reply, and takes it in whoever's name it is written: not here."""
+    said = getattr(request.state, "protobuf_request", None)
+    if isinstance(said, PushMessagesRequest):
+        senders = {message.metadata.src_node_id for message in said.messages_list}
+        if len(said.messages_list) != 1 or senders != {said.node.node_id}:
+            raise HTTPException(401, "a reply in another node's name")
+    return await go_on(request)
+
+
 class _FleetAlone:
     """Whatever is not the fleet API's is not there; asked before anything else of it is read."""
 
@@ -250,7 +441,7 @@ class _FleetAlone:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and not scope["path"].startswith("/v1/fleet/"):
+        if scope["type"] == "http" and not scope["path"].startswith(FLEET):
             await PlainTextResponse("not found\n", status_code=404)(scope, receive, send)
             return
         await self._app(scope, receive, send)

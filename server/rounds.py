@@ -20,7 +20,8 @@ What it promises:
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -68,6 +69,7 @@ from server.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from server.evaluation import CentralEvaluator, EarlyStopping
 from server.federated import result_of, table_of
 from server.journal import RunJournal, SiteEntry
+from server.members import Anybody, Members
 from server.post import Post, names_of
 from server.witness import WITNESS_FILE, WitnessBook
 
@@ -77,6 +79,8 @@ _LONGEST_SLEEP = 0.25
 _ASK_AGAIN, _ASK_AGAIN_SHARE = 15.0, 0.1  # seconds, and of the deadline
 _PATIENCE = 60.0  # with a node that is asked again: it may have been restarted meanwhile
 _CLOSING_SECONDS = 5.0
+_GATHERING_SECONDS = 20.0  # for sites that are expected, when there is a quorum without them
+_WELCOME_SECONDS, _WELCOME_AGAIN = 10.0, 300.0
 
 _WAY_OUT = {
     RefusalCode.APPROVAL: (
@@ -150,6 +154,7 @@ class Conduct:
         clock: time.
         witnesses: the file of the sites' witnesses, where several runs share one; None: one in
             the run's folder.
+        members: who is enrolled.
     """
 
     engine: str = "field"
@@ -157,6 +162,7 @@ class Conduct:
     observer: Observer = field(default_factory=LogObserver)
     clock: Clock = field(default_factory=Clock)
     witnesses: Path | None = None
+    members: Members = field(default_factory=Anybody)
 
 
 @dataclass(frozen=True)
@@ -177,9 +183,11 @@ class Guests:
         sites: who said yes, by name.
         waiting: nodes that said neither yes nor no, and the code that they gave for it.
         due: when those are to be asked again that have answered.
+        names: how people call a node.
     """
 
     kept: Mapping[str, str]
+    names: Callable[[int], str] = str
     sites: dict[str, Site] = field(default_factory=dict)
     waiting: dict[int, RefusalCode] = field(default_factory=dict)
     due: dict[int, float] = field(default_factory=dict)
@@ -232,9 +240,12 @@ class FederatedRun:
         self._spec, self._folder = spec, folder
         self._evaluator = evaluator
         self._observer, self._clock = conduct.observer, conduct.clock
+        self._members = conduct.members
         self._witnesses = WitnessBook(conduct.witnesses or folder / WITNESS_FILE)
         self._nodes: set[int] = set()
         self._faced: dict[int, str] = {}
+        self._turned_away: dict[int, float] = {}
+        self._called: dict[int, str] = {}
         self._network = models.build(spec)
         start = {name: p.detach().numpy().copy() for name, p in self._network.named_parameters()}
         found = load_checkpoint(folder / "checkpoint", spec.digest)
@@ -259,17 +270,32 @@ class FederatedRun:
             RunError: if fewer sites than the quorum say yes, or answer a round before its
                 deadline; or if the sites' witnesses cannot be read or kept.
         """
-        sites: Mapping[str, Site] = {}
+        sites: dict[str, Site] = {}
         if not self._finished:
             sites = self._invite(grid)
             self._observer.run_opened(self._spec, sorted(sites), len(self._state.history))
             for number in range(len(self._state.history) + 1, self._spec.rounds + 1):
+                self._welcome(grid, sites)
                 self._round(grid, number, sites)
                 if self._finished:
                     break
         weights = self._conclude()
         if self._evaluated_at_sites(grid, sites, weights):
             self._close(grid)
+
+    @property
+    def model_bytes(self) -> int:
+        """The size of the global model."""
+        return sum(array.nbytes for array in self._state.model.weights.values())
+
+    def end(self, grid: Grid) -> None:
+        """End the run where it stands: its result is that of its last finished round, if any.
+
+        The sites are told, and none of them takes part in it any more.
+        """
+        if self._state.history:
+            self._conclude()
+        self._close(grid)
 
     @property
     def _finished(self) -> bool:
@@ -285,24 +311,62 @@ class FederatedRun:
             self._decline(node_id, _WAY_OUT[code].format(digest=self._spec.digest[:12]))
         sites = guests.sites
         self._nodes = {site.node_id for site in sites.values()}
-        for node_id in set(nodes) - self._nodes - set(map(int, self._journal.declined)):
+        for node_id in set(nodes) - self._nodes - self._turned_away.keys():
             self._decline(node_id, "no answer to the invitation before the deadline")
+        self._note_who_is_missing(grid)
         if len(sites) < self._spec.federation.quorum:
             raise RunError(
                 f"{len(sites)} of {len(nodes)} nodes take part, the quorum is "
                 f"{self._spec.federation.quorum}; "
                 f"{'; '.join(sorted(set(self._journal.declined.values()))) or 'none is connected'}"
             )
+        self._enter(sites)
+        return sites
+
+    def _enter(self, sites: Mapping[str, Site]) -> None:
         for name, site in sites.items():
             card = site.card
+            self._called[site.node_id] = name
             self._journal.enter(name, SiteEntry(card.declared_size, site.mechanism, card.paced))
-        return sites
+
+    def _note_who_is_missing(self, grid: Grid) -> None:
+        """Whoever is expected and not there is in the record."""
+        here = {node.name for node in grid.get_nodes()}
+        for name in sorted(self._members.names() - here):
+            self._journal.declined[name] = self._members.absent(name) or "it was not there"
+
+    def _welcome(self, grid: Grid, sites: dict[str, Site]) -> None:
+        """Invite members that have come since; a site that has come back by another key goes on."""
+        names, expected, now = names_of(grid), self._members.names(), self._clock.now()
+        here = set(grid.get_node_ids())
+        come = [
+            node_id
+            for node_id in sorted(here - {site.node_id for site in sites.values()})
+            if names(node_id) in expected and self._turned_away.get(node_id, 0.0) <= now
+        ]
+        if not come:
+            return
+        guests = Guests(self._witnesses.read())
+        wait = min(_WELCOME_SECONDS, self._spec.federation.deadline_seconds)
+        self._ask_guests(grid, guests, come, now + wait)
+        self._turned_away |= dict.fromkeys(guests.waiting, now + _WELCOME_AGAIN)
+        for name, site in guests.sites.items():
+            if name in sites and sites[name].node_id in here:
+                self._decline(site.node_id, f"a second node calls itself {name!r}")
+            else:
+                sites[name] = site
+                self._nodes.add(site.node_id)
+                self._journal.declined.pop(name, None)
+        answered = {site.node_id for site in guests.sites.values()} | self._turned_away.keys()
+        self._turned_away |= dict.fromkeys(set(come) - answered, now + _WELCOME_AGAIN)
+        self._enter(guests.sites)
 
     def _ask_guests(
         self, grid: Grid, guests: Guests, nodes: Iterable[int], deadline: float
     ) -> None:
         """Ask all `nodes`, and those that wait for a person again and again until the deadline."""
         post, told = Post(grid, self._clock, deadline), dict(guests.waiting)
+        guests.names = names_of(grid)
         request = Invitation(self._spec).to_records()
         post.send(INVITE, dict.fromkeys(nodes, request))
         while post.open or (guests.waiting and self._clock.now() < deadline):
@@ -336,6 +400,7 @@ class FederatedRun:
                 return
             guests.waiting.pop(node_id, None)
             site = self._accepted(node_id, answer)
+            self._members.check(guests.names(node_id), site.card)
             if site.card.site in guests.sites:
                 raise MessageError(f"a second node calls itself {site.card.site!r}")
             self._witnesses.check(site.card.site, site.card.witness, guests.kept)
@@ -346,6 +411,7 @@ class FederatedRun:
 
     def _decline(self, node_id: int, reason: object) -> None:
         log.warning("node %d does not take part: %s", node_id, reason)
+        self._turned_away[node_id] = math.inf
         self._journal.declined[str(node_id)] = str(reason)
 
     def _accepted(self, node_id: int, answer: Reply | None) -> Site:
@@ -358,11 +424,17 @@ class FederatedRun:
         return Site(node_id, answer, accounting.planned(self._spec, answer.declared_size))
 
     def _wait_for_nodes(self, grid: Grid, deadline: float) -> list[int]:
-        """All connected nodes, once there are as many as the quorum."""
+        """All connected nodes, once all are there that are expected, or there is a quorum.
+
+        With a quorum, the others are waited for a little.
+        """
+        gathered = self._clock.now() + _GATHERING_SECONDS
         while True:
-            nodes = sorted(grid.get_node_ids())
-            if len(nodes) >= self._spec.federation.quorum or self._clock.now() >= deadline:
-                return nodes
+            nodes, now = {node.node_id: node.name for node in grid.get_nodes()}, self._clock.now()
+            missing = self._members.names() - set(nodes.values())
+            enough = len(nodes) >= self._spec.federation.quorum
+            if (enough and (not missing or now >= gathered)) or now >= deadline:
+                return sorted(nodes)
             self._clock.sleep(_LONGEST_SLEEP)
 
     def _round(self, grid: Grid, number: int, sites: Mapping[str, Site]) -> None:
@@ -412,7 +484,8 @@ class FederatedRun:
             made.sites[site.card.site] = {"status": status, "reason": reason}
             self._observer.site_answered(made.number, site.card.site, status)
         for name in sites.keys() - made.sites.keys():
-            made.sites[name] = {"status": "late", "reason": "no answer before the deadline"}
+            reason = self._members.absent(name) or "no answer before the deadline"
+            made.sites[name] = {"status": "late", "reason": reason}
             self._observer.site_answered(made.number, name, "late")
         faced = {n: s for n, s in sites.items() if made.sites[n]["status"] == "ok"}
         self._witnesses.keep({name: site.card.witness for name, site in faced.items()})
@@ -445,7 +518,8 @@ class FederatedRun:
     ) -> tuple[str, str]:
         """Fold one reply in; its status and, unless it is ``ok``, the reason."""
         if reply is None:
-            return "failed", "the node answered with an error, or not at all"
+            reason = self._members.absent(site.card.site)
+            return "failed", reason or "the node answered with an error, or not at all"
         try:
             answer = read_reply(reply)
             if isinstance(answer, RefusalReply):
@@ -483,11 +557,18 @@ class FederatedRun:
         self, grid: Grid, kind: str, requests: Mapping[int, RecordDict], deadline: float
     ) -> Iterator[tuple[int, RecordDict | None]]:
         """Send each node its request and yield each answer as it comes, until the deadline."""
-        post = Post(grid, self._clock, deadline)
+        post = Post(grid, self._clock, deadline, least=self._spec.federation.quorum)
         post.send(kind, requests)
         while post.open:
             yield from post.answers()
+            for node_id in [node for node in post.waits if self._is_barred(node)]:
+                post.forget(node_id)
+                yield node_id, None
             post.rest()
+
+    def _is_barred(self, node_id: int) -> bool:
+        name = self._called.get(node_id)
+        return name is not None and bool(self._members.barred(name))
 
     def _evaluated_at_sites(self, grid: Grid, sites: Mapping[str, Site], weights: Arrays) -> bool:
         """Ask for counts of the sites' held-out patients, if the run does and they are not here.

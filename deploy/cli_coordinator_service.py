@@ -1,0 +1,286 @@
+"""`cloister coordinator start`, `launch`, `runs`, …: a federation at work."""
+
+from __future__ import annotations
+
+import logging
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from common.errors import RunError
+from deploy.run_words import printable
+
+if TYPE_CHECKING:  # each command imports what it needs: --help answers at once
+    from deploy.live import LiveObserver
+    from server.runs import CoordinatorHome, Run
+
+HOME_VARIABLE = "CLOISTER_COORDINATOR_HOME"
+_LOOK_SECONDS = 0.25
+
+console = Console()
+
+HomeOption = Annotated[
+    Path, typer.Option("--home", envvar=HOME_VARIABLE, help="The coordinator's folder.")
+]
+RunArgument = Annotated[str, typer.Argument(help="The run's name, as `runs` lists it.")]
+
+
+def start(
+    home: Annotated[
+        Path, typer.Argument(envvar=HOME_VARIABLE, help="The coordinator's folder.")
+    ] = Path(),
+    *,
+    listen: Annotated[
+        str, typer.Option(help="The address of this machine on which nodes are heard.")
+    ] = "0.0.0.0",  # noqa: S104 - who may speak is decided by certificate
+    port: Annotated[
+        int | None,
+        typer.Option(
+            min=1, max=65535, help="Nodes' port.", show_default="the one that nodes were told"
+        ),
+    ] = None,
+    health_port: Annotated[
+        int,
+        typer.Option(
+            min=0, max=65535, help="Answer gRPC health probes on loopback at this port; 0: don't."
+        ),
+    ] = 0,
+    most_runs: Annotated[int, typer.Option(min=1, help="Runs at once; others wait.")] = 4,
+) -> None:
+    """Serve the federation: hear the nodes, and conduct the runs that were launched.
+
+    It runs until it is ended (Ctrl-C, SIGTERM). Started again, it goes on with every run that is
+    not over, at its last finished round. It needs no passphrase. A new roster or certificate is
+    taken while it runs.
+
+    Example: `cloister coordinator start federation`
+    """
+    from server import coordinator, fleet
+    from server.coordinator import Settings, run_service
+    from server.roster import Roster
+    from server.runs import open_home
+
+    found = open_home(home)
+    chosen = port or int(Roster(found.path).content().address.rpartition(":")[2])
+    settings = Settings(listen, chosen, health_port, most_runs)
+    for log in (coordinator.log, fleet.log):
+        log.setLevel(logging.INFO)
+    logging.getLogger("flwr").setLevel(logging.WARNING)
+    run_service(found, settings, lambda heard: _say(f"Nodes are heard on {listen} port {heard}."))
+
+
+def launch(
+    run_file: Annotated[Path, typer.Argument(help="The run's TOML file.")],
+    *,
+    home: HomeOption = Path(),
+    follow: Annotated[
+        bool, typer.Option("--follow/--detach", help="Watch it until it is over.")
+    ] = True,
+) -> None:
+    """Check a run, put it into the queue, and watch it. Ctrl-C ends the watching, not the run.
+
+    The operator's held-out cohort lies in HOME/evaluation; each round is evaluated on it.
+
+    Example: `cloister coordinator launch run.toml --home federation`
+    """
+    from server.coordinator import is_served
+    from server.runs import open_home
+
+    found = open_home(home)
+    run = found.launch(run_file)
+    _say(f"{run.name} is in the queue; its folder is {run.path}")
+    if not is_served(found):
+        _say("No service runs on this home: `cloister coordinator start` begins with it.")
+    elif follow:
+        _follow(found, run)
+
+
+def watch(run: RunArgument, *, home: HomeOption = Path()) -> None:
+    """Watch a run until it is over. Ctrl-C ends the watching, not the run.
+
+    Example: `cloister coordinator watch chest-20260711-093000-8f2c`
+    """
+    from server.runs import open_home
+
+    found = open_home(home)
+    _follow(found, found.run(run))
+
+
+def runs(*, home: HomeOption = Path()) -> None:
+    """List the runs, and how each stands.
+
+    Example: `cloister coordinator runs --home federation`
+    """
+    from server.runs import open_home
+
+    table = Table("run", "stands", "rounds", "since", "why")
+    for run in open_home(home).all_runs():
+        state = run.state
+        rounds = f"{run.finished_rounds} of {run.spec.rounds}"
+        since = f"{state.since:%Y-%m-%d %H:%M}"
+        table.add_row(run.name, state.standing, rounds, since, Text(printable(state.reason)))
+    console.print(table)
+
+
+def status(*, home: HomeOption = Path()) -> None:
+    """Say whether the service runs, and which sites are connected, and since when others are not.
+
+    Example: `cloister coordinator status --home federation`
+    """
+    from server.coordinator import is_served
+    from server.link import Exchange
+    from server.members import Enrolled
+    from server.roster import Roster
+    from server.runs import open_home
+
+    found = open_home(home)
+    served = is_served(found)
+    _say("The service runs." if served else "The service does not run.")
+    table = Table("site", "is")
+    if found.database.exists():
+        exchange = Exchange(found.database)
+        members = Enrolled(Roster(found.path), exchange.left)
+        for name in sorted(members.names()):
+            known = members.absent(name)
+            table.add_row(name, Text(known or "connected", style="yellow" if known else "green"))
+    console.print(table)
+    runs(home=home)
+    if not served:
+        raise typer.Exit(1)
+
+
+def stop(run: RunArgument, *, home: HomeOption = Path()) -> None:
+    """End a run for good: its sites are told, and its result is that of its last round.
+
+    It cannot be resumed. To pause a run, end the service.
+
+    Example: `cloister coordinator stop chest-20260711-093000-8f2c`
+    """
+    from server.runs import OVER, open_home
+
+    found = open_home(home).run(run)
+    if found.state.standing in OVER:
+        raise RunError(f"run {run} is {found.state.standing} already")
+    found.ask("stop")
+    _say("It ends as soon as the service has told its sites.")
+
+
+def resume(
+    run: RunArgument,
+    *,
+    home: HomeOption = Path(),
+    follow: Annotated[
+        bool, typer.Option("--follow/--detach", help="Watch it until it is over.")
+    ] = True,
+) -> None:
+    """Go on with a run that failed, at its last finished round, when the cause is mended.
+
+    Example: `cloister coordinator resume chest-20260711-093000-8f2c`
+    """
+    from server.coordinator import is_served
+    from server.runs import OPEN, OVER, Standing, open_home
+
+    home_found = open_home(home)
+    found = home_found.run(run)
+    standing = found.state.standing
+    if standing in OVER:
+        raise RunError(f"run {run} is {standing}; launch a new one")
+    if standing in OPEN - {Standing.WAITING}:
+        raise RunError(f"run {run} is {standing}: there is nothing to resume")
+    found.ask("resume")
+    if not is_served(home_found):
+        _say("No service runs on this home: `cloister coordinator start` goes on with it.")
+    elif follow:
+        _follow(home_found, found)
+
+
+def report(run: RunArgument, *, home: HomeOption = Path()) -> None:
+    """Write a run's report and model card again, from what its folder holds.
+
+    Example: `cloister coordinator report chest-20260711-093000-8f2c`
+    """
+    from server.card import write_card
+    from server.report import write_report
+    from server.runs import open_home
+
+    folder = open_home(home).run(run).path
+    write_card(folder)
+    _show_report(write_report(folder))
+
+
+def doctor(*, home: HomeOption = Path()) -> None:
+    """Check all that a run needs here, and say what to mend.
+
+    Example: `cloister coordinator doctor --home federation`
+    """
+    from server.doctor import examined
+    from server.runs import open_home
+
+    found = list(examined(open_home(home)))
+    for finding in found:
+        mark, style = ("ok", "green") if finding.well else ("!!", "red")
+        line = Text.assemble((f"{mark}  ", style), printable(f"{finding.what}: {finding.said}"))
+        console.print(line, soft_wrap=True)
+    if not all(finding.well for finding in found):
+        raise typer.Exit(1)
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to `cloister coordinator`."""
+    for command in (start, launch, watch, runs, status, stop, resume, report, doctor):
+        app.command()(command)
+
+
+# --- What they share ----------------------------------------------------------------------------
+
+
+def _follow(home: CoordinatorHome, run: Run) -> None:
+    """Show a run until it is over, or the person has seen enough."""
+    from deploy.live import LiveObserver
+    from server.runs import OPEN, Standing
+
+    try:
+        with LiveObserver(console).showing() as observer:
+            _tell(home, run, observer)
+    except KeyboardInterrupt:
+        _say(f"The run goes on: `cloister coordinator watch {run.name}`")
+        return
+    state = run.state
+    if state.standing in OPEN:
+        raise RunError(f"the service has ended; run {run.name} goes on when it is started again")
+    if state.standing is Standing.FAILED:
+        raise RunError(f"{state.reason}\ngo on with it: `cloister coordinator resume {run.name}`")
+    if (run.path / "report.html").exists():
+        from deploy.explain import outcome
+
+        for part in outcome(run.path):
+            console.print(part)
+        _show_report(run.path / "report.html")
+    _say(f"{run.name} is {state.standing}. {state.reason}")
+
+
+def _tell(home: CoordinatorHome, run: Run, observer: LiveObserver) -> None:
+    from server.coordinator import is_served
+    from server.runs import OPEN, Follower
+
+    follower = Follower(run, observer)
+    while True:
+        over = run.state.standing not in OPEN and not run.asked("resume")
+        gone = not is_served(home)
+        follower.follow()
+        if over or gone:
+            return
+        time.sleep(_LOOK_SECONDS)
+
+
+def _say(text: str) -> None:
+    console.print(Text(printable(text)), soft_wrap=True)
+
+
+def _show_report(path: Path) -> None:
+    console.print(f"\nOpen the report: [bold]{path.resolve().as_uri()}", soft_wrap=True)

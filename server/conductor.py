@@ -1,0 +1,133 @@
+"""The process that conducts one run: `python -m server.conductor HOME RUN`.
+
+The service starts it, and starts it again when it dies. The run goes on after its last finished
+round, as a new submission of Flower's, under the lock on the run's folder; what its sites have
+done already they do not do again (a task that is asked twice is answered from what is kept).
+
+From the service it hears by its standard input: a line ``stop`` asks it to end the run in order;
+the end of the input says that the service is gone, and with it the way to the sites. How it went
+is in ``standing.json`` before it ends.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+from common.cohort import Cohort
+from common.errors import CloisterError
+from server.app import alone
+from server.evaluation import CentralEvaluator
+from server.link import Exchange, LinkGrid, bundle
+from server.members import Enrolled
+from server.roster import Roster
+from server.rounds import Conduct, FederatedRun, LogObserver
+from server.runs import CoordinatorHome, EventLog, Run, Standing
+
+log = logging.getLogger("cloister.conductor")
+
+ORDERLY, DIED = 0, 1
+"""Exit codes: `standing.json` says how the run stands; or it does not, and a new process is due."""
+_REPLY_OVERHEAD = 64 * 2**20
+
+
+class _EndAskedError(Exception):
+    """A person has asked for the run's end."""
+
+
+class Orders:
+    """What the service says.
+
+    Args:
+        source: its end ends this process: without the service no message comes or goes.
+    """
+
+    def __init__(self, source: BinaryIO) -> None:
+        self._stop = threading.Event()
+        threading.Thread(target=self._listen, args=(source,), daemon=True).start()
+
+    def check(self) -> None:
+        """Raise `_EndAskedError` once, if the run is to end."""
+        if self._stop.is_set():
+            self._stop.clear()
+            raise _EndAskedError
+
+    def _listen(self, source: BinaryIO) -> None:
+        for line in source:
+            if line.strip() == b"stop":
+                self._stop.set()
+        os._exit(DIED)  # whatever is on disk is whole; nothing more can be done
+
+
+def conduct(home: CoordinatorHome, run: Run, orders: Orders) -> None:
+    """Conduct a run to its end, or to where it cannot go on.
+
+    Raises:
+        CloisterError: saying why it cannot.
+    """
+    spec = run.spec
+    evaluator = CentralEvaluator(spec, Cohort.open(home.evaluation))
+    exchange = Exchange(home.database)
+    members = Enrolled(Roster(home.path), exchange.left)
+    observer = EventLog(run.path / "events.jsonl", LogObserver())
+    how = Conduct(observer=observer, witnesses=home.witnesses, members=members)
+    with alone(run.path):
+        federated = FederatedRun(spec, run.path, evaluator=evaluator, conduct=how)
+        with _submitted(exchange, run, orders, federated.model_bytes) as grid:
+            try:
+                orders.check()
+                federated.run(grid)
+            except _EndAskedError:
+                federated.end(grid)
+                run.write(Standing.STOPPED, "a person ended it")
+            else:
+                run.write(Standing.FINISHED)
+
+
+@contextmanager
+def _submitted(
+    exchange: Exchange, run: Run, orders: Orders, model_bytes: int
+) -> Iterator[LinkGrid]:
+    """Submit the run to Flower, in place of the submission that an earlier process has made."""
+    state = run.state
+    if state.submission:
+        exchange.stop(state.submission)
+    number = exchange.submit(bundle(), {})
+    run.write(Standing.RUNNING, submission=number)
+    largest = 2 * model_bytes + _REPLY_OVERHEAD
+    with exchange.conducting(number, check=orders.check, largest_reply=largest) as grid:
+        yield grid
+
+
+def main(home: Path, name: str) -> int:
+    """Conduct the run `name`; the exit code."""
+    logging.basicConfig(
+        level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal's; the service says what to do
+    place = CoordinatorHome(home)
+    run = place.run(name)
+    try:
+        conduct(place, run, Orders(sys.stdin.buffer))
+        return ORDERLY
+    except CloisterError as error:
+        log.error("%s", error)
+        run.write(Standing.FAILED, str(error))
+        return ORDERLY
+    except OSError as error:
+        log.exception("the run cannot go on now")
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            log.error("the disk of %s is full", home)
+        return DIED
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(Path(sys.argv[1]), sys.argv[2]))
