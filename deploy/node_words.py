@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from client.policy import Names, Policy
 from common import accounting
+from deploy.intake_report_words import choices
 
 
 class Paragraph(NamedTuple):
@@ -28,6 +29,7 @@ def explained(policy: Policy) -> tuple[Paragraph, ...]:
         Paragraph("How much it may work", tuple(_how_much(policy))),
         Paragraph("What it may spend", tuple(_budget(policy))),
         Paragraph("What it trains on", tuple(_data(policy))),
+        Paragraph("How its images are taken in", tuple(_takes_in(policy))),
         Paragraph("What leaves it", tuple(_leaves(policy))),
         Paragraph("What is sent to it", tuple(_receives(policy))),
     )
@@ -221,6 +223,27 @@ def _names(names: Names) -> str:
     if names == "any":
         return "any"
     return _listed(names) if names else "none"
+
+
+def _takes_in(policy: Policy) -> Iterator[str]:
+    settings = policy.intake
+    chosen = {"Basic Profile": "", **dict(choices(settings.profile))}
+    yield (
+        "`cloister intake run --node` de-identifies by PS3.15 annex E: "
+        f"{', '.join(chosen)}; docs/intake.md says what each means."
+    )
+    yield f"All pseudonyms come from the key {settings.site_key}."
+    sealed = settings.encryption
+    if sealed is None:
+        yield "Cohorts lie unsealed on the disk."
+    else:
+        yield f"Cohorts are sealed on the disk; their key comes from {sealed.origin}."
+    table = settings.reidentification
+    if table is not None:
+        yield (
+            f"Who each pseudonym stands for is added to {table.table}, which the holder of the "
+            f"private key to {table.public_key} alone can read."
+        )
 
 
 def _receives(policy: Policy) -> Iterator[str]:

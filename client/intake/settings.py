@@ -50,6 +50,11 @@ class Encryption(Section):
             raise ValueError("key_command: its first entry is empty; expected a program")
         return self
 
+    @property
+    def origin(self) -> str:
+        """Where the key comes from, in a word: the file, or the program."""
+        return self.key_file or (self.key_command or ("",))[0]
+
 
 class Reidentification(Section):
     """A sealed table of who each pseudonym stands for, which the intake can only add to.

@@ -50,6 +50,7 @@ CHANGES: dict[str, Any] = {
     "machine.device": "cuda:1",
     "machine.gradient_memory": 999,
     "ledger.witness": "/mnt/log/north",
+    "intake": {"profile": {"faces": "keep"}},
     "listen": {"transport": "plain", "callers": [{"ae_title": "PACS"}]},
 }
 
@@ -103,6 +104,9 @@ def test_a_change_of_a_key_can_be_read_on_the_page(key: str, make_policy: Callab
         ({"least_unit": "image"}, "may protect single images"),
         ({"data": {"unit": "image"}}, 'least_unit = "image"'),
         ({}, "nobody has chosen which"),
+        ({}, "Cohorts lie unsealed"),
+        ({"intake": {"encryption": {"key_file": "/mnt/k"}}}, "their key comes from /mnt/k"),
+        ({"intake": {"reidentification": {"public_key": "o.pem"}}}, "private key to o.pem alone"),
     ],
 )
 def test_what_a_person_should_know_is_said(
