@@ -23,7 +23,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -39,7 +39,7 @@ from client.folder import NodeFolder
 from client.incident import REFUSED, incident_reply
 from client.ledger import stamp
 from client.link import Answer, FleetLink, Letter
-from client.worker import AbandonedError, Asked, Bounds, Worker, WorkerLostError
+from client.worker import STARTING, AbandonedError, Asked, Bounds, Worker, WorkerLostError
 from common.errors import (
     CloisterError,
     CohortError,
@@ -219,8 +219,11 @@ class NodeService:
         self._last_letter = -math.inf
         self._wait = self._pace.idle
 
-    def run(self) -> None:
+    def run(self, watch: AbstractContextManager[None] | None = None) -> None:
         """Serve until somebody stops it.
+
+        Args:
+            watch: is entered once this process has the node to itself.
 
         Raises:
             AlreadyRunningError: if another process runs this node.
@@ -230,10 +233,13 @@ class NodeService:
         """
         with ExitStack() as held:
             held.enter_context(alone(self.home))
+            held.enter_context(watch or nullcontext())
             held.enter_context(self._signals())
             held.enter_context(self._worker)
             try:
+                self.state.until = time.monotonic() + STARTING
                 self._worker.start(self._stop.is_set)
+                self.state.until = 0.0
                 self._stay()
             except AbandonedError:
                 log.info("stopped before the node was open")
@@ -270,51 +276,76 @@ class NodeService:
 
     def _stay(self) -> None:
         """Stay connected, whatever happens, until it is over."""
-        waits, refusals = Growing(1.0, self._pace.retry), 0
+        waits, refused = Growing(1.0, self._pace.retry), False
         while not self._stop.is_set():
             self.state.phase = "connecting"
             self.state.tick()
             try:
                 with self.approach.open(self._most_bytes) as link:
                     self._serve(link, waits)
-                    refusals = 0
-                    continue
+                refused = False
+                continue
             except LinkRefusedError as error:
-                refusals += 1
-                for_good, text = self._diagnosed(error)
-                if for_good and (refusals > 1 or isinstance(error, DuplicateError)):
-                    raise type(error)(text) from error
+                for_good, text = self._diagnosed(error, refused)
+                if for_good:
+                    kind = LinkRefusedError if refused else type(error)
+                    raise kind(text) from error
+                refused = True
                 self._trouble(text)
             except (LinkError, IdentityError, ConfigError) as error:
-                refusals = 0
                 self._trouble(str(error))
             self._pause(waits.next())
 
     def _serve(self, link: FleetLink, waits: Growing) -> None:
-        """Say that the node is there, and take what comes; until it stops, or has a new key."""
+        """Say that the node is there, and take what comes; until it stops, or has a new key.
+
+        A line that is lost is waited for with the same connection: to come in anew would mean to
+        wait until the coordinator has forgotten that the node is there.
+        """
         self._come_in(link)
-        waits.reset()
         looked = time.monotonic()
-        with Heart(link, self._pace.beat) as heart:
+        with Heart(link, self._pace.beat, lambda: self.state.met(link)) as heart:
             while not self._stop.is_set():
-                self.state.phase = "waiting"
                 self.state.tick()
                 heart.check()
                 if time.monotonic() - looked > self._pace.look:
                     looked = time.monotonic()
-                    if self.approach.superseded():
+                    if self._superseded():
                         log.info("there is a new certificate; connecting anew")
                         return
-                letter = link.receive()
-                self.state.met(link)
-                if letter is None:
-                    self._rest()
-                else:
-                    self._take(link, letter, heart)
+                try:
+                    self._turn(link, heart)
+                    waits.reset()
+                except LinkRefusedError:
+                    self._note_skew(link)
+                    raise
+                except LinkError as error:
+                    self._trouble(str(error))
+                    self._pause(waits.next())
+
+    def _turn(self, link: FleetLink, heart: Heart) -> None:
+        """Look for a message, and answer it if there is one."""
+        letter = link.receive()
+        self.state.phase = "waiting"
+        self.state.met(link)
+        if letter is None:
+            self._rest()
+        else:
+            self._take(link, letter, heart)
+
+    def _superseded(self) -> bool:
+        try:
+            return self.approach.superseded()
+        except CloisterError as error:
+            self._told.tell(str(error))
+            return False
+
+    def _note_skew(self, link: FleetLink) -> None:
+        self.state.skew = self.state.skew if link.skew is None else link.skew
 
     def _come_in(self, link: FleetLink) -> None:
         last = time.monotonic() + self._pace.another
-        while True:
+        while not self._stop.is_set():
             try:
                 number = link.activate()
                 self.state.met(link)
@@ -327,12 +358,18 @@ class NodeService:
                         "is not enrolled there any more, or another machine has a copy of it"
                     ) from error
                 self._trouble(str(error))
+            except LinkRefusedError:
+                self._note_skew(link)
+                raise
             self._pause(min(2.0, self._pace.retry))
-            if self._stop.is_set():
-                raise LinkError("stopped before the coordinator let the node in")
 
-    def _diagnosed(self, error: LinkRefusedError) -> tuple[bool, str]:
-        """Whether a refusal is for good, and what a person should know of it."""
+    def _diagnosed(self, error: LinkRefusedError, before: bool) -> tuple[bool, str]:
+        """Whether a refusal is for good, and what a person should know of it.
+
+        Args:
+            error: the refusal.
+            before: whether the one before it was one, too; a first one may pass.
+        """
         skew = self.state.skew
         if skew is not None and abs(skew) > LARGEST_SKEW:
             return False, (
@@ -345,9 +382,9 @@ class NodeService:
                 "the coordinator refuses this node because its certificate has ended; see "
                 "`cloister node renew`"
             )
-        if isinstance(error, DuplicateError):
+        if isinstance(error, DuplicateError) and not before:
             return True, str(error)
-        return True, (
+        return before, (
             f"{error}. The clock and the certificate are in order, so the site was revoked, or its "
             "key was replaced: speak with the coordinator's operator; coming back takes a new key "
             "(`cloister node request --afresh`)"
@@ -516,10 +553,16 @@ def _ledger_fault(said: RecordDict) -> str:
 
 
 class Heart:
-    """Heartbeats from a thread of their own, while the loop is busy with a message."""
+    """Heartbeats from a thread of their own, while the loop is busy with a message.
 
-    def __init__(self, link: FleetLink, seconds: float) -> None:
-        self._link, self._seconds = link, seconds
+    Args:
+        link: to the coordinator.
+        seconds: between two.
+        met: called after each that was answered.
+    """
+
+    def __init__(self, link: FleetLink, seconds: float, met: Callable[[], None]) -> None:
+        self._link, self._seconds, self._met = link, seconds, met
         self._over = threading.Event()
         self._refusal: LinkRefusedError | None = None
         self._thread = threading.Thread(target=self._beat, name="heartbeats", daemon=True)
@@ -551,6 +594,7 @@ class Heart:
         while not self._over.wait(self._seconds):
             try:
                 self._link.beat()
+                self._met()
                 refusals = 0
             except LinkRefusedError as error:
                 refusals += 1

@@ -37,7 +37,6 @@ PRELOADED = ["client.answering", "torch._dynamo"]
 """What the fork server imports; the last is what torch imports at an optimiser's first step."""
 STARTING = 600.0
 """Seconds for the first worker: it imports torch, and verifies every entry of the ledger."""
-LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 _TURN = 0.2
 _FIRST_TO_DIE = "500"  # proc(5), oom_score_adj: when memory ends, the worker and not the node
@@ -106,9 +105,8 @@ class Worker:
         self.end()
         self._pipe, theirs = self._context.Pipe()
         self._lifeline, held = self._context.Pipe()
-        level = logging.getLogger().getEffectiveLevel()
         self._process = self._context.Process(
-            target=_serve, args=(theirs, held, self._home, self._bounds, level), daemon=True
+            target=_serve, args=(theirs, held, self._home, self._bounds), daemon=True
         )
         self._process.start()
         theirs.close()
@@ -209,10 +207,19 @@ def get(frame: Callable[[], bytes]) -> Asked:
     return Asked(head["kind"], Parcel(head["identity"], objects))
 
 
+def log_to_stderr() -> None:
+    """What the node and its worker do, for this hospital's own log; of others, warnings alone."""
+    form = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+    logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format=form, force=True)
+    for own in (log, logging.getLogger("cloister.gate")):
+        own.setLevel(logging.INFO)
+    logging.getLogger("flwr").setLevel(logging.ERROR)
+
+
 # --- In the worker ------------------------------------------------------------------------------
 
 
-def _serve(pipe: Connection, lifeline: Connection, home: Path, bounds: Bounds, level: int) -> None:
+def _serve(pipe: Connection, lifeline: Connection, home: Path, bounds: Bounds) -> None:
     """What a worker does until the node is gone, or has enough of it."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # the node ends it
@@ -220,7 +227,7 @@ def _serve(pipe: Connection, lifeline: Connection, home: Path, bounds: Bounds, l
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core file would hold patients' images
     with suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text(_FIRST_TO_DIE)
-    logging.basicConfig(level=level, stream=sys.stderr, format=LOG_FORMAT)
+    log_to_stderr()
     try:
         _work(pipe, home, bounds)
     except (EOFError, OSError):

@@ -17,6 +17,7 @@ from rich.text import Text
 from common.errors import ConfigError, Refusal
 from deploy.cli_join import join, renew, request
 from deploy.cli_listen import listen
+from deploy.cli_node_service import doctor, start, status
 from deploy.run_words import printable
 
 if TYPE_CHECKING:  # each command imports what it needs: --help answers at once
@@ -609,5 +610,5 @@ def _limit(limit: Limit) -> str:
     return f"epsilon {limit.epsilon:g} at delta {limit.delta:g}, order {limit.order:g}"
 
 
-for command in (listen, request, join, renew):
+for command in (listen, request, join, renew, start, status, doctor):
     node_app.command()(command)
