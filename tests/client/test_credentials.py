@@ -202,6 +202,25 @@ def test_a_bundle_under_another_name_is_refused(north: Site):
     unbelieved(north, other, "for the site south, and this node has asked to be enrolled as north")
 
 
+def test_a_node_that_has_joined_is_not_given_another_name(
+    joined: Site, templates: list[Authority], tmp_path: Path
+):
+    shutil.copytree(templates[0].folder, tmp_path / "twin")  # the same authority, knowing nobody
+    twin = replace(templates[0], folder=tmp_path / "twin")
+    key = joined.open().private_key
+    renamed = twin.enrol(Request.make(key, "south"), 500, 365, ADA)
+    unbelieved(joined, renamed, "for the site south, and this node is north")
+
+
+def test_a_bundle_for_a_key_that_is_damaged_here_is_not_put_in_force(north: Site):
+    bundle = north.sign(credentials.request(north.home, "north"))
+    (path,) = (north.home / "identity").glob("*.key")
+    path.write_bytes(certificates.key_pem(certificates.new_key()))
+    with pytest.raises(ConfigError, match="another key than its name says"):
+        north.take(bundle)
+    assert "bundle.json" not in north.files()
+
+
 def test_an_older_bundle_is_not_taken_back(joined: Site):
     older = joined.open().bundle
     joined.now += 30 * DAY
