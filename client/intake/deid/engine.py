@@ -164,6 +164,11 @@ class Engine:
         )
         return walk(header)
 
+    @property
+    def _may_keep_faces(self) -> bool:
+        """Whether a face can have come through the checks."""
+        return self.profile.faces == "keep" or "faces" not in self.checks
+
     def _clean(self, file: DicomFile) -> Cleaned:
         header = file.header
         for check in self.checks.values():
@@ -177,7 +182,7 @@ class Engine:
             account.counts["overlays: box blanked", "OverlayData"] += clean_overlays(
                 clean, find_text
             )
-        stamp(clean, self.profile, face=shows_face(header))
+        stamp(clean, self.profile, face=self._may_keep_faces and shows_face(header))
         meta = self.file_meta(clean, pixels.syntax)
         dataset = FileDataset("", clean, preamble=_PREAMBLE, file_meta=meta)
         dataset.set_original_encoding(False, True)
