@@ -64,6 +64,8 @@ class LiveObserver:
         """See `server.rounds.Observer`."""
         self._metric = spec.evaluation.metric
         self._sites = dict.fromkeys(sites, "")
+        for earlier in list(self._progress.task_ids):  # a run that goes on is opened again
+            self._progress.remove_task(earlier)
         self._progress.add_task(f"{spec.name}: round", total=spec.rounds, completed=finished_rounds)
 
     def sites_wait(self, waiting: Mapping[str, str]) -> None:

@@ -17,13 +17,14 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
 from common.cohort import Cohort
-from common.errors import CloisterError
+from common.errors import CloisterError, RunError
 from server.app import alone
 from server.evaluation import CentralEvaluator
 from server.link import Exchange, LinkGrid, bundle
@@ -37,6 +38,7 @@ log = logging.getLogger("cloister.conductor")
 ORDERLY, DIED = 0, 1
 """Exit codes: `standing.json` says how the run stands; or it does not, and a new process is due."""
 _REPLY_OVERHEAD = 64 * 2**20
+_PATIENCE = 30.0
 
 
 class _EndAskedError(Exception):
@@ -79,7 +81,7 @@ def conduct(home: CoordinatorHome, run: Run, orders: Orders) -> None:
     members = Enrolled(Roster(home.path), exchange.left)
     observer = EventLog(run.path / "events.jsonl", LogObserver())
     how = Conduct(observer=observer, witnesses=home.witnesses, members=members)
-    with alone(run.path):
+    with _alone(run.path):
         federated = FederatedRun(spec, run.path, evaluator=evaluator, conduct=how)
         with _submitted(exchange, run, orders, federated.model_bytes) as grid:
             try:
@@ -90,6 +92,22 @@ def conduct(home: CoordinatorHome, run: Run, orders: Orders) -> None:
                 run.write(Standing.STOPPED, "a person ended it")
             else:
                 run.write(Standing.FINISHED)
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Hold a run's folder; the conductor of a service that was killed lets go of it in a moment."""
+    last = time.monotonic() + _PATIENCE
+    with ExitStack() as held:
+        while True:
+            try:
+                held.enter_context(alone(folder))
+                break
+            except RunError:
+                if time.monotonic() > last:
+                    raise
+                time.sleep(0.1)
+        yield
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import resource
 import signal
 import sqlite3
 import subprocess
@@ -31,19 +32,21 @@ from common.errors import CloisterError, ConfigError, RunError
 from common.files import locked, write_durably
 from server.fleet import Guard, Limits, Listener, bound
 from server.health import Health
-from server.link import Exchange, fleet_app, flower_key
+from server.link import Exchange, StateError, fleet_app, flower_key
 from server.roster import Roster
 from server.roster import Standing as KeyStanding
 from server.runs import OPEN, OVER, CoordinatorHome, Run, Standing
+from server.telling import Told
 from server.tls import ServerTls
 
 log = logging.getLogger("cloister.coordinator")
 
 SERVICE = "service.json"
-_TICK, _LOOK_AT_TLS = 0.25, 5.0
+_TICK, _LOOK_AT_TLS, _LOOK_AT_STATE = 0.25, 5.0, 10.0
 _WAITS = (1.0, 5.0, 20.0, 60.0, 180.0)
 """Seconds before a conductor that died is started again; one that dies after the last is not."""
 _LEAST_FREE = 2**28
+_DESCRIPTORS = 65536
 _QUIET = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"}
 
 
@@ -88,7 +91,9 @@ class Coordinator:
         self._home, self._settings, self._clock = home, settings, clock or Clock()
         self._over, self._refresh = threading.Event(), threading.Event()
         self._conductors: dict[str, _Conductor] = {}
-        self._tls_looked = 0.0
+        self._settled: set[str] = set()
+        self._tls_looked = self._state_looked = 0.0
+        self._told = Told()
 
     def serve(self, ready: Callable[[int], None] = lambda _: None) -> None:
         """Serve until `stop` is called.
@@ -99,6 +104,7 @@ class Coordinator:
         Raises:
             RunError: if the listener dies.
         """
+        _many_files()
         with ExitStack() as held:
             held.enter_context(_held(self._home))
             self._roster = Roster(self._home.path, self._clock)
@@ -133,10 +139,30 @@ class Coordinator:
         while not self._over.wait(_TICK):
             if not self._listener.alive:
                 raise RunError("the fleet's listener ended; the log above says why")
-            self._registrar.follow()
+            self._follow_roster()
             self._follow_tls()
             self._health.report(self._ills())
             self._tend()
+
+    def _follow_roster(self) -> None:
+        """Do what the roster says, and look whether Flower's state still does what it is told.
+
+        Raises:
+            RunError: if its file is damaged: started again, the service sets it aside.
+        """
+        now = time.monotonic()
+        try:
+            self._registrar.follow()
+            if now - self._state_looked > _LOOK_AT_STATE:
+                self._state_looked = now
+                self._exchange.nodes()
+        except StateError as error:
+            if is_damage(error):
+                raise RunError(
+                    f"{self._home.database}: damaged ({error}); start the service again: it sets "
+                    "the file aside, and its runs go on"
+                ) from error
+            self._told.tell(log, f"Flower's state: {error}")
 
     def _follow_tls(self) -> None:
         now = time.monotonic()
@@ -148,7 +174,7 @@ class Coordinator:
             if self._tls.refresh():
                 log.info("a new certificate is in force, until %s", self._tls.ends)
         except CloisterError as error:
-            log.error("the certificate on the disk is not taken: %s", error)
+            self._told.tell(log, f"the certificate on the disk is not taken: {error}")
 
     def _ills(self) -> dict[str, str]:
         """What is wrong, by part; empty words where nothing is."""
@@ -167,9 +193,10 @@ class Coordinator:
         """Look after every run that is not over."""
         for run in self._home.all_runs():
             try:
-                self._tend_one(run)
+                if run.name not in self._settled:
+                    self._tend_one(run)
             except (RunError, OSError) as error:
-                log.error("run %s: %s", run.name, error)
+                self._told.tell(log, f"run {run.name}: {error}")
 
     def _tend_one(self, run: Run) -> None:
         conductor = self._conductors.get(run.name)
@@ -181,11 +208,13 @@ class Coordinator:
             del self._conductors[run.name]
             self._bury(run, conductor)
         state = run.state
-        if run.asked("resume"):
+        if state.standing in OVER:
+            self._settled.add(run.name)
+            return
+        if run.asked("resume") or (run.asked("stop") and state.standing is Standing.FAILED):
+            run.write(Standing.QUEUED, deaths=0)
             run.answered("resume")
-            if state.standing not in OVER:
-                run.write(Standing.QUEUED, deaths=0)
-                state = run.state
+            state = run.state
         if state.standing in OPEN:
             self._begin(run, state.standing, state.deaths)
 
@@ -326,6 +355,14 @@ def _held(home: CoordinatorHome) -> Iterator[None]:
         raise ConfigError(f"{home.path}: another process serves it; {_who(home)}") from None
 
 
+def _many_files() -> None:
+    """Each connection takes a descriptor; the usual limit of 1024 is soon met."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = _DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, _DESCRIPTORS)
+    if soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+
+
 def is_served(home: CoordinatorHome) -> bool:
     """Whether a service holds a home now."""
     if not home.service.is_dir():
@@ -359,6 +396,11 @@ def open_exchange(database: Path) -> Exchange:
     exchange = Exchange(database)
     _ = exchange.state
     return exchange
+
+
+def is_damage(error: StateError) -> bool:
+    """Whether this says that the file is damaged, and not that the disk is full or slow."""
+    return any(words in str(error) for words in ("malformed", "not a database"))
 
 
 def _is_whole(database: Path) -> bool:

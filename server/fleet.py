@@ -28,6 +28,7 @@ from common.certificates import key_of_certificate, key_of_pem
 from common.errors import ConfigError, IdentityError, RunError
 from server.link import FLEET, PUBLIC_KEY_HEADER
 from server.roster import Roster, Site
+from server.telling import Told
 
 log = logging.getLogger("cloister.fleet")
 
@@ -69,6 +70,7 @@ class Guard:
     def __init__(self, app: ASGIApp, roster: Roster, limits: Limits | None = None) -> None:
         self._app, self._roster, self._limits = app, roster, limits or Limits()
         self._open: Counter[str] = Counter()
+        self._told = Told()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
@@ -76,16 +78,16 @@ class Guard:
             await _refuse(404, "not found", scope, receive, send)
             return
         if not scope["path"].startswith(FLEET):
-            log.warning("%s asks for %a", _address(scope), scope["path"][:200])
+            self._told.tell(log, f"{_host(scope)} asks for what is not there")
             await _refuse(404, "not found", scope, receive, send)
             return
         try:
             site = self._caller(scope)
         except IdentityError as error:
-            log.warning("%s is refused: %s", _address(scope), error)
+            self._told.tell(log, f"{_host(scope)} is refused: {error}")
             await _refuse(401, "not enrolled, or no longer", scope, receive, send)
         except ConfigError as error:
-            log.error("nobody is let in: %s", error)
+            self._told.tell(log, f"nobody is let in: {error}")
             await _refuse(503, "the roster cannot be relied on", scope, receive, send)
         else:
             await self._answer(site, scope, receive, send)
@@ -120,7 +122,7 @@ class Guard:
         try:
             body = await self._body(scope, receive)
             if isinstance(body, int):
-                log.warning("a request of %s is too large or too slow (%d)", site.name, body)
+                self._told.tell(log, f"a request of {site.name} is too large, or too slow: {body}")
                 await _refuse(body, "too large, or too slow", scope, receive, send)
                 return
             await self._app(scope, _replayed(body, receive), send)
@@ -323,6 +325,6 @@ async def _refuse(status: int, text: str, scope: Scope, receive: Receive, send: 
     await PlainTextResponse(f"{text}\n", status_code=status, headers=headers)(scope, receive, send)
 
 
-def _address(scope: Scope) -> str:
+def _host(scope: Scope) -> str:
     client = scope.get("client")
-    return f"{client[0]}:{client[1]}" if client else "somebody"
+    return str(client[0]) if client else "somebody"

@@ -26,6 +26,7 @@ class Health:
     def __init__(self, port: int) -> None:
         self._port = port
         self._servicer = health.HealthServicer()
+        self._servicer.set("", health_pb2.HealthCheckResponse.NOT_SERVING)
         self.ills: Mapping[str, str] = {}
 
     @contextmanager

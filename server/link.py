@@ -65,6 +65,7 @@ from flwr.superlink.routers.fleet.router import router as fleet_router
 from flwr.superlink.servicer.control import control_handlers
 from flwr.superlink.servicer.runtime import runtime_handlers
 from sqlalchemy import func, select
+from sqlalchemy.exc import SQLAlchemyError
 from starlette.middleware import Middleware
 from starlette.middleware.base import BaseHTTPMiddleware, RequestResponseEndpoint
 from starlette.requests import Request
@@ -100,6 +101,14 @@ fab-include = ["LICENSE"]
 serverapp = "server.app:app"
 clientapp = "client.app:app"
 """
+
+
+StateError = SQLAlchemyError
+"""What Flower's state raises where its file is damaged, or the disk is full."""
+
+
+class SubmissionLostError(OSError):
+    """Flower takes a submission for over that is not; a new one goes on with the run."""
 
 
 @dataclass(frozen=True)
@@ -225,14 +234,21 @@ class Exchange:
 
         Raises:
             RunError: if somebody conducts it, or it is over.
+            SubmissionLostError: from the grid, if Flower has not heard of this process for too
+                long, as when the machine slept.
         """
-        task = self._claimed(run)
+        task, over, lost = self._claimed(run), threading.Event(), threading.Event()
+
+        def still() -> None:
+            if lost.is_set():
+                raise SubmissionLostError(f"Flower takes run {run} for over; submit it again")
+            check()
+
         given = runtime_handlers.pull_task_input(PullTaskInputRequest(), self.state, task)
         _identify(given.task_id, run, given.context.node_id)
-        grid = LinkGrid(_Handlers(self.state, task, check), largest_reply)
+        grid = LinkGrid(_Handlers(self.state, task, still), largest_reply)
         grid.set_run(run_from_proto(given.run))
-        over = threading.Event()
-        beating = threading.Thread(target=self._beat, args=(task.task_id, over), daemon=True)
+        beating = threading.Thread(target=self._beat, args=(task.task_id, over, lost), daemon=True)
         beating.start()
         status, details = SubStatus.FAILED, "it did not come to its end"
         try:
@@ -242,10 +258,12 @@ class Exchange:
             over.set()
             beating.join()
             self.state.finish_task(task.task_id, sub_status=status, details=details)
+            self.state.cleanup_run(run)
 
     def stop(self, run: int) -> None:
         """Have Flower drop a run and all that is on its way to nodes."""
         self.state.stop_run(run)
+        self.state.cleanup_run(run)
 
     def _claimed(self, run: int) -> Task:
         found = self.state.get_run_info(run_ids=[run])
@@ -255,9 +273,13 @@ class Exchange:
                 return task
         raise RunError(f"run {run} of Flower's is conducted already, or over; submit it again")
 
-    def _beat(self, task: int, over: threading.Event) -> None:
+    def _beat(self, task: int, over: threading.Event, lost: threading.Event) -> None:
         while not over.wait(_BEAT_SECONDS):
-            self.state.acknowledge_task_heartbeat(task)
+            try:
+                if not self.state.acknowledge_task_heartbeat(task):
+                    lost.set()
+            except StateError as error:
+                log.error("Flower's state: %s", error)
 
 
 class LinkGrid(HttpGrid):

@@ -112,7 +112,7 @@ class CoordinatorHome:
         """Every run, the oldest first."""
         found = self.runs.glob("*/standing.json") if self.runs.is_dir() else ()
         made = [Run(path.parent) for path in found if not path.parent.name.startswith(".")]
-        return sorted(made, key=lambda run: (run.path.stat().st_ctime, run.name))
+        return sorted(made, key=lambda run: (run.name.rsplit("-", 3)[1:], run.name))
 
     def run(self, name: str) -> Run:
         """One of them.
