@@ -473,7 +473,7 @@ def explain_detail(detail: Any, *within: str) -> str:
         return f"{key} is missing; it has no default"
     message = detail["msg"].removeprefix("Value error, ")
     if detail["type"] == "value_error":
-        return f"{key}: {message}"
+        return f"{key}: {message}" if key else message
     expected = "unknown key" if detail["type"] == "extra_forbidden" else message
     return f"{key} = {_shown(detail['input'])}: {expected[0].lower() + expected[1:]}"
 

@@ -168,7 +168,7 @@ class Profile(Section):
 
 
 def parse_profile(text: str, *, source: str) -> Profile:
-    """A profile from TOML, as it stands below the heading ``[deidentification]`` or by itself.
+    """A profile from TOML, by itself or below ``[intake.profile]`` as in ``node.toml``.
 
     Args:
         text: the file.
@@ -181,8 +181,11 @@ def parse_profile(text: str, *, source: str) -> Profile:
         document = tomllib.loads(text)
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{source}: this is not TOML: {error}") from error
-    within = ("deidentification",) if "deidentification" in document else ()
-    table = document[within[0]] if within else document
+    match document:
+        case {"intake": {"profile": table}}:
+            within: tuple[str, ...] = ("intake", "profile")
+        case table:
+            within = ()
     try:
         return Profile.model_validate_json(json.dumps(table, default=str))
     except ValidationError as error:

@@ -93,7 +93,7 @@ def test_a_hospital_writes_it_in_toml() -> None:
     """
 
     profile = parse_profile(text, source="node.toml")
-    assert parse_profile(f"[deidentification]\n{text}", source="node.toml") == profile
+    assert parse_profile(f"[intake.profile]\n{text}", source="node.toml") == profile
 
     assert profile.options == {"modified_dates", "patient", "safe_private"}
     assert profile.safe_private == {PrivateElement(0x0019, 0x0C, "SIEMENS MR HEADER")}
@@ -109,9 +109,10 @@ def test_a_hospital_writes_it_in_toml() -> None:
             r"node.toml: dates = 'shifted': input should be 'removed', 'modified'",
         ),
         ("faces = true\ndates = 3", r"(?s)node.toml: dates = 3: .*node.toml: faces = True"),
-        ("[deidentification]\nface = 1", "node.toml: deidentification.face = 1: unknown key"),
-        ("deidentification = 3", "node.toml: deidentification = 3"),
-        ("retain_uids = true", "expected dates = 'full' beside it"),
+        ("[intake.profile]\nface = 1", "node.toml: intake.profile.face = 1: unknown key"),
+        ("intake = 3", "node.toml: intake = 3"),
+        ("[intake]\nprofile = 3", "node.toml: intake.profile = 3"),
+        ("retain_uids = true", r"^node.toml: retain_uids .* expected dates = 'full' beside it"),
     ],
 )
 def test_a_mistake_is_named_with_file_key_and_value(text: str, message: str) -> None:
