@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 _SQLITE, _ZIP, _GZIP, _PDF = b"SQLite format 3\0", b"PK\x03\x04", b"\x1f\x8b\x08", b"%PDF"
 _RUN = re.compile(rb"(?:[\t\x20-\x7e]|[\xc3-\xdf][\x80-\xbf]){8,}")
-_LONG_RUN = re.compile(rb"(?:[\t\x20-\x7e]|[\xc3-\xdf][\x80-\xbf]){16,}")
+_LONG_RUN = re.compile(rb"(?:[\t\x20-\x7e]|[\xc3-\xdf][\x80-\xbf]){24,}")
 _SAMPLE = 2**16
 _WIDE_RUN = re.compile(rb"(?:[\x20-\x7e\xa0-\xff]\0){6,}")
 _BASE64 = re.compile(r"(?<![\w+/=])[A-Za-z0-9+/]{24,}={0,2}(?![\w+/=])")

@@ -537,8 +537,13 @@ def test_sealed_bytes_hold_nothing_by_chance(tmp_path: Path, known: Identities) 
     drawn = random.Random(11)  # noqa: S311
     for number in range(20):
         (tmp_path / f"{number:032x}.sealed").write_bytes(drawn.randbytes(200_000))
+    by_chance = drawn.randbytes(90_000) + b"\x8b'iE^kfSD\t5swyv2\xd8" + drawn.randbytes(90_000)
+    (tmp_path / f"{20:032x}.sealed").write_bytes(by_chance)
 
     assert verify(tmp_path, known).findings == ()
+    told = f"Patient {NAME}, admitted to the ward".encode()
+    (tmp_path / f"{21:032x}.sealed").write_bytes(by_chance + told + by_chance)
+    assert verify(tmp_path).findings
 
 
 # What it says.
