@@ -4,6 +4,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 PYTEST_ARGS ?=
+# One file a process, as many processes as cores; each computes with one thread.
+SPREAD := -n auto --dist loadfile
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
@@ -33,10 +35,10 @@ demo: $(STAMP) ## Synthetic hospitals, a whole federation, a report, on this mac
 	$(BIN)/cloister demo
 
 test: check ## Every check, then every test (PYTEST_ARGS='-k gate' for some)
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(SPREAD) $(PYTEST_ARGS)
 
 test-fast: $(STAMP) ## The tests without those of whole systems
-	$(BIN)/python -m pytest -m 'not slow' $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(SPREAD) -m 'not slow' $(PYTEST_ARGS)
 
 check: $(STAMP) ## Lint, format, types
 	$(BIN)/ruff check .
