@@ -7,7 +7,6 @@ of text and faces; then the pixels; then the header.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
+from pydicom.tag import Tag
 from pydicom.uid import UID
 
 from client.intake.deid.burned_in import risk_of
@@ -27,7 +27,8 @@ from client.intake.deid.profile import Profile
 from client.intake.deid.rules import Rule
 from client.intake.deid.stamp import new_file_meta, stamp
 from client.intake.deid.treatments import TREATMENTS, Treatment
-from client.intake.deid.walk import Account, Walk
+from client.intake.deid.values import is_well_formed, values_of
+from client.intake.deid.walk import Account, Walk, read_again
 from client.intake.deidentify import text_of
 from client.intake.keys import SiteKey
 from client.intake.part10 import DicomFile, Directory, Limits
@@ -36,7 +37,6 @@ from common.errors import DataError, IntakeError, ReviewError
 
 Check = Callable[[Dataset, Profile], None]
 _PREAMBLE = bytes(128)
-_UID = re.compile(r"[0-9.]{1,64}")
 
 
 @dataclass(frozen=True)
@@ -65,10 +65,15 @@ def check_patient(header: Dataset, _profile: Profile) -> None:
         raise IntakeError("its patient identifier is blank; expected one in (0010,0020)")
 
 
-def check_instance(header: Dataset, _profile: Profile) -> None:
+def check_instance(header: Dataset, profile: Profile) -> None:
     """Refuse what has no name of its own: nothing could be written under it."""
     if not text_of(header, "SOPInstanceUID"):
         raise IntakeError("its SOP Instance UID is blank; expected one in (0008,0018)")
+    element = read_again(header, Tag("SOPInstanceUID"))
+    names = [] if element is None else [str(name).strip(" \0") for name in values_of(element)]
+    fine = not profile.retain_uids or is_well_formed("UI", names)
+    if len(names) != 1 or not names[0] or not fine:
+        raise IntakeError("its SOP Instance UID is not readable; expected one in (0008,0018)")
 
 
 def check_text(header: Dataset, profile: Profile) -> None:
@@ -176,7 +181,6 @@ class Engine:
         pixels = (self.pixels or PixelCleaner(self.profile, spool=self.spool))(file)
         account = Account()
         clean = self.clean_header(header, account)
-        name = _name_of(clean)
         _put_pixels(clean, pixels, account)
         if self.profile.clean_graphics:
             account.counts["overlays: box blanked", "OverlayData"] += clean_overlays(
@@ -186,7 +190,7 @@ class Engine:
         meta = self.file_meta(clean, pixels.syntax)
         dataset = FileDataset("", clean, preamble=_PREAMBLE, file_meta=meta)
         dataset.set_original_encoding(False, True)
-        return Cleaned(dataset, f"{name}.dcm", account)
+        return Cleaned(dataset, f"{text_of(clean, 'SOPInstanceUID')}.dcm", account)
 
 
 @contextmanager
@@ -203,14 +207,6 @@ def _told_by_kind() -> Iterator[None]:
         raise IntakeError("it is a DICOMDIR, which lists files and is none") from None
     except Exception as error:  # noqa: BLE001
         raise IntakeError(f"cannot be read ({type(error).__name__})") from None
-
-
-def _name_of(clean: Dataset) -> str:
-    """The new UID; of what stood there as one nothing may be left, if it could not be read."""
-    name = text_of(clean, "SOPInstanceUID")
-    if _UID.fullmatch(name) is None:
-        raise IntakeError("its SOP Instance UID cannot be read as one; expected one in (0008,0018)")
-    return name
 
 
 def _put_pixels(clean: Dataset, pixels: CleanPixels, account: Account) -> None:

@@ -122,7 +122,7 @@ def test_what_has_no_readable_name_of_its_own_is_refused(
     )
     assert named != data
 
-    with pytest.raises(IntakeError, match="cannot be read as one"):
+    with pytest.raises(IntakeError, match="is not readable"):
         clean(named)
 
 
