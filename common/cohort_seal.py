@@ -75,7 +75,7 @@ class CohortSeal:
             raise CohortError(
                 f"{folder}: sealed under the key {expected}; expected the file of that key: "
                 "[intake.encryption] in a node's node.toml names it, and the commands that take a "
-                "sealed cohort have `--cohort-key FILE`"
+                "sealed cohort have `--node` and `--cohort-key`"
             )
         seal = cls(key, cohort)
         if not hmac.compare_digest(key_id(key), expected):

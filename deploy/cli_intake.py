@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -15,14 +16,23 @@ from client.intake.run import intake
 from client.intake.sheet import write_sheet
 from client.intake.source import Source
 from client.intake.summary import summarise
-from client.keyfile import read_key
 from common.cohort import Cohort
 from common.spec import RunSpec, read_run_file
 from deploy.cli_fetch import fetch
-from deploy.cli_keys import add_key_commands
+from deploy.cli_keys import new_key, officer_key, reidentify, rotate_key
 from deploy.cli_labels import labels
 from deploy.cli_review import review
-from deploy.cli_take import export, run
+from deploy.cli_take import (
+    CohortKeyFile,
+    Labels,
+    Node,
+    NotUsed,
+    Spec,
+    Split,
+    export,
+    run,
+    sealing_key,
+)
 from deploy.cli_verify import verify
 from deploy.intake_words import (
     console,
@@ -42,14 +52,6 @@ intake_app = typer.Typer(
 )
 
 
-class Split(StrEnum):
-    """The splits that an image can be put into."""
-
-    TRAIN = "train"
-    VALIDATION = "validation"
-    TEST = "test"
-
-
 class Part(StrEnum):
     """The parts of a MedMNIST file."""
 
@@ -61,11 +63,6 @@ class Part(StrEnum):
 CohortArgument = Annotated[
     Path, typer.Argument(help="The cohort's directory; it must not exist yet.")
 ]
-SpecOption = Annotated[
-    Path,
-    typer.Option(help="The run's TOML file: its [task] names the classes, its [input] the shape."),
-]
-LabelsOption = Annotated[Path, typer.Option(help="A CSV with the labels; see above.")]
 KeyOption = Annotated[
     Path | None,
     typer.Option(
@@ -73,19 +70,13 @@ KeyOption = Annotated[
         "same pseudonym in every cohort; without it, a key is drawn and forgotten."
     ),
 ]
-NotUsedOption = Annotated[
-    Path | None,
-    typer.Option(help="Write everything that was not used, with its reason, to this CSV."),
-]
-SplitOption = Annotated[Split | None, typer.Option(help="Put every image into this split.")]
 
 
-@intake_app.command()
 def medmnist(
     file: Annotated[Path, typer.Argument(help="A MedMNIST file, such as pneumoniamnist.npz.")],
     cohort: CohortArgument,
     *,
-    spec: SpecOption,
+    spec: Spec,
     part: Annotated[
         Part | None, typer.Option(help="Only this part; all three if not given.")
     ] = None,
@@ -102,16 +93,15 @@ def medmnist(
     take_in(MedMnist(file, run, SiteKey.random(), parts), cohort, run)
 
 
-@intake_app.command()
 def pictures(
     folder: Annotated[Path, typer.Argument(help="A folder of PNG and JPEG files.")],
     cohort: CohortArgument,
     *,
-    spec: SpecOption,
-    labels: LabelsOption,
+    spec: Spec,
+    labels: Labels,
     site_key: KeyOption = None,
-    split: SplitOption = None,
-    not_used: NotUsedOption = None,
+    split: Split = None,
+    not_used: NotUsed = None,
 ) -> None:
     """Take in a folder of PNG and JPEG pictures.
 
@@ -125,15 +115,13 @@ def pictures(
     take_in(Pictures.of(folder, labels, run, key, split=split or ""), cohort, run, not_used)
 
 
-@intake_app.command()
 def show(
     cohort: Annotated[Path, typer.Argument(help="A cohort's directory.")],
     verify: Annotated[
         bool, typer.Option("--verify", help="Recompute the SHA-256 of every image.")
     ] = False,
-    cohort_key: Annotated[
-        Path | None, typer.Option(help="The file of its key, if it is sealed.")
-    ] = None,
+    node: Node = None,
+    cohort_key: CohortKeyFile = None,
     sheet: Annotated[
         Path | None, typer.Option(help="Write a PNG with a few of the images side by side.")
     ] = None,
@@ -142,8 +130,7 @@ def show(
 
     Example: `cloister intake show north.cohort --verify --sheet north.png`
     """
-    key = None if cohort_key is None else read_key(cohort_key, "cohort key")
-    opened = Cohort.open(cohort, key)
+    opened = Cohort.open(cohort, sealing_key(node, cohort_key))
     print_contents(cohort, summarise(opened))
     if verify:
         with console.status("Verifying every image …"):
@@ -184,10 +171,12 @@ def take_in(source: Source, cohort: Path, spec: RunSpec, listing: Path | None = 
     print_summary(summary)
 
 
-intake_app.command()(run)
-intake_app.command()(export)
-add_key_commands(intake_app)
-intake_app.command()(labels)
-intake_app.command()(review)
-intake_app.command()(verify)
-intake_app.command()(fetch)
+_COMMANDS: dict[str, tuple[Callable[..., None], ...]] = {
+    "From DICOM": (run, export, labels, fetch),
+    "Look at what was made": (review, verify, show),
+    "Keys": (new_key, rotate_key, officer_key, reidentify),
+    "From other files, for research": (pictures, medmnist),
+}
+for _panel, _commands in _COMMANDS.items():
+    for _command in _commands:
+        intake_app.command(rich_help_panel=_panel)(_command)

@@ -13,12 +13,6 @@ from deploy.intake_words import console
 from deploy.run_words import printable
 
 
-def add_key_commands(app: typer.Typer) -> None:
-    """Give `app` the commands of this file."""
-    for command in (new_key, rotate_key, officer_key, reidentify):
-        app.command()(command)
-
-
 def new_key(
     key_file: Annotated[Path, typer.Argument(help="The file; it must not exist yet.")],
 ) -> None:
@@ -110,7 +104,8 @@ def reidentify(
             shown.add_row(*(Text(printable(text)) for text in row))
         if len(found) > 1:
             _warn(f"{pseudonym}: {len(found)} different patients; at most one record is true.")
-    console.print(shown)
+    if shown.row_count:
+        console.print(shown)
     if content.damaged:
         numbers = ", ".join(map(str, content.damaged))
         _warn(f"Records that cannot be opened, damaged or of another key: {numbers}.")

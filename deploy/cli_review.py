@@ -15,7 +15,7 @@ from rich.console import Console, RenderableType
 from rich.text import Text
 
 from common.errors import ConfigError
-from deploy.cli_take import CohortKeyFile, KeyFile, Node
+from deploy.cli_take import CohortKeyFile, Node
 
 if TYPE_CHECKING:  # the command imports what it needs: --help answers at once
     from client.intake.decision import Decision
@@ -26,7 +26,11 @@ console = Console()
 
 
 CohortArgument = Annotated[
-    Path, typer.Argument(help="The cohort's directory, as `run` was given it.")
+    Path, typer.Argument(help="The cohort, or the exported files, as `run` or `export` had it.")
+]
+KeyFile = Annotated[
+    Path | None,
+    typer.Option("--site-key", help="File of the site key that the intake was begun with."),
 ]
 Identifier = Annotated[str, typer.Argument(metavar="[ID]", help="The beginning of an object's id.")]
 Release = Annotated[
@@ -181,21 +185,12 @@ def _opener(
     """Opens the desk of an intake that was begun; no key is made."""
     from client.intake.desk import JOURNAL, Desk
     from client.intake.take import desk_of
-    from client.policy import read_policy
-    from deploy.cli_take import KEY_FILE, means_of
+    from deploy.cli_take import means_of
 
     path = desk_of(cohort)
     if not (path / JOURNAL).is_file():
         raise ConfigError(
             f"{path}: no desk of an intake; give the cohort as `cloister intake run` was given it"
-        )
-    own = site_key or path / KEY_FILE
-    if node is not None:
-        own = node / read_policy(node / "node.toml").intake.site_key
-    if not own.is_file():
-        raise ConfigError(
-            f"{own}: no site key; name the one of the intake with --site-key, or the node's "
-            "folder with --node"
         )
     means = means_of(path, node, None, site_key, cohort_key)
     return lambda: Desk(path, means.key, means.cohort_key)

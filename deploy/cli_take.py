@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.markup import escape
 
 from deploy.intake_words import (
     check_listing,
@@ -27,6 +30,16 @@ if TYPE_CHECKING:
     from client.intake.take import Order
 
 KEY_FILE = "site.key"
+
+
+class Splits(StrEnum):
+    """The splits that an image can be put into."""
+
+    TRAIN = "train"
+    VALIDATION = "validation"
+    TEST = "test"
+
+
 Node = Annotated[
     Path | None,
     typer.Option(help="A node's folder: its node.toml names profile, site key and encryption."),
@@ -55,9 +68,7 @@ Spec = Annotated[
     typer.Option(help="The run's TOML file: its [task] names the classes, its [input] the shape."),
 ]
 Labels = Annotated[Path, typer.Option(help="A CSV with the labels; see above.")]
-Split = Annotated[
-    str, typer.Option(help="Put every image into this split: train, validation or test.")
-]
+Split = Annotated[Splits | None, typer.Option(help="Put every image into this split.")]
 Workers = Annotated[int, typer.Option(min=0, help="Processes that read; 0: one for each core.")]
 NotUsed = Annotated[
     Path | None,
@@ -73,6 +84,8 @@ class Means:
     profile: Profile
     cohort_key: bytes | None
     registry: Registry | None = None
+    options: tuple[str, ...] = ()
+    """Those by which the review of what waits finds the same keys."""
 
 
 def means_of(
@@ -92,16 +105,16 @@ def means_of(
         cohort_key: a file.
 
     Raises:
-        ConfigError: if a file is missing or wrong, or a node and one of the others are given.
+        ConfigError: if a file is missing or wrong, a node and one of the others are given, or
+            the intake was begun with a key that is not where one is looked for.
     """
     from client.intake.deid.profile import Profile, parse_profile
-    from client.intake.keys import SiteKey
     from client.intake.registry import Registry
-    from client.intake.settings import cohort_key as key_of_cohorts
-    from client.keyfile import read_key
     from client.policy import read_policy
     from common.errors import ConfigError
 
+    named = (("--node", node), ("--site-key", site_key), ("--cohort-key", cohort_key))
+    options = tuple(word for name, path in named if path for word in (name, str(path)))
     if node is not None:
         if profile or site_key or cohort_key:
             raise ConfigError(
@@ -109,13 +122,48 @@ def means_of(
                 "node.toml says all of that in [intake]; expected one or the other"
             )
         settings = read_policy(node / "node.toml").intake
-        key = SiteKey.from_file(node / settings.site_key)
+        key = _site_key(desk, node / settings.site_key)
         asked = settings.reidentification
         registry = Registry(node / asked.table, node / asked.public_key) if asked else None
-        return Means(key, settings.profile, key_of_cohorts(node, settings), registry)
+        return Means(key, settings.profile, sealing_key(node, None), registry, options)
     chosen = parse_profile(_text(profile), source=str(profile)) if profile else Profile()
-    key = SiteKey.from_file(site_key or desk / KEY_FILE)
-    return Means(key, chosen, read_key(cohort_key, "cohort key") if cohort_key else None)
+    key = _site_key(desk, site_key or desk / KEY_FILE)
+    return Means(key, chosen, sealing_key(None, cohort_key), options=options)
+
+
+def sealing_key(node: Path | None, cohort_key: Path | None) -> bytes | None:
+    """The key of sealed cohorts, as a node's file or a file of its own has it; None without any.
+
+    Raises:
+        ConfigError: if it cannot be had, or both are given.
+    """
+    from client.intake.settings import cohort_key as key_of_cohorts
+    from client.keyfile import read_key
+    from client.policy import read_policy
+    from common.errors import ConfigError
+
+    if node is None:
+        return None if cohort_key is None else read_key(cohort_key, "cohort key")
+    if cohort_key is not None:
+        raise ConfigError(
+            "--node together with --cohort-key: the node's node.toml says it in "
+            "[intake.encryption]; expected one or the other"
+        )
+    return key_of_cohorts(node, read_policy(node / "node.toml").intake)
+
+
+def _site_key(desk: Path, file: Path) -> SiteKey:
+    """The key in a file, made on first use; one that was used is somewhere, and none is made."""
+    from client.intake.desk import JOURNAL
+    from client.intake.keys import SiteKey
+    from common.errors import ConfigError
+
+    if (desk / JOURNAL).is_file() and not file.is_file():
+        raise ConfigError(
+            f"{file}: no site key, and {desk} was begun with one; name that one with --site-key, "
+            "or the node's folder with --node"
+        )
+    return SiteKey.from_file(file)
 
 
 def _text(file: Path) -> str:
@@ -137,7 +185,7 @@ def run(
     profile: ProfileFile = None,
     site_key: KeyFile = None,
     cohort_key: CohortKeyFile = None,
-    split: Split = "",
+    split: Split = None,
     workers: Workers = 0,
     not_used: NotUsed = None,
 ) -> None:
@@ -157,26 +205,26 @@ def run(
     """
     from client.intake.labels import read_labels
     from client.intake.take import Order, check_target, desk_of
-    from common.cohort import SPLITS
-    from common.errors import ConfigError
     from common.spec import read_run_file
 
-    if split not in SPLITS:
-        raise ConfigError(f"--split {split!r}; expected train, validation or test, or none at all")
     check_target(cohort, source)
     check_listing(not_used)
     described = read_run_file(spec).spec
     table = read_labels(labels, described.task)
     means = means_of(desk_of(cohort), node, profile, site_key, cohort_key)
-    order = Order(source, cohort, described, table, means.key, means.profile, split)
+    order = Order(source, cohort, described, table, means.key, means.profile, split or "")
     order = replace(order, cohort_key=means.cohort_key, workers=workers, registry=means.registry)
-    summary = take_in_shown(order)
+    summary = take_in_shown(order, means.options)
     if not_used is not None:
         write_listing(not_used, summary.not_used)
 
 
-def take_in_shown(order: Order) -> IntakeSummary:
+def take_in_shown(order: Order, options: tuple[str, ...] = ()) -> IntakeSummary:
     """Take in under a progress bar, and show what became of it.
+
+    Args:
+        order: what and how.
+        options: those by which the review of what waits finds the same keys.
 
     Raises:
         CohortError, ConfigError, IntakeError: as `client.intake.take.take_in` does.
@@ -186,27 +234,31 @@ def take_in_shown(order: Order) -> IntakeSummary:
     with _shown("Taking in") as show:
         summary = take_in(order, progress=show)
     print_summary(summary)
-    _print_desk(order.cohort, order.key, order.profile, order.cohort_key)
+    _print_desk(order.cohort, Means(order.key, order.profile, order.cohort_key, options=options))
     return summary
 
 
-def _print_desk(
-    target: Path, key: SiteKey, profile: Profile, cohort_key: bytes | None = None
-) -> None:
+def _print_desk(target: Path, means: Means) -> None:
     """Write the report, and say where it is and what waits for a person."""
     from client.intake.desk import Desk, State
     from client.intake.take import desk_of
     from deploy.intake_report import write_report
 
-    with Desk(desk_of(target), key, cohort_key) as desk:
-        report = write_report(desk, profile)
+    with Desk(desk_of(target), means.key, means.cohort_key) as desk:
+        report = write_report(desk, means.profile)
         waiting = desk.totals().get(State.WAITS, 0)
     if waiting:
+        review = shlex.join(("cloister", "intake", "review", str(target), *means.options))
         console.print(
-            f"[bold yellow]{waiting} wait for a person:[/] cloister intake review {target}",
+            f"[bold yellow]{waiting} wait for a person:[/] {escape(review)}",
             highlight=False,
+            soft_wrap=True,
         )
-    console.print(f"What was done, without any identity: [bold]{report}[/]", highlight=False)
+    console.print(
+        f"What was done, without any identity: [bold]{escape(str(report))}[/]",
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 @contextmanager
@@ -257,6 +309,6 @@ def export(
         f"{summary.files} files of {summary.patients} patients are in [bold]{folder}[/]",
         highlight=False,
     )
-    _print_desk(folder, means.key, means.profile)
+    _print_desk(folder, means)
     if not_used is not None:
         write_listing(not_used, summary.not_used)

@@ -14,9 +14,10 @@ from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
 
-from client.keyfile import read_key
 from common.errors import ConfigError
-from deploy.intake_words import console, printable, progress_bar
+from deploy.cli_take import CohortKeyFile, Node, sealing_key
+from deploy.intake_words import console, progress_bar
+from deploy.run_words import printable
 
 if TYPE_CHECKING:
     from client.intake.ocr import Reader
@@ -39,9 +40,6 @@ AgainstOption = Annotated[
 OcrOption = Annotated[
     bool, typer.Option("--ocr", help="Read the pictures too, with tesseract: a second opinion.")
 ]
-CohortKeyOption = Annotated[
-    Path | None, typer.Option(help="The file of its key, if the cohort is sealed.")
-]
 ReportOption = Annotated[
     Path | None, typer.Option(help="Write a record without any value to this new JSON file.")
 ]
@@ -52,7 +50,8 @@ def verify(
     *,
     against: AgainstOption = None,
     ocr: OcrOption = False,
-    cohort_key: CohortKeyOption = None,
+    node: Node = None,
+    cohort_key: CohortKeyFile = None,
     report: ReportOption = None,
 ) -> None:
     """Search a cohort or exported files for anything that looks like an identity.
@@ -70,7 +69,7 @@ def verify(
     from client.intake.verify.check import Settings
     from client.intake.verify.check import verify as verified
 
-    key = None if cohort_key is None else read_key(cohort_key, "cohort key")
+    key = sealing_key(node, cohort_key)
     reader = _reader() if ocr else None
     _check_new(report)
     with progress_bar() as progress:

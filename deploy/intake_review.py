@@ -282,7 +282,9 @@ def decisions(desk: Desk) -> Iterator[RenderableType]:
     newest = {entry.number: number for number, entry, _ in every}
     undone = {newest[item] for item in desk.undone()}
     table = Table(title="What was decided", title_justify="left", box=box.SIMPLE)
-    for name in ("when (UTC)", "id", "what", "who", "why"):
+    for name in ("when (UTC)", "id"):
+        table.add_column(name, no_wrap=True)
+    for name in ("what", "who", "why"):
         table.add_column(name, overflow="fold")
     for number, entry, said in every:
         when = said.at[:19].replace("T", " ")

@@ -25,6 +25,7 @@ from client.intake.run import IntakeSummary
 from client.intake.source import NotUsed
 from client.intake.summary import CohortSummary
 from common.errors import ConfigError
+from deploy.run_words import printable
 
 _EXAMPLES_SHOWN = 3
 _REASONS_SHOWN = 25
@@ -123,9 +124,3 @@ def write_listing(path: Path, not_used: tuple[NotUsed, ...]) -> None:
             table.writerows((printable(item.what), item.reason) for item in not_used)
     except OSError as error:
         raise ConfigError(f"{path}: the listing cannot be written ({error})") from error
-
-
-def printable(name: str) -> str:
-    """A file name may hold bytes that are no text, and characters that steer a terminal."""
-    text = name.encode("utf-8", "backslashreplace").decode("utf-8")
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -71,6 +71,23 @@ def test_one_key_makes_the_same_patients_in_every_cohort(
     assert not a & c
 
 
+def test_what_was_begun_with_a_key_goes_on_with_it_and_none_is_made_in_its_place(
+    hospital: Hospital, run_file: Path, tmp_path: Path
+) -> None:
+    """Not in the desk, where none was named, nor where another one is said to be."""
+    options = ("--spec", run_file, "--labels", hospital.labels)
+    key, gone, cohort = tmp_path / "site.key", tmp_path / "gone.key", tmp_path / "c"
+    begun = call("run", hospital.folder, cohort, *options, "--site-key", key)
+    assert begun.exit_code == 0, begun.output
+
+    for other in ((), ("--site-key", gone)):
+        refused = call("run", hospital.folder, cohort, *options, *other)
+        assert isinstance(refused.exception, ConfigError)
+        assert "was begun with one; name that one with --site-key" in str(refused.exception)
+    assert list(tmp_path.rglob("*.key")) == [key]
+    assert call("run", hospital.folder, cohort, *options, "--site-key", key).exit_code == 0
+
+
 def test_medmnist_warns_of_its_unit(run_file: Path, tmp_path: Path) -> None:
     images, labels = np.zeros((3, 8, 8), dtype=np.uint8), np.eye(3, 1, dtype=np.uint8)
     np.savez(tmp_path / "x.npz", test_images=images, test_labels=labels)
@@ -135,10 +152,16 @@ def test_a_nodes_file_says_how_its_hospital_takes_in(
 
     taken = call("run", hospital.folder, tmp_path / "c", *options)
     plain = call("show", tmp_path / "c")
+    shown = call("show", tmp_path / "c", "--verify", "--node", node)
+    sought = call("verify", tmp_path / "c", "--against", hospital.folder, "--node", node)
+    twice = call("show", tmp_path / "c", "--node", node, "--cohort-key", node / "cohort.key")
     both = call("run", hospital.folder, tmp_path / "d", *options, "--site-key", node / "site.key")
 
     assert taken.exit_code == 0, taken.output
     assert isinstance(plain.exception, CohortError)
+    assert f"All {hospital.images} images are as they were stored" in shown.output
+    assert sought.exit_code == 0, sought.output
+    assert isinstance(twice.exception, ConfigError)
     assert isinstance(both.exception, ConfigError)
     key = bytes.fromhex((node / "cohort.key").read_text())
     cohort = Cohort.open(tmp_path / "c", key)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -201,6 +202,21 @@ def test_what_can_never_be_kept_cannot_be_released(review: Cloister, ward: Any):
 
 
 # --- Keys ---------------------------------------------------------------------------------------
+
+
+def test_the_command_that_an_intake_names_is_the_one_that_opens_its_review(
+    cloister: Cloister, ward: Any
+):
+    exported, key = ward.place / "to publish", ward.place / "own.key"
+    done = cloister("intake", "export", ward.source, exported, "--site-key", key)
+    assert done.code == 0, done
+    _, named = next(
+        line.split(" wait for a person: ") for line in done.out.splitlines() if "wait for" in line
+    )
+    shown = cloister(*shlex.split(named)[1:])
+    assert shown.code == 0, shown
+    assert ULTRASOUND in shown.words
+    assert cloister("intake", "review", exported).code == 2
 
 
 def test_another_key_opens_nothing_and_a_missing_one_is_not_made(cloister: Cloister, ward: Any):
