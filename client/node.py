@@ -216,7 +216,7 @@ class NodeService:
         self._runs: OrderedDict[int, str] = OrderedDict()
         self._stop, self._stopped, self._now = threading.Event(), 0.0, threading.Event()
         self._told = Told(self._pace.tell)
-        self._last_letter = -math.inf
+        self._last_letter = self._mended = -math.inf
         self._wait = self._pace.idle
 
     def run(self, watch: AbstractContextManager[None] | None = None) -> None:
@@ -282,7 +282,7 @@ class NodeService:
             self.state.tick()
             try:
                 with self.approach.open(self._most_bytes) as link:
-                    self._serve(link, waits)
+                    self._serve(link, waits, refused)
                 refused = False
                 continue
             except LinkRefusedError as error:
@@ -296,13 +296,13 @@ class NodeService:
                 self._trouble(str(error))
             self._pause(waits.next())
 
-    def _serve(self, link: FleetLink, waits: Growing) -> None:
+    def _serve(self, link: FleetLink, waits: Growing, refused: bool) -> None:
         """Say that the node is there, and take what comes; until it stops, or has a new key.
 
         A line that is lost is waited for with the same connection: to come in anew would mean to
         wait until the coordinator has forgotten that the node is there.
         """
-        self._come_in(link)
+        self._come_in(link, 0.0 if refused else self._pace.another)
         looked = time.monotonic()
         with Heart(link, self._pace.beat, lambda: self.state.met(link)) as heart:
             while not self._stop.is_set():
@@ -343,8 +343,8 @@ class NodeService:
     def _note_skew(self, link: FleetLink) -> None:
         self.state.skew = self.state.skew if link.skew is None else link.skew
 
-    def _come_in(self, link: FleetLink) -> None:
-        last = time.monotonic() + self._pace.another
+    def _come_in(self, link: FleetLink, patience: float) -> None:
+        last = time.monotonic() + patience
         while not self._stop.is_set():
             try:
                 number = link.activate()
@@ -354,7 +354,7 @@ class NodeService:
             except LinkBusyError as error:
                 if time.monotonic() > last:
                     raise DuplicateError(
-                        f"{error}. It has not passed in {self._pace.another:g} s: this node's key "
+                        f"{error}. It has not passed in {patience:g} s: this node's key "
                         "is not enrolled there any more, or another machine has a copy of it"
                     ) from error
                 self._trouble(str(error))
@@ -400,8 +400,26 @@ class NodeService:
         while (left := last - time.monotonic()) > 0 and not self._stop.wait(min(left, 5.0)):
             self.state.tick()
 
+    def _mend(self) -> None:
+        """Start a worker again that was lost, so that the next message does not wait for it."""
+        if not self.state.worker or time.monotonic() < self._mended + self._pace.retry:
+            return
+        self._mended = time.monotonic()
+        self.state.until = self._mended + STARTING
+        try:
+            self._worker.start(self._stop.is_set)
+            self.state.worker = self.state.ledger = ""
+        except AbandonedError:
+            return
+        except CloisterError as error:
+            self.state.worker = str(error)
+            self._told.tell(f"no worker starts: {error}")
+        finally:
+            self.state.until = 0.0
+
     def _rest(self) -> None:
         """Wait for the next look: shortly after a message, longer the longer none has come."""
+        self._mend()
         quiet = time.monotonic() - self._last_letter
         most = self._pace.busy if quiet < self._pace.going else self._pace.idle
         self._stop.wait(self._wait)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import socket
 import threading
 import time
@@ -191,6 +192,25 @@ def test_a_coordinator_that_is_not_there_or_talks_nonsense_is_an_error_of_ours()
             FleetLink(address, key, None, most_bytes=MEGABYTE).activate()
     with pytest.raises(LinkError, match="cannot be reached"):
         FleetLink(address, key, None, most_bytes=MEGABYTE).activate()
+
+
+def test_no_packed_answer_is_unpacked() -> None:
+    """A few kilobytes of it could fill the memory."""
+    bomb = gzip.compress(bytes(64 * MEGABYTE))
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+
+        def peer() -> None:
+            caller, _ = server.accept()
+            assert b"accept-encoding: identity" in caller.recv(65536)
+            head = f"HTTP/1.1 200 OK\r\ncontent-encoding: gzip\r\ncontent-length: {len(bomb)}"
+            caller.sendall(f"{head}\r\n\r\n".encode() + bomb)
+            caller.close()
+
+        threading.Thread(target=peer, daemon=True).start()
+        key = ec.generate_private_key(ec.SECP384R1())
+        with pytest.raises(LinkError, match="packs its answer"):
+            FleetLink(address, key, None, most_bytes=MEGABYTE).activate()
 
 
 def test_no_redirect_is_followed_and_no_endless_answer_is_read() -> None:
