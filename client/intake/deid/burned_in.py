@@ -7,7 +7,7 @@ ultrasound screen nothing is kept but the regions that hold an image (C.8.5.5).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -29,6 +29,24 @@ class Box(NamedTuple):
     left: int
     bottom: int
     right: int
+
+    def holds(self, other: Box) -> bool:
+        """Whether another lies within it; it holds itself."""
+        return (
+            self.top <= other.top
+            and self.left <= other.left
+            and self.bottom >= other.bottom
+            and self.right >= other.right
+        )
+
+
+def outermost(boxes: Iterable[Box]) -> list[Box]:
+    """Boxes without those that lie within another, from the top: they cover the same, once."""
+    kept: list[Box] = []
+    for box in sorted(set(boxes), key=lambda box: (box.top - box.bottom) * (box.right - box.left)):
+        if not any(larger.holds(box) for larger in kept):
+            kept.append(box)
+    return sorted(kept)
 
 
 def risk_of(header: Dataset) -> str:

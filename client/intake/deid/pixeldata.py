@@ -26,7 +26,7 @@ from pydicom.encaps import get_frame
 from pydicom.uid import UID, ExplicitVRLittleEndian
 
 from client.intake.decision import Decision
-from client.intake.deid.burned_in import Box, outside_regions
+from client.intake.deid.burned_in import Box, outermost, outside_regions
 from client.intake.deid.codestrip import stripped
 from client.intake.deid.findtext import find_text
 from client.intake.deid.profile import Profile
@@ -120,7 +120,7 @@ class PixelCleaner:
         if said is None:
             return text_in(planes, self.profile, self.find)
         found = [box for plane in planes for box in self.find(plane)] if said.found else []
-        return [*said.blank, *found]
+        return [*said.blank, *outermost(found)]
 
     def _keep(self, pixels: _Pixels, number: int, kept: FrameSpool) -> bool:
         """Pass a frame on, compressed as it was but without words; False if it is to be decoded."""
@@ -174,7 +174,7 @@ def text_in(
             "there seems to be text in its pixels; clean_pixel_data = true in the profile "
             "would blank it"
         )
-    return found
+    return outermost(found)
 
 
 def _covered(boxes: list[Box], shape: tuple[int, ...]) -> float:

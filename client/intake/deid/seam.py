@@ -16,7 +16,7 @@ import numpy as np
 from pydicom.dataset import Dataset
 
 from client.intake.decision import Decision
-from client.intake.deid.burned_in import Box, outside_regions
+from client.intake.deid.burned_in import Box, outermost, outside_regions
 from client.intake.deid.engine import Engine
 from client.intake.deid.findtext import find_text
 from client.intake.deid.pixeldata import PixelCleaner, channels_of, text_in
@@ -167,7 +167,7 @@ def planes(pixels: Floats) -> list[Floats]:
 
 def found_text(pixels: Floats) -> tuple[Box, ...]:
     """The boxes of what looks like text, wherever and however much; nothing is judged."""
-    return tuple(box for plane in planes(pixels) for box in find_text(plane))
+    return tuple(outermost(box for plane in planes(pixels) for box in find_text(plane)))
 
 
 def blanked(pixels: Floats, said: Decision | None) -> tuple[Box, ...]:

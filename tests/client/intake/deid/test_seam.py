@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -13,10 +13,10 @@ from pydicom.dataset import Dataset, FileDataset
 from pydicom.sequence import Sequence
 
 from client.intake.decision import Decision
-from client.intake.deid.burned_in import Box
+from client.intake.deid.burned_in import Box, outermost
 from client.intake.deid.engine import Engine
 from client.intake.deid.profile import Profile
-from client.intake.deid.seam import CleanFrame, CohortDeidentifier
+from client.intake.deid.seam import CleanFrame, CohortDeidentifier, found_text
 from client.intake.keys import SiteKey
 from common.errors import ReviewError
 
@@ -126,3 +126,37 @@ def test_text_is_found_in_any_two_colours(film: Film) -> None:
     assert image.max(axis=2).min() == image.max()
     assert seen.boxes
     assert not seen.pixels[text].any()
+
+
+def test_a_line_that_is_found_in_three_channels_is_one_box(film: Film) -> None:
+    """Pink on black: each channel shows the same letters, and the report counts them once."""
+    line = grey("DOE JOHN", "12.08.1964")
+    pink = line[..., None] * np.array([1, 0.7, 0.8], dtype=np.float32)
+    alone = [found_text(pink[..., channel]) for channel in range(3)]
+
+    seen = clean(film(SamplesPerPixel=3, PhotometricInterpretation="RGB"), pink)
+
+    assert all(alone)
+    assert found_text(pink) == seen.boxes
+    assert len(seen.boxes) <= max(map(len, alone))
+    for box in {box for boxes in alone for box in boxes}:
+        assert any(kept.holds(box) for kept in seen.boxes)
+
+
+def test_of_boxes_the_outermost_cover_all_that_all_of_them_cover() -> None:
+    draw = np.random.default_rng(5)
+    corners = np.sort(draw.integers(0, 20, (60, 2, 2)), axis=1)
+    boxes = [Box(*map(int, both.ravel())) for both in corners]
+    kept = outermost(boxes)
+
+    def covered(boxes: Iterable[Box]) -> set[tuple[int, int]]:
+        return {
+            (row, column)
+            for box in boxes
+            for row in range(box.top, box.bottom)
+            for column in range(box.left, box.right)
+        }
+
+    assert covered(kept) == covered(boxes)
+    assert 0 < len(kept) < len(boxes)
+    assert not any(one != other and one.holds(other) for one in kept for other in kept)
