@@ -261,7 +261,9 @@ class _Files:
             return []
         target = place_of(self._folder, written.record)
         try:
-            target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._folder.parent.mkdir(parents=True, exist_ok=True)
+            for made in reversed(target.parents[:4]):  # the mode of `mkdir` is the last one's alone
+                made.mkdir(mode=0o700, exist_ok=True)
             written.path.rename(target)
             written.path.parent.rmdir()
         except OSError as error:

@@ -61,7 +61,8 @@ def test_each_object_is_written_under_its_pseudonyms(order: ExportOrder, go: Go)
         assert written.PatientIdentityRemoved == "YES"
         parts = (written.PatientID, written.StudyInstanceUID, written.SeriesInstanceUID)
         assert name == "/".join((*parts, f"{written.SOPInstanceUID}.dcm"))
-        assert (order.folder / name).stat().st_mode & 0o077 == 0
+    for path in (order.folder, *order.folder.rglob("*")):
+        assert path.stat().st_mode & 0o077 == 0
     desk = b"".join(files(desk_of(order.folder)).values())
     assert b"Muster" not in desk
 
