@@ -203,10 +203,12 @@ def run(
     Example: `cloister intake run /archive/chest north.cohort --spec run.toml
     --labels labels.csv --node north`
     """
+    from client.intake.items import check_source
     from client.intake.labels import read_labels
     from client.intake.take import Order, check_target, desk_of
     from common.spec import read_run_file
 
+    check_source(source)
     check_target(cohort, source)
     check_listing(not_used)
     described = read_run_file(spec).spec
@@ -296,8 +298,10 @@ def export(
     """
     from client.intake.export import ExportOrder
     from client.intake.export import export as write
+    from client.intake.items import check_source
     from client.intake.take import check_target, desk_of
 
+    check_source(source)
     check_target(folder, source)
     check_listing(not_used)
     means = means_of(desk_of(folder), node, profile, site_key)

@@ -101,6 +101,16 @@ class Listing:
         return cls(tuple(items), tuple(unusable))
 
 
+def check_source(source: Path) -> None:
+    """See that there is something, before anything is made for it.
+
+    Raises:
+        IntakeError: otherwise.
+    """
+    if not source.exists():
+        raise IntakeError(f"{source}: no such folder or file; {_EXPECTED}")
+
+
 def listed(source: Path) -> Listing:
     """What is in a source.
 
@@ -110,15 +120,14 @@ def listed(source: Path) -> Listing:
     Raises:
         IntakeError: if there is no such source, or it is of no kind that is read.
     """
+    check_source(source)
     try:
         if source.is_dir():
             os.scandir(source).close()
             return Listing.of(_in_folder(source))
-        if not source.is_file():
-            raise IntakeError(f"{source}: no such folder or file; {_EXPECTED}")
-        if is_directory_file(source):
+        if source.is_file() and is_directory_file(source):
             return Listing.of(_in_dicomdir(source))
-        if looks_like_archive(source):
+        if source.is_file() and looks_like_archive(source):
             return Listing.of(members(source, _Places()))
     except OSError as error:
         raise IntakeError(f"{source}: cannot be looked into ({error.strerror})") from error

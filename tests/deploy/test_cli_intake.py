@@ -119,6 +119,8 @@ def test_mistakes_are_errors_of_ours(hospital: Hospital, run_file: Path, tmp_pat
     (tmp_path / "there").mkdir()
 
     existing = call("run", hospital.folder, tmp_path / "there", *options)
+    nowhere = call("run", tmp_path / "archvie", tmp_path / "c", *options)
+    unknown = call("export", tmp_path / "archvie", tmp_path / "c")
     unlabelled = call(
         "run",
         hospital.folder,
@@ -131,7 +133,9 @@ def test_mistakes_are_errors_of_ours(hospital: Hospital, run_file: Path, tmp_pat
 
     assert isinstance(existing.exception, CohortError)
     assert isinstance(unlabelled.exception, ConfigError)
-    assert not (tmp_path / "c").exists()
+    for mistake in (nowhere, unknown):
+        assert "archvie: no such folder or file" in str(mistake.exception)
+    assert not list(tmp_path.glob("c*"))
 
 
 @pytest.mark.parametrize("command", ["run", "medmnist", "pictures", "show"])
