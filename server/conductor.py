@@ -130,6 +130,7 @@ def main(home: Path, name: str) -> int:
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
+    logging.getLogger("flwr").setLevel(logging.WARNING)  # else: a line for each look for an answer
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal's; the service says what to do
     place = CoordinatorHome(home)
     run = place.run(name)
