@@ -76,7 +76,7 @@ from server.link import Exchange, LinkGrid, fleet_app
 Spec = Callable[..., RunSpec]
 MEGABYTE = 2**20
 PATIENCE = 120.0
-QUICK = Pace(idle=0.1, busy=0.1, beat=0.2, another=3.0, retry=0.2, grace=20.0, look=0.1)
+QUICK = Pace(idle=0.1, busy=0.1, beat=0.2, another=3.0, retry=0.2, grace=PATIENCE, look=0.1)
 PROJECT = """\
 [project]
 name = "cloister"
@@ -495,7 +495,7 @@ def test_a_clock_that_is_an_hour_off_is_named_and_waited_for(
     monkeypatch.setattr(node_auth, "now", lambda: ahead)
     place.open(ahead=3600.0)
     node = Node(NodeService(home, Plain(place.address, place.key), QUICK))
-    wait_until(lambda: "-3600 s off" in node.service.state.trouble)
+    wait_until(lambda: "because of its clock, which is -3" in node.service.state.trouble)
     assert report(node.service).ready is False
     time.sleep(1)
     assert node.thread.is_alive()
