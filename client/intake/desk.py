@@ -670,15 +670,20 @@ _MEANING = {
     "format": "the format of the desk",
     "makes": "what the desk is of",
     "key": "the site's key (or the key of the sealed cohort)",
+    "spec": "what the run's file says of images and classes ([input], [task])",
+    "labels": "the label table's key column",
+    "profile": "the profile of de-identification",
+    "deidentification": "the version of this software, or its tables,",
 }
+_DIGESTS = ("key", "spec", "profile", "deidentification")
 
 
 def _difference(path: Path, name: str, seen: str, expected: str) -> str:
     what = _MEANING.get(name, name)
-    shown = "" if name == "key" else f": {seen!r} then, {expected!r} now"
+    shown = "" if name in _DIGESTS else f": {seen!r} then, {expected!r} now"
     return (
-        f"{path}: {what} is not that of the intake's first start{shown}; go on with the same, or "
-        "take in under another cohort's name"
+        f"{path}: {what} is not that of the intake's first start{shown}; go on with the same, take "
+        "in under another cohort's name, or remove this folder and what it made to begin anew"
     )
 
 
