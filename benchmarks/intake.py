@@ -106,7 +106,8 @@ def work(source, cohort):
     labels = read_labels(cohort.parent / "labels.csv", spec.task)
     order = Order(source, cohort, spec, labels, SiteKey(bytes(range(32))))
     summary = take_in(order, pool=Here)
-    assert not summary.not_used
+    if summary.not_used:
+        raise SystemExit(str(summary.not_used[0]))
 """,
     OURS: """
 from client.intake.deid.engine import Engine
@@ -175,7 +176,7 @@ def ct(number: int, random: np.random.Generator, private: int) -> FileDataset:
     made.SOPInstanceUID, made.InstanceNumber = f"{study}.1.{number}", number
     made.StudyInstanceUID, made.SeriesInstanceUID = study, f"{study}.1"
     made.FrameOfReferenceUID = f"{study}.2"
-    made.PatientID, made.PatientName = f"P{number // 50:07}", f"Mustermann^Erika^{number // 50}"
+    made.PatientID, made.PatientName = patient_of(number), f"Mustermann^Erika^{number // 50}"
     made.ImagePositionPatient = [-175.5, -175.5, -1.25 * number]
     made.SliceLocation = -1.25 * number
     made.ReferencedImageSequence = Sequence([_reference(f"{study}.9.{n}") for n in range(3)])
@@ -187,6 +188,11 @@ def ct(number: int, random: np.random.Generator, private: int) -> FileDataset:
     made.PixelData = scan(random).tobytes()
     made["PixelData"].VR = "OW"
     return made
+
+
+def patient_of(number: int) -> str:
+    """Whose file number `number` is."""
+    return f"P{number // 50:07}"
 
 
 def _reference(uid: str) -> Dataset:
@@ -341,21 +347,20 @@ def whole(folders: list[Path], place: Path) -> float:
     """Seconds of the processor that one more file costs the whole intake."""
     place.mkdir()
     (place / "run.toml").write_text(SPEC, encoding="utf-8")
-    files = sorted(_files(folders))
-    patients = {f"P{number // 50:07}" for number in range(len(files))}
-    table = ["PatientID,label", *(f"{patient},no" for patient in sorted(patients))]
-    (place / "labels.csv").write_text("\n".join(table), encoding="utf-8")
-    tool, seconds = Tool.start(WHOLE, Path(sys.executable)), []
+    files, seconds = sorted(_files(folders)), []
+    tool = Tool.start(WHOLE, Path(sys.executable))
     for count in (FEW, FEW, len(files)):  # the first for the process to warm up
         source = place / f"source{len(seconds)}"
         source.mkdir()
-        for path in files[:: len(files) // count]:
+        for path in files[:count]:
             (source / path.name).symlink_to(path)
+        patients = {patient_of(int(path.stem)) for path in files[:count]}
+        table = "\n".join(["PatientID,label", *(f"{patient},no" for patient in patients)])
+        (place / "labels.csv").write_text(table, encoding="utf-8")
         tool.ask(source, place / f"cohort{len(seconds)}")
         seconds.append(float(tool.answer()))
     tool.stop()
-    few = len(files[:: len(files) // FEW])
-    return (seconds[2] - seconds[1]) / (len(files) - few)
+    return (seconds[2] - seconds[1]) / (len(files) - FEW)
 
 
 def speed(place: Path, count: int) -> Iterator[str]:
@@ -386,7 +391,14 @@ def main() -> None:
     parser.add_argument("--files", type=int, default=150, help="CTs to make")
     parser.add_argument("--output", type=Path, help="write the tables to this file too")
     asked = parser.parse_args()
-    lines = ["# The intake, measured", "", "`python benchmarks/intake.py` prints this page.", ""]
+    lines = [
+        "# The intake, measured",
+        "",
+        f"`python benchmarks/intake.py` prints this page. Here on {os.cpu_count()} cores, on which "
+        f"{os.getloadavg()[1]:.1f} processes were at work before it began: what goes by the clock "
+        "suffers from that, what goes by the processor less.",
+        "",
+    ]
     with tempfile.TemporaryDirectory(prefix="cloister-benchmark-") as place:
         for line in speed(Path(place), asked.files):
             lines.append(line)
