@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import sys
 
-import grpc
-from grpc_health.v1 import health_pb2, health_pb2_grpc
+import grpc  # type: ignore[import-untyped]
+from grpc_health.v1 import health_pb2, health_pb2_grpc  # type: ignore[import-untyped]
 
 SECONDS = 5.0
 WHOLE = "whole"
