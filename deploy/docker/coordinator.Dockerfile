@@ -47,5 +47,5 @@ WORKDIR /var/lib/cloister
 EXPOSE 9092
 STOPSIGNAL SIGTERM
 HEALTHCHECK --interval=30s --timeout=10s --start-period=120s --retries=3 \
-    CMD ["python", "-m", "deploy.probe", "127.0.0.1:9093", "whole"]
+    CMD ["python", "-m", "deploy.probe", "127.0.0.1:9093", "ready"]
 CMD ["cloister", "coordinator", "start", "--health-port", "9093"]

@@ -1,7 +1,8 @@
 {{/* Our gRPC health service, asked from within: it answers on the pod's loopback alone.
      A GPU that has gone from the container comes back by a new container: so it is part of being
      alive. A node that its coordinator does not hear, or whose certificate ended, is alive and not
-     ready; starting it anew would mend nothing. */}}
+     ready; starting it anew would mend nothing. A coordinator short of disk space is not cut off from
+     its nodes by that: it is ready while its roster is in order. */}}
 {{- define "cloister.probes" -}}
 {{- if eq .Values.role "node" }}
 startupProbe:
@@ -24,12 +25,12 @@ readinessProbe:
   timeoutSeconds: 10
 {{- else }}
 startupProbe:
-  exec: { command: [python, -m, deploy.probe, "127.0.0.1:9093"] }
+  exec: { command: [python, -m, deploy.probe, "127.0.0.1:9093", live] }
   periodSeconds: 10
   timeoutSeconds: 10
   failureThreshold: 30
 livenessProbe:
-  exec: { command: [python, -m, deploy.probe, "127.0.0.1:9093"] }
+  exec: { command: [python, -m, deploy.probe, "127.0.0.1:9093", live] }
   periodSeconds: 30
   timeoutSeconds: 10
   failureThreshold: 4
