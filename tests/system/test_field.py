@@ -419,3 +419,70 @@ def test_a_run_from_films_to_its_report_by_commands_alone(federation: Federation
     status = federation.operator("status", "--home", "federation")
     assert status.count("connected") == len(SITES), status
     assert run.name in federation.operator("runs", "--home", "federation")
+
+
+def test_a_node_that_is_killed_in_mid_training_answers_the_same_round(federation: Federation):
+    paid = federation.attempts("north")
+    run = federation.launch(LONG)
+    federation.wait(lambda: federation.attempts("north") > paid, "north to begin")
+    federation.kill("north")
+    assert federation.released("north", run) == [], "it was too quick to be killed in training"
+    assert federation.rounds("north", run) == [1]
+    federation.start("north")
+    rows = federation.ends(run)
+
+    assert statuses(rows) == [ALL_OK] * 3, federation.tails()
+    # What was lost in training stays booked, and is made anew with fresh noise; nothing else is.
+    assert federation.rounds("north", run) == [1, 1, 2, 3]
+    assert federation.released("north", run) == [1, 2, 3]
+    assert [federation.rounds(site, run) for site in ("harbour", "hill")] == [[1, 2, 3]] * 2
+    federation.cloister("north", "node", "audit", "node")
+
+
+def test_a_coordinator_that_is_killed_in_mid_round_goes_on_and_nobody_pays_twice(
+    federation: Federation,
+):
+    with federation.in_round_one() as run:
+        others = ("harbour", "hill")
+        federation.wait(lambda: [federation.released(s, run) for s in others] == [[1]] * 2, "two")
+        federation.kill("coordinator")
+        assert federation.rows(run) == []
+        federation.start("coordinator")
+    rows = federation.ends(run)
+
+    assert [row["round"] for row in rows] == [1, 2, 3]
+    assert statuses(rows) == [ALL_OK] * 3, federation.tails()
+    for site in SITES:
+        assert federation.rounds(site, run) == [1, 2, 3]
+        assert federation.released(site, run) == [1, 2, 3]
+
+
+def test_a_node_that_is_revoked_in_mid_run_is_gone_and_comes_back_with_a_new_key(
+    federation: Federation,
+):
+    with federation.in_round_one() as run:
+        federation.wait(lambda: federation.released("hill", run) == [1], "hill")
+        federation.operator(
+            *("revoke", "hill", "--reason", "its machine was stolen", "--yes"),
+            *("--home", "federation", "--passphrase-file", "passphrase"),
+        )
+    rows = federation.ends(run)
+
+    assert [row["round"] for row in rows] == [1, 2, 3]
+    for row in rows[1:]:
+        hill = row["sites"].get("hill", {"status": "not asked", "reason": "revoked"})
+        assert hill["status"] != "ok", rows
+        assert "revoked" in hill["reason"], rows
+        assert {row["sites"][name]["status"] for name in ("north", "harbour")} == {"ok"}
+    assert federation.rounds("hill", run) == [1]
+    assert "its machine was stolen" in federation.operator(
+        *("roster", "--history", "--home", "federation")
+    )
+    federation.wait(lambda: federation.running["hill"].poll() is not None, "hill to end")
+    assert federation.running["hill"].returncode == os.EX_NOPERM, federation.tails()
+    assert "revoked" in federation.log("hill").read_text()
+
+    federation.enrol("hill", "--afresh")
+    federation.start("hill")
+    federation.wait(lambda: federation.ready("hill"), "hill to come back")
+    assert statuses(federation.ends(federation.launch(QUICK))) == [ALL_OK] * 3
