@@ -22,8 +22,8 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-import grpc  # type: ignore[import-untyped]
-from grpc_health.v1 import (  # type: ignore[import-untyped]
+import grpc
+from grpc_health.v1 import (
     health,
     health_pb2,
     health_pb2_grpc,

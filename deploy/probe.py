@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import sys
 
-import grpc  # type: ignore[import-untyped]
-from grpc_health.v1 import health_pb2, health_pb2_grpc  # type: ignore[import-untyped]
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 SECONDS = 5.0
 _USAGE = "usage: python -m deploy.probe HOST:PORT SERVICE, such as 127.0.0.1:9094 live"

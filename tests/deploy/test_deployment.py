@@ -19,11 +19,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import grpc  # type: ignore[import-untyped]
+import grpc
 import pytest
-import yaml  # type: ignore[import-untyped]
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc  # type: ignore[import-untyped]
-from jsonschema import Draft7Validator  # type: ignore[import-untyped]
+import yaml
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from jsonschema import Draft7Validator
 from typer.main import get_command
 
 from client import health as client_health

@@ -333,7 +333,8 @@ def test_every_image_passes_the_seam_and_only_what_it_gives_is_kept(
     for patient in ("P1", "P2"):
         hospital.film(patient, PatientID=patient, PatientName=f"Name^{patient}")
     order = hospital.order(hospital.labels({"P1": "normal", "P2": "normal"}), "c")
-    plain, seen = CohortDeidentifier(Engine(Profile(), hospital.key)), []
+    plain = CohortDeidentifier(Engine(Profile(), hospital.key))
+    seen: list[Any] = []
 
     def deidentify(unverified: Any, decision: Any = None) -> OneFile:
         return OneFile(plain(unverified, decision), str(unverified.PatientID), seen)

@@ -77,6 +77,7 @@ class Memory:
 
     data: bytes
     place: str = "report"
+    stamp: str = ""
 
     def open(self, limit: int) -> BinaryIO:
         return io.BytesIO(self.data)

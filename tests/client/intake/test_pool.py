@@ -97,7 +97,8 @@ def test_tasks_are_drawn_a_few_ahead_and_no_more() -> None:
 def test_workers_end_with_the_pool_and_with_the_parent() -> None:
     with Pool(methodcaller("__call__"), 2, BOUNDS) as pool:
         pids = list(pool.map([partial(os.getpid), partial(os.getpid)]))
-    assert not any(alive(pid) for pid in pids)
+    assert len(pids) == 2
+    assert not any(alive(int(str(pid))) for pid in pids)
 
     program = subprocess.run(
         [sys.executable, "-c", LONELY], stdout=subprocess.PIPE, check=False, timeout=120

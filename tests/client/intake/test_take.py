@@ -597,7 +597,8 @@ def test_killed_at_random_moments_it_comes_to_the_same_bytes(
     shutil.copytree(filled.folder, source)
 
     def order(name: str) -> Order:
-        return dataclasses.replace(filled.order(table, name), batch=3)
+        ordered: Order = filled.order(table, name)
+        return dataclasses.replace(ordered, batch=3)
 
     def work(name: str) -> Callable[[], object]:
         return lambda: take_in(order(name), pool=in_this_process, today=DAY)

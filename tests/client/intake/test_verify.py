@@ -130,7 +130,7 @@ def test_many_strings_are_found_as_one_by_one(letters: bytes) -> None:
             for at in range(len(data))
             if data.lower().startswith(string, at)
         }
-        assert set(Needles(strings, window).find(data)) == expected  # type: ignore[arg-type]
+        assert set(Needles(strings, window).find(data)) == expected
 
 
 def test_its_own_reader_sees_the_elements_that_pydicom_sees(shared_data: Path) -> None:

@@ -186,7 +186,7 @@ def uncut(file: DicomFile) -> CleanPixels:
     """All bytes of the pixel data, however many the header describes."""
     element = file.pixel_element()
     file.stream.seek(element.start)
-    return CleanPixels(file.syntax, file.stream.read(element.length), {}, 0, outside=False)
+    return CleanPixels(file.syntax, BytesIO(file.stream.read(element.length)), {}, 0, outside=False)
 
 
 def test_pixels_that_are_not_cut_to_their_described_length_leak(

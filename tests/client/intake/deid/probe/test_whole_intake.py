@@ -55,7 +55,7 @@ def found(places: Iterable[Path], wanted: set[bytes]) -> set[bytes]:
 
 def labels(probes: Probes) -> LabelTable:
     """A label for every patient of the probes."""
-    entries = {}
+    entries: dict[str, LabelEntry] = {}
     for probe in probes.values():
         with quiet():
             header = dcmread(BytesIO(probe.data), force=True, stop_before_pixels=True)
