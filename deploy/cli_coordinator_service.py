@@ -89,10 +89,11 @@ def launch(
     Example: `cloister coordinator launch run.toml --home federation`
     """
     from server.coordinator import is_served
+    from server.launch import launch as put_into_queue
     from server.runs import open_home
 
     found = open_home(home)
-    run = found.launch(run_file)
+    run = put_into_queue(found, run_file)
     _say(f"{run.name} is in the queue; its folder is {run.path}")
     if not is_served(found):
         _say("No service runs on this home: `cloister coordinator start` begins with it.")

@@ -21,7 +21,6 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import BinaryIO
 
 from common.cohort import Cohort
 from common.errors import CloisterError, RunError
@@ -49,10 +48,11 @@ class Orders:
     """What the service says.
 
     Args:
-        source: its end ends this process: without the service no message comes or goes.
+        source: a descriptor; its end ends this process: without the service no message comes or
+            goes.
     """
 
-    def __init__(self, source: BinaryIO) -> None:
+    def __init__(self, source: int) -> None:
         self._stop = threading.Event()
         threading.Thread(target=self._listen, args=(source,), daemon=True).start()
 
@@ -62,9 +62,9 @@ class Orders:
             self._stop.clear()
             raise _EndAskedError
 
-    def _listen(self, source: BinaryIO) -> None:
-        for line in source:
-            if line.strip() == b"stop":
+    def _listen(self, source: int) -> None:
+        while said := os.read(source, 1024):  # a buffered file would be locked at the exit
+            if b"stop" in said:
                 self._stop.set()
         os._exit(DIED)  # whatever is on disk is whole; nothing more can be done
 
@@ -135,7 +135,7 @@ def main(home: Path, name: str) -> int:
     place = CoordinatorHome(home)
     run = place.run(name)
     try:
-        conduct(place, run, Orders(sys.stdin.buffer))
+        conduct(place, run, Orders(sys.stdin.fileno()))
         return ORDERLY
     except CloisterError as error:
         log.error("%s", error)

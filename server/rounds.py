@@ -305,6 +305,12 @@ class FederatedRun:
         """The sites that said yes, by name; at least the quorum."""
         deadline = self._clock.now() + self._spec.federation.deadline_seconds
         nodes = self._wait_for_nodes(grid, deadline)
+        if 0 < len(nodes) < self._spec.federation.quorum:
+            self._note_who_is_missing(grid)
+            raise RunError(
+                f"{len(nodes)} connected at the deadline of the invitation, the quorum is "
+                f"{self._spec.federation.quorum}; {self._who_declined()}"
+            )
         guests = Guests(self._witnesses.read())
         self._ask_guests(grid, guests, nodes, deadline)
         for node_id, code in guests.waiting.items():
@@ -317,11 +323,17 @@ class FederatedRun:
         if len(sites) < self._spec.federation.quorum:
             raise RunError(
                 f"{len(sites)} of {len(nodes)} nodes take part, the quorum is "
-                f"{self._spec.federation.quorum}; "
-                f"{'; '.join(sorted(set(self._journal.declined.values()))) or 'none is connected'}"
+                f"{self._spec.federation.quorum}; {self._who_declined() or 'none is connected'}"
             )
         self._enter(sites)
         return sites
+
+    def _who_declined(self) -> str:
+        """Each reason once; with the name where a site that is expected was not there."""
+        declined = self._journal.declined.items()
+        return "; ".join(
+            sorted({why if who.isdigit() else f"{who}: {why}" for who, why in declined})
+        )
 
     def _enter(self, sites: Mapping[str, Site]) -> None:
         for name, site in sites.items():

@@ -15,26 +15,23 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
-import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import StrEnum
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import AwareDatetime, ValidationError
 
-from common import models
-from common.cohort import Cohort
-from common.errors import CohortError, ConfigError, RunError
-from common.files import flush_folder, write_durably
-from common.spec import RunSpec, Section, read_run_file
-from server.evaluation import CentralEvaluator
-from server.rounds import Observer
+from common.errors import ConfigError, RunError
+from common.files import write_durably
+from common.spec import RunSpec, Section
 from server.witness import WITNESS_FILE
+
+if TYPE_CHECKING:  # who lists runs need not wait for torch
+    from server.rounds import Observer
 
 _LARGEST = 2**20
 
@@ -125,42 +122,6 @@ class CoordinatorHome:
             there = ", ".join(run.name for run in self.all_runs()[-5:]) or "none"
             raise ConfigError(f"{self.runs}: no run {name!r}; the newest are: {there}")
         return found
-
-    def launch(self, run_file: Path) -> Run:
-        """Check a run and put it into the queue.
-
-        Raises:
-            SpecError: if the run's file is wrong.
-            ModelError: if the network cannot be made, or not be trained under privacy.
-            CohortError: if the evaluation's cohort is missing or does not fit.
-            RunError: if the folder cannot be written.
-        """
-        read = read_run_file(run_file).spec
-        stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
-        spec = read.identified(f"{read.name.lower()}-{stamp}-{secrets.token_hex(2)}")
-        self.check(spec)
-        made = Run(self.runs / spec.run_id)
-        partial = self.runs / f".{spec.run_id}.partial"
-        try:
-            partial.mkdir(parents=True)
-            write_durably(partial / "spec.json", spec.canonical_json.encode())
-            Run(partial).write(Standing.QUEUED)
-            partial.rename(made.path)
-            flush_folder(self.runs)
-        except OSError as error:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise RunError(f"{made.path}: cannot be written ({error})") from error
-        return made
-
-    def check(self, spec: RunSpec) -> None:
-        """See `launch`."""
-        if not self.evaluation.exists():
-            raise CohortError(
-                f"{self.evaluation}: is not there; expected the cohort on which models are "
-                "evaluated: `cloister intake run SOURCE evaluation` makes one of DICOM"
-            )
-        models.check_private(models.build(spec))
-        CentralEvaluator(spec, Cohort.open(self.evaluation))
 
 
 class Run:

@@ -38,6 +38,7 @@ from common.errors import CloisterError, ConfigError, LinkError, LinkRefusedErro
 from server.authority import Authority, Lifetimes, NewFederation, Signed
 from server.coordinator import Coordinator, Settings, is_served, open_exchange
 from server.fleet import Limits, bound
+from server.health import Health
 from server.link import Exchange, bundle
 from server.runs import CoordinatorHome
 
@@ -595,20 +596,41 @@ def open_exchange_of(home: CoordinatorHome) -> Exchange:
     return open_exchange(home.database)
 
 
-def test_probes_learn_whether_it_is_well(federation: Federation, free_port: Callable[[], int]):
-    port = free_port()
-    federation.serve(health_port=port)
+def probe(port: int) -> Callable[[str], int]:
+    """Asks for a part: 1 if it serves, 2 if it does not."""
 
     def ask(part: str) -> int:
         with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
             stub = health_pb2_grpc.HealthStub(channel)
             return int(stub.Check(health_pb2.HealthCheckRequest(service=part), timeout=30).status)
 
-    wait_until(lambda: ask("") == 1)
+    return ask
+
+
+def test_a_loop_that_hangs_is_not_alive(free_port: Callable[[], int]):
+    port = free_port()
+    with Health(port, stale=0.5).serving() as health:
+        ask = probe(port)
+        assert ask("live") == 2
+        health.report({"disk": ""})
+        assert ask("live") == ask("") == ask("disk") == 1
+        wait_until(lambda: {ask("live"), ask(""), ask("disk")} == {2})
+        health.report({"disk": "full"})
+        assert (ask("live"), ask("ready"), ask("disk")) == (1, 2, 2)
+        with pytest.raises(ConfigError, match="cannot listen there for probes"):
+            Health(port).serving().__enter__()
+
+
+def test_probes_learn_whether_it_is_well(federation: Federation, free_port: Callable[[], int]):
+    port = free_port()
+    federation.serve(health_port=port)
+
+    ask = probe(port)
+    wait_until(lambda: ask("") == ask("ready") == 1)
     roster = federation.home.path / "roster.json"
     shutil.move(roster, roster.with_suffix(".away"))
     wait_until(lambda: ask("roster") == ask("") == 2)
-    assert ask("disk") == 1
+    assert ask("disk") == ask("live") == 1
     shutil.move(roster.with_suffix(".away"), roster)
     wait_until(lambda: ask("") == 1)
 

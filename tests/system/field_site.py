@@ -1,8 +1,8 @@
 """A hospital's node for tests of the coordinator: enrolled, over TLS, answered by the shipped gate.
 
 What a shipped node draws from the operating system comes from a seed here, so that two runs can be
-compared. Told by files in the node's folder: while ``hold`` is there, no round is answered; each
-request is a line in ``heard``, before it is answered.
+compared. It is told by files in the node's folder: while ``hold`` is there, the round that it
+names is not answered; each request is a line in ``heard``, before it is answered.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from functools import cache
 from pathlib import Path
 
 import torch
+from flwr.app import RecordDict
 
 from client.app import answer
 from client.credentials import Credentials
@@ -26,6 +27,7 @@ from client.training import LocalTrainer
 from common.accounting import SubsampledGaussian
 from common.cohort import Cohort
 from common.errors import LinkError, MessageError
+from common.messages import TrainTask, read_request
 from common.noise import Keystream
 from common.spec import RunSpec
 
@@ -63,11 +65,20 @@ def serve(home: Path, gate: Gate) -> None:
                 content = letter.content
                 with (home / "heard").open("a") as heard:
                     heard.write(f"{letter.kind}\n")
-                while letter.kind == "train.step" and (home / "hold").exists():
+                while letter.kind == "train.step" and holds(home, content):
                     time.sleep(0.02)
                 link.reply(letter, answer(content, lambda: gate))
         finally:
             over.set()
+
+
+def holds(home: Path, content: RecordDict) -> bool:
+    try:
+        named = (home / "hold").read_text()
+    except FileNotFoundError:
+        return False
+    task = read_request(content)
+    return isinstance(task, TrainTask) and str(task.round_number) == named
 
 
 def beat(link: FleetLink, over: threading.Event) -> None:
