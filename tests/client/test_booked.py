@@ -281,7 +281,9 @@ def dies_before_it_trains(*, run_id: str, round_number: int) -> NoReturn:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="autograd on CUDA does not survive a fork")
 @pytest.mark.parametrize(
-    "parts", [{"ledger": DiesBeforeItCommits}, {"keystream": dies_before_it_trains}], ids=str
+    "parts",
+    [{"ledger": DiesBeforeItCommits}, {"keystream": dies_before_it_trains}],
+    ids=lambda parts: next(iter(parts)),
 )
 def test_a_process_that_is_killed_in_an_attempt_has_spent_it(node, task_of, spec, parts) -> None:
     node.joins(spec)
