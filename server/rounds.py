@@ -486,6 +486,7 @@ class FederatedRun:
     def _collect(self, grid: Grid, made: Round, sites: Mapping[str, Site]) -> Arrays:
         """The aggregate of one round; every site's outcome is in `made`."""
         aggregator = aggregator_for(self._spec)
+        sites = self._without_barred(made, sites)
         by_node = {site.node_id: site for site in sites.values()}
         tasks = self._tasks(made, sites)
         deadline = self._clock.now() + self._spec.federation.deadline_seconds
@@ -513,6 +514,12 @@ class FederatedRun:
                 "resume the run when the cause is mended"
             )
         return aggregator.result()
+
+    def _without_barred(self, made: Round, sites: Mapping[str, Site]) -> dict[str, Site]:
+        """The sites that may take part; of the others the record says why, and nothing is sent."""
+        barred = {name: self._members.barred(name) for name in sites}
+        made.sites |= {n: {"status": "failed", "reason": why} for n, why in barred.items() if why}
+        return {name: site for name, site in sites.items() if not barred[name]}
 
     def _tasks(self, made: Round, sites: Mapping[str, Site]) -> dict[int, RecordDict]:
         """A task for each node with its site's witness; all share one record of the weights."""
