@@ -285,7 +285,7 @@ def undisturbed(federation: Federation) -> Run:
     path = federation.home.path.parent / "run.toml"
     path.write_text(federation.run_text)
     said = federation.command("launch", str(path))
-    (run,) = federation.home.all_runs()
+    *_, run = federation.home.all_runs()
     assert run.state.standing is Standing.FINISHED, (said, *federation.told(run))
     assert all(f"round    {number}" in said for number in (1, 2, 3))
     assert (run.path / "report.html").as_uri() in said
@@ -426,7 +426,9 @@ def test_a_site_that_is_revoked_in_mid_run_is_out_at_once_and_in_the_record(
     assert rows[1]["sites"]["south"]["status"] == "failed"
     assert rows[1]["sites"]["south"]["reason"].startswith("revoked at 2")
     assert rows[2]["sites"]["north"]["status"] == "ok"
-    assert "401" in federation.log_of("south")
+    wait_until(lambda: "401" in federation.log_of("south"), "its refusal")
+    privacy = json.loads((run.path / "privacy.json").read_text())
+    assert privacy["sites"]["south"]["rounds"] == 2  # it had its task of the second
 
     federation.kill("south")
     enrol(federation.authority, federation.sites["south"], "south")
