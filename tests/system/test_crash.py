@@ -547,7 +547,9 @@ def hospital(
             },
         )
         folder = Path(tempfile.mkdtemp(dir=MEMORY))
-        (folder / "node.toml").write_text(toml(policy.model_dump(mode="json", exclude_none=True)))
+        (folder / "node.toml").write_text(
+            toml(policy.model_dump(mode="json", exclude_none=True, exclude={"intake"}))
+        )
         home = NodeHome.open(folder)
         ledger = home.create(by="a test")
         ledger.admit(cohort_digest(home.cohort_path), Signed("a test", "it is one"))
