@@ -511,7 +511,7 @@ def test_a_sealed_index_is_opened_or_refused(
     (sealed / "index.sealed").write_bytes(seal.close_index((plain / "index.sqlite").read_bytes()))
     (sealed / "sealed.json").write_bytes(seal.content)
 
-    with pytest.raises(CohortError, match="--cohort-key FILE"):
+    with pytest.raises(CohortError, match="expected the file of that key"):
         verify(sealed)
     assert (
         "value of the source" in verify(sealed, known, settings=Settings(cohort_key=key)).by_rule()
