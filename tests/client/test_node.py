@@ -552,10 +552,6 @@ def test_a_second_process_of_a_node_is_refused_here_and_elsewhere(
     assert node.thread.is_alive()
 
 
-@pytest.mark.xfail(
-    reason="Flower calls the node of a graceful stop unavailable before its last answer is fetched",
-    strict=False,
-)
 def test_a_round_under_way_is_finished_before_the_node_stops(
     home: Path, place: Place, long_task: TrainTask
 ):

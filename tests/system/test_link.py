@@ -105,6 +105,27 @@ def test_a_question_reaches_the_node_and_its_answer_comes_back(place: Place, bun
     assert not place.exchange.nodes()[0].online
 
 
+def test_an_answer_is_kept_for_whoever_asks_though_its_node_has_left(
+    place: Place, bundle: bytes
+) -> None:
+    """A node that stops in order answers first; whoever comes for the answer later gets it."""
+    run = place.exchange.submit(bundle, {"spec": "{}"})
+    node = place.node("north")
+    number = node.activate()
+    with Exchange(place.database).conducting(run) as grid:
+        answered = ask(grid, number, "train.step", RecordDict())
+        unanswered = ask(grid, number, "query.close", RecordDict())
+        letter = node.receive()
+        assert letter is not None
+        assert letter.kind == "train.step"
+        node.reply(letter, RecordDict({"answer": ConfigRecord({"said": "done"})}))
+        node.close()
+        assert not place.exchange.nodes()[0].online
+
+        assert answer(grid, answered).content["answer"] == {"said": "done"}
+        assert not answer(grid, unanswered).has_content()
+
+
 def test_what_a_run_consists_of_comes_unopened(place: Place, bundle: bytes) -> None:
     run = place.exchange.submit(bundle, {"spec": "{}"})
     with place.node("north") as node:
