@@ -323,6 +323,7 @@ class Hostile:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self._patch = monkeypatch
+        self.asked = 0
 
     def honest(self) -> None:
         self._patch.undo()
@@ -343,6 +344,7 @@ class Hostile:
         """Every message was written so long ago."""
 
         def pulled(*args: Any, **named: Any) -> Any:
+            self.asked += 1
             said = _PULL(*args, **named)
             for message in said.messages_list:
                 message.metadata.created_at -= seconds
@@ -400,6 +402,7 @@ def test_a_message_that_comes_too_late_costs_nothing(
     with place.conducting() as run:
         assert isinstance(run.ask(INVITE, Invitation(spec).to_records()), NodeCard)
         hostile.written(3600)
+        wait_until(lambda: hostile.asked > 0)  # what was asked of the honest one is answered
         run.push(TRAIN, task.to_records())
         wait_until(lambda: not pending(place))
         hostile.honest()
