@@ -10,14 +10,12 @@ ARG TORCH_INDEX=
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_INPUT=1 PIP_ROOT_USER_ACTION=ignore
 WORKDIR /src
 COPY constraints.txt ./
-RUN --mount=type=cache,target=/root/.cache/pip \
-    python -m venv /build \
- && /build/bin/pip install --constraint constraints.txt hatchling \
+RUN python -m venv /build \
+ && /build/bin/pip install --no-cache-dir --constraint constraints.txt hatchling \
  && python -m venv --without-pip /opt/cloister
 COPY . .
-RUN --mount=type=cache,target=/root/.cache/pip \
-    /build/bin/pip wheel --no-deps --no-build-isolation --wheel-dir /wheels . \
- && /build/bin/pip --python /opt/cloister install --constraint constraints.txt \
+RUN /build/bin/pip wheel --no-deps --no-build-isolation --wheel-dir /wheels . \
+ && /build/bin/pip --python /opt/cloister install --no-cache-dir --constraint constraints.txt \
       ${TORCH_INDEX:+--extra-index-url "${TORCH_INDEX}"} "$(echo /wheels/cloister-*.whl)[node]" \
  && /opt/cloister/bin/python -c "import sys, torch; found = 'cuda' if torch.version.cuda else 'cpu'; sys.exit(found != '${VARIANT}' and f'this torch is for {found}, and VARIANT is ${VARIANT}: see TORCH_INDEX')"
 
