@@ -88,11 +88,13 @@ def test_reports_become_a_label_table(
 
 
 def test_without_any_label_there_is_no_table(label: Callable[..., Any], tmp_path: Path) -> None:
-    said = label(CODES.replace("verified = false", ""))
+    listing = tmp_path / "without.csv"
+
+    said = label(CODES.replace("verified = false", ""), "--not-labelled", listing)
 
     assert said.code == 2
     assert "no study of it gets a label" in said.words
-    assert "are not verified" in said.words
+    assert "are not verified" in listing.read_text()
     assert not (tmp_path / "labels.csv").exists()
 
 
