@@ -38,6 +38,7 @@ from client.ledger import Signed as SignedAtNode
 from common.clock import Clock
 from common.spec import parse_run_text
 from server.authority import Authority, NewFederation, Signed
+from server.launch import launch
 from server.runs import OPEN, CoordinatorHome, Run
 
 SITES = ("north", "south")
@@ -242,7 +243,7 @@ class Ours:
 
     def rounds(self) -> list[Mapping[str, float]]:
         """Where the seconds of each round went."""
-        run = self.home.launch(self._folder / "run.toml")
+        run = launch(self.home, self._folder / "run.toml")
         wait_until(lambda: run.state.standing not in OPEN)
         rows = [json.loads(line) for line in (run.path / "metrics.jsonl").open()]
         if len(rows) != ROUNDS:
