@@ -12,7 +12,7 @@ from rich.text import Text
 
 from common.errors import ConfigError
 from deploy import cli_coordinator_service
-from deploy.run_words import printable
+from deploy.screen import printable
 
 if TYPE_CHECKING:  # each command imports what it needs: --help answers at once
     from common.enrolment import Bundle

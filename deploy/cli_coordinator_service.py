@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from common.errors import RunError
-from deploy.run_words import printable
+from deploy.screen import printable
 
 if TYPE_CHECKING:  # each command imports what it needs: --help answers at once
     from deploy.live import LiveObserver

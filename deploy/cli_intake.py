@@ -5,19 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from client.intake.keys import SiteKey
-from client.intake.medmnist import PARTS, MedMnist
-from client.intake.pictures import Pictures
-from client.intake.run import intake
-from client.intake.sheet import write_sheet
-from client.intake.source import Source
-from client.intake.summary import summarise
-from common.cohort import Cohort
-from common.spec import RunSpec, read_run_file
 from deploy.cli_fetch import fetch
 from deploy.cli_keys import new_key, officer_key, reidentify, rotate_key
 from deploy.cli_labels import labels
@@ -41,6 +32,11 @@ from deploy.intake_words import (
     progress_bar,
     write_listing,
 )
+
+if TYPE_CHECKING:  # each command imports what it needs: --help answers at once
+    from client.intake.keys import SiteKey
+    from client.intake.source import Source
+    from common.spec import RunSpec
 
 intake_app = typer.Typer(
     name="intake",
@@ -88,6 +84,10 @@ def medmnist(
 
     Example: `cloister intake medmnist pneumoniamnist.npz test.cohort --spec run.toml --part test`
     """
+    from client.intake.keys import SiteKey
+    from client.intake.medmnist import PARTS, MedMnist
+    from common.spec import read_run_file
+
     run = read_run_file(spec).spec
     parts = PARTS if part is None else (part.value,)
     take_in(MedMnist(file, run, SiteKey.random(), parts), cohort, run)
@@ -110,6 +110,9 @@ def pictures(
 
     Example: `cloister intake pictures photos skin.cohort --spec run.toml --labels labels.csv`
     """
+    from client.intake.pictures import Pictures
+    from common.spec import read_run_file
+
     run = read_run_file(spec).spec
     key = _key(site_key)
     take_in(Pictures.of(folder, labels, run, key, split=split or ""), cohort, run, not_used)
@@ -130,6 +133,10 @@ def show(
 
     Example: `cloister intake show north.cohort --verify --sheet north.png`
     """
+    from client.intake.sheet import write_sheet
+    from client.intake.summary import summarise
+    from common.cohort import Cohort
+
     opened = Cohort.open(cohort, sealing_key(node, cohort_key))
     print_contents(cohort, summarise(opened))
     if verify:
@@ -142,6 +149,8 @@ def show(
 
 
 def _key(path: Path | None) -> SiteKey:
+    from client.intake.keys import SiteKey
+
     return SiteKey.random() if path is None else SiteKey.from_file(path)
 
 
@@ -158,6 +167,8 @@ def take_in(source: Source, cohort: Path, spec: RunSpec, listing: Path | None = 
         CohortError, DataError: as `client.intake.run.intake` does.
         ConfigError: if the listing cannot be written; the cohort is there all the same.
     """
+    from client.intake.run import intake
+
     with progress_bar() as progress:
         task = progress.add_task("Taking in", total=len(source))
         summary = intake(

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.text import Text
 
 from common.errors import ConfigError
-from deploy.run_words import printable
+from deploy.screen import printable
 
 if TYPE_CHECKING:  # each command imports what it needs: --help answers at once
     from client.policy import Policy

@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from deploy.intake_words import console
-from deploy.run_words import printable
+from deploy.screen import printable
 
 
 def new_key(

@@ -18,7 +18,7 @@ from common.errors import ConfigError, Refusal
 from deploy.cli_join import join, renew, request
 from deploy.cli_listen import listen
 from deploy.cli_node_service import doctor, start, status
-from deploy.run_words import printable
+from deploy.screen import printable
 
 if TYPE_CHECKING:  # each command imports what it needs: --help answers at once
     from client.approval import Asked

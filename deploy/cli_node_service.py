@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from common.errors import CloisterError
-from deploy.run_words import printable
+from deploy.screen import printable
 
 if TYPE_CHECKING:  # each command imports what it needs: --help answers at once
     from client.doctor import Finding

@@ -17,7 +17,7 @@ from rich.table import Table
 from common.errors import ConfigError
 from deploy.cli_take import CohortKeyFile, Node, sealing_key
 from deploy.intake_words import console, progress_bar
-from deploy.run_words import printable
+from deploy.screen import printable
 
 if TYPE_CHECKING:
     from client.intake.ocr import Reader

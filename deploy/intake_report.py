@@ -44,7 +44,7 @@ from common.clock import Clock
 from common.errors import ConfigError
 from common.files import write_durably
 from deploy import intake_report_words as words
-from deploy.run_words import printable
+from deploy.screen import printable
 
 FORMAT = 1
 HTML, JSON = "report.html", "report.json"

@@ -24,7 +24,7 @@ from client.intake.desk import Desk, Entry, State
 from common.clock import Clock
 from common.errors import ConfigError
 from deploy.node_pages import bullets, day, facts
-from deploy.run_words import printable
+from deploy.screen import printable
 
 MOST_BOXES = 500
 LONGEST_WORDS = 2000

@@ -8,6 +8,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.markup import escape
@@ -21,11 +22,13 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from client.intake.run import IntakeSummary
-from client.intake.source import NotUsed
-from client.intake.summary import CohortSummary
 from common.errors import ConfigError
-from deploy.run_words import printable
+from deploy.screen import printable
+
+if TYPE_CHECKING:  # each command imports what it needs: --help answers at once
+    from client.intake.run import IntakeSummary
+    from client.intake.source import NotUsed
+    from client.intake.summary import CohortSummary
 
 _EXAMPLES_SHOWN = 3
 _REASONS_SHOWN = 25

@@ -25,7 +25,8 @@ from common.spec import DpSgd, RunSpec
 from deploy.node_budget import Figures, RunShare
 from deploy.node_setup import data_table
 from deploy.node_words import Paragraph
-from deploy.run_words import printable, sentences
+from deploy.run_words import sentences
+from deploy.screen import printable
 
 if TYPE_CHECKING:  # what judges a run imports torch, which a page need not wait for
     from deploy.node_review import Finding, Review

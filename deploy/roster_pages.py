@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from common.certificates import fingerprint
-from deploy.run_words import printable
+from deploy.screen import printable
 from server.roster import Line, Site
 
 _SOON = timedelta(days=30)

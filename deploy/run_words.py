@@ -5,18 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from common.spec import ALL_AT_ONCE, DpSgd, RunSpec
+from deploy.screen import printable
 
 
 def sentences(spec: RunSpec) -> Iterator[str]:
     """What the run does, a sentence a line, of printable characters."""
     return map(printable, _sentences(spec))
-
-
-def printable(text: str) -> str:
-    """A text that somebody else wrote, for a terminal: what would steer it stands as its escape."""
-    return "".join(
-        mark if mark.isprintable() else mark.encode("unicode_escape").decode() for mark in text
-    )
 
 
 def _sentences(spec: RunSpec) -> Iterator[str]:

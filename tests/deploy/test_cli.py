@@ -46,6 +46,14 @@ def test_every_command_says_what_it_is_for(cloister: Cloister, path: tuple[str, 
     assert said.err == ""
 
 
+def test_help_is_there_before_anything_heavy_is_imported():
+    """Each of these costs a tenth of a second or more, for a person who only wants to read."""
+    heavy = {"cryptography", "flwr", "numpy", "pydantic", "pydicom", "torch"}
+    code = f"import sys, deploy.cli; print(sorted({heavy!r} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
 @pytest.mark.parametrize("path", [(), ("spec",), ("intake",), ("node",)])
 def test_a_group_alone_shows_its_commands(cloister: Cloister, path: tuple[str, ...]):
     said = cloister(*path)
