@@ -243,7 +243,7 @@ class Ledger:
 
         No other process can book between what `allow` sees and this booking. It is dated by when
         it was `asked` for (None: now): limits look back on that date, and how long the cohort took
-        to load must not be told from them (PRIVACY.md 6).
+        to load must not be told from them (docs/privacy.md 6).
 
         Raises:
             Refusal: ``replay``: the round was asked with other content, or the run is over;

@@ -3,8 +3,8 @@
 `inspect` is the judgement of an audit: it reads what is whole, names the first entry that is not,
 and compares with every witness at hand. `recover` is the way on after a ledger was lost, damaged,
 put back in time or halted. Nobody can know then what was spent in the part that is gone, so the
-whole lifetime budget counts as spent, unless a person signs for less (PRIVACY.md 11); and never
-for less than what can still be read.
+whole lifetime budget counts as spent, unless a person signs for less (docs/privacy.md 11); and
+never for less than what can still be read.
 
 Where the chain is whole the ledger goes on: it jumps over the numbers that were lost, and what any
 witness saw before is signed for. Where it is not, it is moved aside with its kept releases, and a

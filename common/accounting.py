@@ -3,7 +3,7 @@
 The figure that Cloister prints is the pessimistic one of privacy loss distributions (PLD;
 Koskela et al. 2020, Doroshenko et al. 2022) from Google's dp-accounting, for adding or removing
 one unit's whole record. It holds for mechanisms fixed in advance, as those of one run are. The
-GDP accountant is never used: it lies below the truth (PRIVACY.md 9).
+GDP accountant is never used: it lies below the truth (docs/privacy.md 9).
 """
 
 from __future__ import annotations

@@ -352,7 +352,7 @@ def _way_on(standing: Standing) -> str:
 
 
 def _outside(node: NodeFolder, given: list[str]) -> str:
-    """What a whole machine that was put back in time would show (PRIVACY.md 11)."""
+    """What a whole machine that was put back in time would show (docs/privacy.md 11)."""
     if given:
         return "A witness from outside was compared: this ledger is not older than that."
     if not same_disk(node):

@@ -1,7 +1,7 @@
 """What a person at a hospital has to know before saying yes: of the cohort, and of one run.
 
 What is found here of the cohort is for the hospital's own screen. None of it leaves the node, and
-no answer of the node depends on it (PRIVACY.md 5): a person looks, and then admits the cohort.
+no answer of the node depends on it (docs/privacy.md 5): a person looks, and then admits the cohort.
 """
 
 from __future__ import annotations

@@ -187,7 +187,7 @@ def prepare(run_file: Path, runs: Path) -> Path:
         ModelError: if the network cannot be made, or not be trained under privacy.
         CohortError: if a cohort does not fit, or a site is empty or of one class and the table
             does not say ``allow_odd_sites``. A person settles this before the run: a node that
-            has said yes answers whatever its cohort holds (PRIVACY.md 5).
+            has said yes answers whatever its cohort holds (docs/privacy.md 5).
         RunError: if the folder cannot be written.
     """
     read = read_run_file(run_file)

@@ -1,4 +1,4 @@
-"""The last witness of each site's ledger: what a node cannot take back (PRIVACY.md 11).
+"""The last witness of each site's ledger: what a node cannot take back (docs/privacy.md 11).
 
 A node's card says how far its ledger went. The coordinator keeps the last such witness of each
 site in one JSON file, and uses it in two ways. A site whose card goes back behind it, or shows

@@ -1,7 +1,7 @@
 """Brightness and shape: from the values of any image to what a run's spec asks for.
 
 Pure functions on arrays. Nothing here is fitted on more than the one image at hand, so nothing
-here tells of other patients (PRIVACY.md 3).
+here tells of other patients (docs/privacy.md 3).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What happens to an image between the cohort and the network, in training and in evaluation.
 
 A cohort holds pixels in 0..1; the spec says how they are centred and scaled. Nothing here is
-fitted on data: the numbers are literals of the spec, or one image's own (PRIVACY.md 3).
+fitted on data: the numbers are literals of the spec, or one image's own (docs/privacy.md 3).
 """
 
 from __future__ import annotations

@@ -473,7 +473,7 @@ def test_the_order_lets_a_budget_go_as_far_as_any_order_does(budget: float, delt
 
 
 def test_a_fixed_order_costs_ten_to_fifteen_percent_over_pld() -> None:
-    """PRIVACY.md 9: what the filter wastes on runs as they are, at the budget's own order."""
+    """docs/privacy.md 9: what the filter wastes on runs as they are, at the budget's own order."""
     order = filter_order(3.0, 1e-5)
     for mechanism in (of(0.01, 1.0, 2500), of(0.032, 1.2, 330), of(0.1, 2.2, 190)):
         wasted = epsilon_at_order([mechanism], 1e-5, order) / epsilon([mechanism], 1e-5)
