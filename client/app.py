@@ -37,6 +37,7 @@ from common.messages import (
     TrainTask,
     read_request,
 )
+from common.noise import KeystreamSource, fresh_keystream
 
 log = logging.getLogger("cloister.gate")
 
@@ -105,11 +106,15 @@ def answer(
 
 
 @lru_cache(maxsize=1)
-def open_node(home: Path) -> Gate:
+def open_node(home: Path, keystream: KeystreamSource = fresh_keystream) -> Gate:
     """The gate of the node installed in `home`, which this process then holds to its end.
 
     With two of them, whether a task asked twice comes back as it was or trained afresh would tell
-    how long training takes (PRIVACY.md 6).
+    how long training takes (docs/privacy.md 6).
+
+    Args:
+        home: the node's folder.
+        keystream: as `Gate`; a node leaves it at its default.
 
     Raises:
         ConfigError: if another process answers for it, or the folder is not in order.
@@ -117,7 +122,7 @@ def open_node(home: Path) -> Gate:
     with ExitStack() as held:
         if home not in _held:
             _hold(home, held)
-        gate = NodeHome.open(home).gate()
+        gate = NodeHome.open(home).gate(keystream)
         _held.setdefault(home, held.pop_all())
     return gate
 

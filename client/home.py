@@ -19,7 +19,7 @@ from common.accounting import SubsampledGaussian
 from common.cohort import Cohort
 from common.errors import CohortError
 from common.messages import Arrays
-from common.noise import Keystream
+from common.noise import Keystream, KeystreamSource, fresh_keystream
 from common.spec import RunSpec
 
 __all__ = [
@@ -54,8 +54,11 @@ class NodeHome(NodeFolder):
                 "look at it with `cloister node check`, admit it, and start the node again"
             )
 
-    def gate(self) -> Gate:
+    def gate(self, keystream: KeystreamSource = fresh_keystream) -> Gate:
         """The gate of this node, for its worker process.
+
+        Args:
+            keystream: as `Gate`; a node leaves it at its default.
 
         Raises:
             ConfigError: if node.toml's budget is not the one that a person booked, or the
@@ -94,7 +97,7 @@ class NodeHome(NodeFolder):
             check_cohort=lambda: self.check_cohort(admitted),
         )
         counter = counter_of(lambda: whole().with_split("test"), compute)
-        return Gate(site, trainer_for=trainer_for, counter=counter)
+        return Gate(site, trainer_for=trainer_for, counter=counter, keystream=keystream)
 
 
 def counter_of(held_out: Callable[[], Cohort], compute: Compute) -> Counter:

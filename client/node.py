@@ -54,6 +54,7 @@ from common.errors import (
     RefusalCode,
 )
 from common.messages import CLOSE, COUNT, INVITE, TRAIN, RefusalReply
+from common.noise import KeystreamSource, fresh_keystream
 
 log = logging.getLogger("cloister.node")
 
@@ -202,17 +203,23 @@ class NodeService:
         home: the node's folder.
         approach: to the coordinator; by its identity if not said.
         pace: how often, how long.
+        keystream: as `client.gate.Gate`; a node leaves it at its default.
     """
 
     def __init__(
-        self, home: Path, approach: Approach | None = None, pace: Pace | None = None
+        self,
+        home: Path,
+        approach: Approach | None = None,
+        pace: Pace | None = None,
+        keystream: KeystreamSource = fresh_keystream,
     ) -> None:
         self.home = home
         self.approach = approach or Enrolled(home)
         self.state = State()
         self.folder = NodeFolder.open(home)
         self._pace = pace or Pace()
-        self._worker = Worker(home, Bounds(memory_for_worker(self.folder.policy.machine.device)))
+        bounds = Bounds(memory_for_worker(self.folder.policy.machine.device))
+        self._worker = Worker(home, bounds, keystream)
         self._runs: OrderedDict[int, str] = OrderedDict()
         self._stop, self._stopped, self._now = threading.Event(), 0.0, threading.Event()
         self._told = Told(self._pace.tell)

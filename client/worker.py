@@ -30,6 +30,7 @@ from typing import NamedTuple
 
 from client.link import Parcel
 from common.errors import CloisterError, ConfigError, LedgerError
+from common.noise import KeystreamSource, fresh_keystream
 
 log = logging.getLogger("cloister.node")
 
@@ -70,10 +71,16 @@ class Worker:
     Args:
         home: the node's folder.
         bounds: what it may take.
+        keystream: as `client.gate.Gate`; a node leaves it at its default.
     """
 
-    def __init__(self, home: Path, bounds: Bounds | None = None) -> None:
-        self._home, self._bounds = home, bounds or Bounds()
+    def __init__(
+        self,
+        home: Path,
+        bounds: Bounds | None = None,
+        keystream: KeystreamSource = fresh_keystream,
+    ) -> None:
+        self._home, self._bounds, self._keystream = home, bounds or Bounds(), keystream
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(PRELOADED)
         self._process: BaseProcess | None = None
@@ -106,7 +113,9 @@ class Worker:
         self._pipe, theirs = self._context.Pipe()
         self._lifeline, held = self._context.Pipe()
         self._process = self._context.Process(
-            target=_serve, args=(theirs, held, self._home, self._bounds), daemon=True
+            target=_serve,
+            args=(theirs, held, self._home, self._bounds, self._keystream),
+            daemon=True,
         )
         self._process.start()
         theirs.close()
@@ -219,7 +228,13 @@ def log_to_stderr() -> None:
 # --- In the worker ------------------------------------------------------------------------------
 
 
-def _serve(pipe: Connection, lifeline: Connection, home: Path, bounds: Bounds) -> None:
+def _serve(
+    pipe: Connection,
+    lifeline: Connection,
+    home: Path,
+    bounds: Bounds,
+    keystream: KeystreamSource,
+) -> None:
     """What a worker does until the node is gone, or has enough of it."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # the node ends it
@@ -229,7 +244,7 @@ def _serve(pipe: Connection, lifeline: Connection, home: Path, bounds: Bounds) -
         Path("/proc/self/oom_score_adj").write_text(_FIRST_TO_DIE)
     log_to_stderr()
     try:
-        _work(pipe, home, bounds)
+        _work(pipe, home, bounds, keystream)
     except (EOFError, OSError):
         os._exit(0)  # the node is gone, or has enough
     except BaseException:
@@ -237,14 +252,14 @@ def _serve(pipe: Connection, lifeline: Connection, home: Path, bounds: Bounds) -
         os._exit(os.EX_SOFTWARE)
 
 
-def _work(pipe: Connection, home: Path, bounds: Bounds) -> None:
+def _work(pipe: Connection, home: Path, bounds: Bounds, keystream: KeystreamSource) -> None:
     from client import answering  # noqa: PLC0415 - torch is for the worker, not for the node
 
-    found = answering.opened(home)
+    found = answering.opened(home, keystream)
     _limit(bounds)
     pipe.send_bytes(json.dumps(found).encode())
     if not found["error"]:
-        answering.serve(pipe, home)
+        answering.serve(pipe, home, keystream)
 
 
 def _end_with(lifeline: Connection) -> None:

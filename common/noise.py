@@ -4,7 +4,7 @@
 `Keystream.fresh`, keyed by the operating system *after* any fork; the simulation and tests hand
 in `Keystream.seeded`, where a person wants the same run twice. The arithmetic is the same; only
 the key differs, so what the simulation tests is what the node runs. Nothing but a constructor
-chooses between the two: no flag, variable, setting or message (PRIVACY.md 4).
+chooses between the two: no flag, variable, setting or message (docs/privacy.md 4).
 
 Noise is Box-Muller in float64: the guarantee is for real arithmetic, and the keystream is
 hardening against a guessable generator, not a proof about floating point.
@@ -104,6 +104,9 @@ class KeystreamSource(Protocol):
 
     def __call__(self, *, run_id: str, round_number: int) -> Keystream:
         """The keystream of one attempt at `round_number` of the run."""
+
+    def __hash__(self) -> int:
+        """A source stands for itself: what is opened with one is kept by it."""
 
 
 def fresh_keystream(*, run_id: str, round_number: int) -> Keystream:
