@@ -1,104 +1,78 @@
-"""A hospital's node for tests of the coordinator: enrolled, over TLS, answered by the shipped gate.
+"""A hospital's node for tests of the coordinator: the shipped one, but for its randomness.
 
-What a shipped node draws from the operating system comes from a seed here, so that two runs can be
-compared. It is told by files in the node's folder: while ``hold`` is there, the round that it
-names is not answered; each request is a line in ``heard``, before it is answered.
+`python field_site.py HOME SEED TOLD [ANOTHER]` is `cloister node start` with a keystream handed to
+the node's constructor, which is drawn from a seed as in a simulation; so two runs can be compared.
+It is told by files in the folder TOLD: while ``hold`` is there, the round that it names is booked
+and begun, and not gone on with. Each request is a line in ``heard``, before it is answered, and
+each round that is begun is one in ``begun``. ANOTHER: as `Pace.another`.
 """
 
 from __future__ import annotations
 
 import os
 import sys
-import threading
 import time
-from contextlib import suppress
-from functools import cache
+from functools import partial
 from pathlib import Path
 
-import torch
-from flwr.app import RecordDict
-
-from client.app import answer
-from client.credentials import Credentials
-from client.gate import Gate, Site
-from client.home import NodeHome, cohort_digest, compute_of
-from client.link import FleetLink
-from client.training import LocalTrainer
-from common.accounting import SubsampledGaussian
-from common.cohort import Cohort
-from common.errors import LinkError, MessageError
-from common.messages import TrainTask, read_request
+from client.folder import NodeFolder
+from client.health import Watch
+from client.link import FleetLink, Letter
+from client.node import Enrolled, NodeService, Pace
+from client.worker import log_to_stderr
 from common.noise import Keystream
-from common.spec import RunSpec
-
-SEED = 7
+from deploy.workers import fork_server
 
 
-def seeded_gate(path: Path) -> Gate:
-    home = NodeHome.open(path)
-    cohort = Cohort.open(home.cohort_path)
-
-    def trainer_for(spec: RunSpec, mechanism: SubsampledGaussian | None) -> LocalTrainer:
-        size, compute = home.policy.declared_size, compute_of(home.policy)
-        return LocalTrainer(spec, cohort, declared_size=size, mechanism=mechanism, compute=compute)
-
-    def keystream(*, run_id: str, round_number: int) -> Keystream:
-        return Keystream.seeded(SEED, home.policy.site, round_number)
-
-    site = Site(home.policy, home.ledger(), cohort_digest(home.cohort_path), home.requests)
-    return Gate(site, trainer_for=trainer_for, keystream=keystream)
+def seeded(site: str, seed: int, told: Path, *, run_id: str, round_number: int) -> Keystream:
+    """What the simulation draws from; it is called in the worker, once the round is booked."""
+    with (told / "begun").open("a") as begun:
+        begun.write(f"{round_number}\n")
+    while held(told) == str(round_number):
+        time.sleep(0.02)
+    return Keystream.seeded(seed, site, round_number)
 
 
-def serve(home: Path, gate: Gate) -> None:
-    who = Credentials.open(home)
-    address = who.address.removeprefix("https://")
-    with FleetLink(address, who.private_key, who.ssl_context(), most_bytes=2**26) as link:
-        link.activate()
-        over = threading.Event()
-        threading.Thread(target=beat, args=(link, over), daemon=True).start()
-        try:
-            while True:
-                letter = link.receive()
-                if letter is None:
-                    time.sleep(0.02)
-                    continue
-                content = letter.content
-                with (home / "heard").open("a") as heard:
-                    heard.write(f"{letter.kind}\n")
-                while letter.kind == "train.step" and holds(home, content):
-                    time.sleep(0.02)
-                link.reply(letter, answer(content, lambda: gate))
-        finally:
-            over.set()
-
-
-def holds(home: Path, content: RecordDict) -> bool:
+def held(told: Path) -> str:
     try:
-        named = (home / "hold").read_text()
+        return (told / "hold").read_text()
     except FileNotFoundError:
-        return False
-    task = read_request(content)
-    return isinstance(task, TrainTask) and str(task.round_number) == named
+        return ""
 
 
-def beat(link: FleetLink, over: threading.Event) -> None:
-    while not over.wait(1.0):
-        with suppress(LinkError):
-            link.beat()
+class Attended(Enrolled):
+    """The way to the coordinator; what comes on it is written down."""
+
+    def __init__(self, home: Path, told: Path) -> None:
+        super().__init__(home)
+        self._heard = told / "heard"
+
+    def open(self, most_bytes: int) -> FleetLink:
+        link = super().open(most_bytes)
+        receive = link.receive
+
+        def noted() -> Letter | None:
+            letter = receive()
+            if letter is not None:
+                with self._heard.open("a") as heard:
+                    heard.write(f"{letter.kind}\n")
+            return letter
+
+        vars(link)["receive"] = noted
+        return link
 
 
-def main(home: Path) -> None:
-    torch.set_num_threads(1)
-    gate = cache(lambda: seeded_gate(home))()
-    while True:
-        try:
-            serve(home, gate)
-        except (LinkError, MessageError) as error:
-            sys.stderr.write(f"{error}\n")
-            time.sleep(0.2)
+def main(home: Path, seed: int, told: Path, another: float = Pace.another) -> None:
+    fork_server("client.answering")
+    log_to_stderr()
+    pace = Pace(idle=0.5, retry=2.0, another=another)
+    keystream = partial(seeded, NodeFolder.open(home).policy.site, seed, told)
+    service = NodeService(home, Attended(home, told), pace, keystream)
+    service.run(Watch(service, None).watching())
 
 
 if __name__ == "__main__":
     if os.getppid() == 1:
         raise SystemExit("nobody waits for this")
-    main(Path(sys.argv[1]))
+    _, where, seed, told, *another = sys.argv
+    main(Path(where), int(seed), Path(told), *map(float, another))

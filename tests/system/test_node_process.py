@@ -155,13 +155,14 @@ class Run:
 
 
 class Process:
-    """`cloister node start`, with its log in a file."""
+    """`cloister node start`, or another program, with its log in a file."""
 
-    def __init__(self, home: Path, **environment: str) -> None:
+    def __init__(self, home: Path, *program: str, **environment: str) -> None:
         self.home, self.log = home, home / "log.txt"
+        shipped = [*PROGRAM, "node", "start", str(home), "--health", "none"]
         with self.log.open("ab") as output:
             self.process = subprocess.Popen(
-                [*PROGRAM, "node", "start", str(home), "--health", "none"],
+                program or shipped,
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 env=clean() | environment,
@@ -198,16 +199,26 @@ def command(*words: str, **environment: str) -> subprocess.CompletedProcess[str]
 
 
 @pytest.fixture
-def home(tmp_path: Path, make_spec: Spec, write_cohort: Any) -> Path:
+def make_home(tmp_path: Path, make_spec: Spec, write_cohort: Any) -> Callable[[str], Path]:
+    """`make_home("north")`: a folder of that name with a fresh node in it; all have one cohort."""
     write_cohort(make_spec(), range(23))
-    path = tmp_path / "north"
-    path.mkdir(mode=0o700)
-    digest = make_spec().input.preprocessing_digest
-    (path / "node.toml").write_text(NODE.replace("PREPROCESSING", digest))
-    ledger = NodeFolder.open(path).create(by="Ada")
-    ledger.admit(cohort_digest(tmp_path / "cohort"), Signed("Ada", "looked at"))
-    ledger.disconnect()
-    return path
+
+    def make(name: str) -> Path:
+        path = tmp_path / name
+        path.mkdir(mode=0o700)
+        digest = make_spec().input.preprocessing_digest
+        (path / "node.toml").write_text(NODE.replace("PREPROCESSING", digest))
+        ledger = NodeFolder.open(path).create(by="Ada")
+        ledger.admit(cohort_digest(tmp_path / "cohort"), Signed("Ada", "looked at"))
+        ledger.disconnect()
+        return path
+
+    return make
+
+
+@pytest.fixture
+def home(make_home: Callable[[str], Path]) -> Path:
+    return make_home("north")
 
 
 @pytest.fixture
@@ -277,6 +288,39 @@ def test_a_node_that_is_killed_at_any_moment_comes_back_and_spends_nothing_twice
     assert third.end() == 0
     assert not federation.exchange.nodes()[0].online
     assert command("audit", str(home)).returncode == 0
+
+
+SEEDED = Path(__file__).with_name("field_site.py")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shipped", [True, False], ids=["shipped", "seeded"])
+def test_the_noise_of_a_shipped_node_is_its_own(
+    tmp_path: Path, make_home: Callable[[str], Path], task: TrainTask, shipped: bool
+):
+    """Two nodes of one site, with one cohort, given one task in fresh homes.
+
+    What is shipped answers twice otherwise. The control is handed one seed: all else is the same.
+    """
+
+    def answered(name: str) -> dict[str, bytes]:
+        home, folder = make_home(name), tmp_path / f"{name}-coordinator"
+        folder.mkdir()
+        federation = Federation(folder, home, "127.0.0.1")
+        words = [] if shipped else [sys.executable, str(SEEDED), str(home), "1", str(folder)]
+        process = Process(home, *words, PYTHONPATH=str(Path(__file__).parents[2]))
+        try:
+            wait_until(process.is_ready)
+            with federation.conducting() as run:
+                assert isinstance(run.ask(INVITE, Invitation(task.spec).to_records()), NodeCard)
+                return as_bytes(run.ask(TRAIN, task.to_records()))
+        finally:
+            process.kill()
+            federation.close()
+
+    first, second = answered("first"), answered("second")
+    assert first.keys() == second.keys()
+    assert [first[name] == second[name] for name in first] == [not shipped] * len(first)
 
 
 @pytest.mark.slow
