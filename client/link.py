@@ -4,7 +4,8 @@ What Flower offers for this (`flwr.supernode`) parses the coordinator's bundle, 
 workers, sleeps for seconds, and ends the process on a refusal. So its client and its messages are
 used, and nothing around them. The other side is not trusted: no redirect is followed, no answer is
 read beyond a limit, and what it sends is not looked into here (`Parcel.records` is for the worker
-process). What of Flower is no public API is touched here and in `server.link` alone;
+process). A task and its answer take four requests, two each, and one more for each further 4 MiB.
+What of Flower is no public API is touched here and in `server.link` alone;
 `tests/system/test_link.py` fails when it moves.
 """
 
@@ -21,13 +22,11 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
 from types import TracebackType
-from typing import NamedTuple, Self
+from typing import Self
 
 import httpx
 from cryptography.hazmat.primitives.asymmetric import ec
 from flwr.app import Message, RecordDict
-from flwr.app.message import remove_content_from_message
-from flwr.common.constant import HEARTBEAT_DEFAULT_INTERVAL
 from flwr.common.serde import message_from_proto, message_to_proto
 from flwr.proto.fab_pb2 import GetFabRequest
 from flwr.proto.fleet_pb2 import (
@@ -39,23 +38,15 @@ from flwr.proto.fleet_pb2 import (
 from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest
 from flwr.proto.node_pb2 import Node
 from flwr.proto.run_pb2 import GetRunRequest
-from flwr.supercore.inflatable.inflatable_object import (
-    InflatableObject,
-    get_all_nested_objects,
-    get_object_tree,
-    iterate_object_tree,
-    no_object_id_recompute,
-)
+from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
 from flwr.supercore.inflatable.inflatable_protobuf_utils import (
-    make_confirm_message_received_fn_protobuf,
     make_pull_object_fn_protobuf,
     make_push_object_fn_protobuf,
 )
 from flwr.supercore.inflatable.inflatable_utils import (
     ObjectPullError,
-    inflate_object_from_contents,
     pull_objects,
-    push_objects,
+    push_object_contents_from_iterable,
 )
 from flwr.supercore.interceptors.http.runtime_version import RuntimeVersionHttpInterceptor
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes
@@ -71,7 +62,9 @@ from common.errors import (
     MessageError,
     PeerError,
 )
+from common.parcel import Parcel
 
+_HEARTBEAT = 12.0  # the coordinator waits two of these; the node sends one every 10 s
 _SECONDS = 30.0
 _OVERHEAD = 2**20
 _FIRST_WAIT, _LONGEST_WAIT = 0.02, 0.5
@@ -81,42 +74,6 @@ _LONGEST_ANSWER = 600.0
 _LONGEST_LIFE = 8 * 86_400.0
 _PULL = "/v1/fleet/pull-object"
 _REFUSED = (httpx.codes.UNAUTHORIZED, httpx.codes.FORBIDDEN)
-
-
-class Parcel(NamedTuple):
-    """Records as they travel: objects by their identity, not looked into.
-
-    Attributes:
-        identity: of the outermost.
-        objects: all of them.
-    """
-
-    identity: str
-    objects: dict[str, bytes]
-
-    @classmethod
-    def of(cls, records: RecordDict) -> Self:
-        """Pack records."""
-        with no_object_id_recompute():
-            nested = get_all_nested_objects(records)
-            return cls(records.object_id, {name: each.deflate() for name, each in nested.items()})
-
-    def records(self) -> RecordDict:
-        """Unpack them; the parcel is empty then. A message that holds an error has none.
-
-        Raises:
-            MessageError: if it holds anything else, or is damaged.
-        """
-        try:
-            found: InflatableObject = inflate_object_from_contents(self.identity, self.objects)
-        except Exception as error:
-            # Whatever Flower's parsers raise on what a stranger sends.
-            raise MessageError(f"not a message ({type(error).__name__}: {error!s:.200})") from error
-        if isinstance(found, Message):
-            return found.content if found.has_content() else RecordDict()
-        if not isinstance(found, RecordDict):
-            raise MessageError(f"a {type(found).__name__} came; expected a message")
-        return found
 
 
 @dataclass(frozen=True)
@@ -156,11 +113,11 @@ class Letter:
 class Answer:
     """The reply to a message, which may be sent again: it is the same one then."""
 
-    def __init__(self, letter: Letter, records: RecordDict) -> None:
+    def __init__(self, letter: Letter, said: Parcel | RecordDict) -> None:
         self.run = letter.run
-        self.message = Message(records, reply_to=letter._head)
-        with no_object_id_recompute():
-            self.message.metadata.__dict__["_message_id"] = self.message.object_id
+        parcel = self.parcel = said if isinstance(said, Parcel) else Parcel.of(said)
+        self.message = Message(RecordDict(), reply_to=letter._head)
+        self.message.metadata.__dict__["_message_id"] = parcel.identity
 
 
 class FleetLink:
@@ -232,9 +189,7 @@ class FleetLink:
             LinkRefusedError: if it may not take part, or no longer.
             LinkError: if the coordinator cannot be reached, or answers nonsense.
         """
-        request = ActivateNodeRequest(
-            public_key=self._public, heartbeat_interval=HEARTBEAT_DEFAULT_INTERVAL
-        )
+        request = ActivateNodeRequest(public_key=self._public, heartbeat_interval=_HEARTBEAT)
         with _told():
             self._node = Node(node_id=self._client.ActivateNode(request).node_id)
         return self._node.node_id
@@ -246,9 +201,7 @@ class FleetLink:
             LinkRefusedError: if it is not known there, or no longer.
             LinkError: if the coordinator cannot be reached, or answers nonsense.
         """
-        request = SendNodeHeartbeatRequest(
-            node=self._here, heartbeat_interval=HEARTBEAT_DEFAULT_INTERVAL
-        )
+        request = SendNodeHeartbeatRequest(node=self._here, heartbeat_interval=_HEARTBEAT)
         with _told():
             if not self._client.SendNodeHeartbeat(request).success:
                 raise LinkRefusedError("the coordinator has no place for this node's heartbeat")
@@ -281,21 +234,8 @@ class FleetLink:
         )
 
     def _fetched(self, letter: Letter, names: list[str]) -> Parcel:
-        identity = letter._head.metadata.message_id
-        try:
-            with _told(of_run=True):
-                contents = self._pulled(letter, names)
-        except MessageError:
-            self._confirm(letter.run, identity)
-            raise
-        self._confirm(letter.run, identity)
-        return Parcel(identity, contents)
-
-    def _confirm(self, run: int, identity: str) -> None:
-        """Let the coordinator forget the message; if it does not hear it, it forgets it later."""
-        confirm = self._client.ConfirmMessageReceived
-        with suppress(LinkError), _told(of_run=True):
-            make_confirm_message_received_fn_protobuf(confirm, self._here, run)(identity)
+        with _told(of_run=True):
+            return Parcel(letter._head.metadata.message_id, self._pulled(letter, names))
 
     def _pulled(self, letter: Letter, names: list[str]) -> dict[str, bytes]:
         if len(names) > _MOST_OBJECTS:
@@ -336,21 +276,21 @@ class FleetLink:
             LinkOverError: if the run is over.
             LinkRefusedError, LinkError: as `activate` does.
         """
-        message = answer.message
-        with no_object_id_recompute(), _told(of_run=True):
-            request = PushMessagesRequest(
-                node=self._here,
-                messages_list=[message_to_proto(remove_content_from_message(message))],
-                message_object_trees=[get_object_tree(message)],
-                clientapp_runtime_list=[0.0],
-            )
+        parcel = answer.parcel
+        request = PushMessagesRequest(
+            node=self._here,
+            messages_list=[message_to_proto(answer.message)],
+            message_object_trees=[parcel.tree],
+            clientapp_runtime_list=[0.0],
+        )
+        with _told(of_run=True):
             response = self._client.PushMessages(request)
-            push_objects(
-                get_all_nested_objects(message),
+            asked = set(response.objects_to_push)
+            push_object_contents_from_iterable(
+                ((name, each) for name, each in parcel.objects.items() if name in asked),
                 push_object_fn=make_push_object_fn_protobuf(
                     self._client.PushObject, self._here, answer.run, response.session_id
                 ),
-                object_ids_to_push=set(response.objects_to_push),
             )
 
     def bundle(self, run: int) -> Bundle:
@@ -431,7 +371,7 @@ def _error_of(response: httpx.Response, of_run: bool) -> LinkError:
     if status == httpx.codes.PRECONDITION_FAILED:
         return LinkBusyError(
             "the coordinator does not know this node's key, or still holds an earlier process "
-            "of it for alive: that passes within a minute"
+            "of it for alive: that passes within half a minute"
         )
     return LinkError(f"the coordinator answers {status}")
 

@@ -3,27 +3,30 @@
 Flower's SuperLink serves three interfaces on one port, and only one of them knows who is asking.
 Here that one is served, to nodes; what the other two do is done by calling Flower's own handlers
 upon the state, in the coordinator's processes, so there is nothing to guard. What of Flower is no
-public API is touched here and in `client.link` alone; `tests/server/test_link.py` fails when it
+public API is touched here and in `client.link` alone; `tests/system/test_link.py` fails when it
 moves.
 """
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import logging
+import sqlite3
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from fastapi import FastAPI, HTTPException
-from flwr.app import Message, Metadata
+from fastapi import FastAPI
+from flwr.app import ArrayRecord, Message, Metadata, RecordDict
+from flwr.app.message import make_message, remove_content_from_message
 from flwr.app.user_config import UserConfig
 from flwr.cli.build import build_fab_from_disk
 from flwr.common.constant import (
@@ -33,13 +36,21 @@ from flwr.common.constant import (
     SubStatus,
 )
 from flwr.common.serde import (
+    message_from_proto,
+    message_to_proto,
     run_from_proto,
     user_config_to_proto,
 )
 from flwr.proto.control_pb2 import RegisterNodeRequest, StartRunRequest, UnregisterNodeRequest
 from flwr.proto.fab_pb2 import Fab
-from flwr.proto.fleet_pb2 import PushMessagesRequest
-from flwr.proto.runtime_pb2 import PullTaskInputRequest
+from flwr.proto.fleet_pb2 import PullMessagesRequest
+from flwr.proto.message_pb2 import ObjectTree
+from flwr.proto.runtime_pb2 import (
+    GetNodesRequest,
+    PullAppMessagesRequest,
+    PullTaskInputRequest,
+    PushAppMessagesRequest,
+)
 from flwr.proto.task_pb2 import Task
 from flwr.server.superlink.linkstate import LinkStateFactory, sql_linkstate
 from flwr.server.superlink.linkstate.sql_linkstate import SqlLinkState
@@ -55,6 +66,7 @@ from flwr.supercore.protobuf.translation import ProtobufTranslationMiddleware
 from flwr.supercore.state.schema.linkstate_models import MessageIns, MessageRes
 from flwr.supercore.state.schema.objectstore_models import StoredObject
 from flwr.supercore.task_identity import TaskIdentity
+from flwr.supercore.utils import uint64_to_int64
 from flwr.superlink.config_loader import (
     get_federation_manager,
     get_objectstore_linkstate_factories,
@@ -69,24 +81,27 @@ from sqlalchemy.exc import SQLAlchemyError
 from starlette.middleware import Middleware
 from starlette.middleware.base import BaseHTTPMiddleware, RequestResponseEndpoint
 from starlette.requests import Request
-from starlette.responses import PlainTextResponse, Response
+from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from common.certificates import public_key
-from common.errors import RunError
+from common.errors import MessageError, RunError
+from common.parcel import Parcel, pieces_of
+from server.allowance import LARGEST_REPLY, MOST_PARTS, Allowance, RefusedError
+from server.telling import Told
 
 log = logging.getLogger("cloister.link")
 
 PUBLIC_KEY_HEADER = FLEET_HTTP_PUBLIC_KEY_HEADER.lower().encode()
 """Of each request: the key that signed it, PEM in base64."""
-LARGEST_REPLY = 2**33
-"""Bytes of a reply, where nobody says less."""
 FLEET = "/v1/fleet/"
+SITE = "cloister.site"
+"""In an ASGI scope: the name of the site that calls, once it is known."""
 
 _ACCOUNT = AccountInfo(NOOP_FLWR_AID, NOOP_ACCOUNT_NAME)
 _BUSY_MILLISECONDS = "60000"
 _BEAT_SECONDS = 10.0
-_MOST_PARTS = 20_000  # of a reply; SQLite takes no more values in a question
+_HELD_SECONDS, _LOOK_SECONDS = 1.0, 0.01  # of a node that asks for a message
 _BUNDLE = """
 [project]
 name = "cloister"
@@ -100,6 +115,9 @@ fab-include = ["LICENSE"]
 [tool.flwr.app.components]
 serverapp = "server.app:app"
 clientapp = "client.app:app"
+
+[tool.flwr.app.config]
+largest-reply = 0
 """
 
 
@@ -302,13 +320,23 @@ class LinkGrid(HttpGrid):
         return self._handlers
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        """See `Grid`; empty for what could not be sent."""
-        self._forget_what_is_over()
-        wanted = list(messages)
-        identities = list(super().push_messages(wanted))
-        for identity, message in zip(identities, wanted, strict=True):
-            if identity:
-                self._sent[identity] = message.metadata
+        """See `Grid`; empty for what could not be sent.
+
+        Of a node that is asked anew, nobody waits any more for what it was asked of this kind.
+        """
+        wanted, identities = list(messages), []
+        self._forget_what_is_over({_question(message.metadata) for message in wanted})
+        packed: dict[tuple[int, ...], dict[str, bytes]] = {}
+        for message in wanted:
+            records = message.content.values()
+            shared = tuple(id(each) for each in records if isinstance(each, ArrayRecord))
+            if shared not in packed:
+                packed = {shared: pieces_of(message.content)}
+            parcel = Parcel.of(message.content, packed[shared])
+            message.metadata.__dict__["_message_id"] = parcel.identity
+            identities.append(self._handlers.send(message, parcel))
+            if identities[-1]:
+                self._sent[parcel.identity] = message.metadata
         return identities
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterator[Message]:
@@ -323,7 +351,7 @@ class LinkGrid(HttpGrid):
                 yield self._lost(identity, "msg_unavail")
             elif found is not None and found.whole:
                 del self._sent[identity]
-                yield from super().pull_messages([identity])
+                yield from self._handlers.take(identity)
             elif found is None or self._sent[identity].dst_node_id not in here:
                 yield self._lost(identity, "node_unavail")
 
@@ -332,10 +360,11 @@ class LinkGrid(HttpGrid):
         self._handlers.drop(identity)
         return create_message_error_unavailable_res_message(metadata, kind)
 
-    def _forget_what_is_over(self) -> None:
+    def _forget_what_is_over(self, asked_anew: Set[tuple[int, str]]) -> None:
         """What nobody can answer any more would fill the disk until the run's end."""
         for identity, metadata in list(self._sent.items()):
-            if metadata.created_at + metadata.ttl < time.time():
+            over = metadata.created_at + metadata.ttl < time.time()
+            if over or _question(metadata) in asked_anew:
                 del self._sent[identity]
                 self._handlers.drop(identity)
 
@@ -382,7 +411,7 @@ class _Handlers:
         except NoObjectInStoreError:
             return _Standing()
         parts = {part.object_id for part in iterate_object_tree(tree)}
-        if len(parts) > _MOST_PARTS:
+        if len(parts) > MOST_PARTS:
             return _Standing(whole=True, size=sys.maxsize)
         there, size = session.execute(
             select(
@@ -401,25 +430,51 @@ class _Handlers:
         for each in (identity, *map(str, replies)):
             self._state.object_store.delete(each)
 
-    def GetNodes(self, request: Any) -> Any:  # noqa: N802
+    def GetNodes(self, request: GetNodesRequest) -> Any:  # noqa: N802
         self._check()
         return runtime_handlers.get_nodes(request, self._state, self._task)
 
-    def PushMessages(self, request: Any) -> Any:  # noqa: N802
+    def send(self, message: Message, parcel: Parcel) -> str:
+        """Have a node get a message; its identity, or nothing if Flower does not take it.
+
+        Raises:
+            SubmissionLostError: if Flower takes the message, and not what belongs to it.
+        """
         self._check()
-        return runtime_handlers.push_messages(request, self._state, self._task)
+        request = PushAppMessagesRequest(
+            messages_list=[message_to_proto(remove_content_from_message(message))],
+            message_object_trees=[parcel.tree],
+        )
+        small = len(parcel.objects) == 1  # a large one must not keep the nodes' heartbeats waiting
+        with self._state.session() if small else nullcontext():
+            response = runtime_handlers.push_messages(request, self._state, self._task)
+            for name in response.objects_to_push:
+                content, session = parcel.objects[name], response.session_id
+                if not self._state.store_object(self._task.run_id, session, name, content):
+                    raise SubmissionLostError("Flower keeps no message; its log above says why")
+        return str(response.message_ids[0])
 
-    def PullMessages(self, request: Any) -> Any:  # noqa: N802
-        return runtime_handlers.pull_messages(request, self._state, self._task)
+    def take(self, identity: str) -> Iterator[Message]:
+        """The reply to a message, of which all has come; Flower forgets both."""
+        request = PullAppMessagesRequest(message_ids=[identity])
+        response = runtime_handlers.pull_messages(request, self._state, self._task)
+        for head, tree in zip(response.messages_list, response.message_object_trees, strict=True):
+            yield self._unpacked(message_from_proto(head), tree)
+        self._state.object_store.delete(identity)
 
-    def PushObject(self, request: Any) -> Any:  # noqa: N802
-        return runtime_handlers.push_object(request, self._state, self._task)
-
-    def PullObject(self, request: Any) -> Any:  # noqa: N802
-        return runtime_handlers.pull_object(request, self._state, self._task)
-
-    def ConfirmMessageReceived(self, request: Any) -> Any:  # noqa: N802
-        return runtime_handlers.confirm_message_received(request, self._state, self._task)
+    def _unpacked(self, head: Message, tree: ObjectTree) -> Message:
+        parts = {part.object_id for part in iterate_object_tree(tree)}
+        run = self._task.run_id
+        objects = {name: self._state.get_object(run, name) or b"" for name in parts}
+        self._state.object_store.delete(tree.object_id)
+        if head.has_error():
+            return head
+        try:
+            content = Parcel(tree.object_id, objects).records()
+        except MessageError as error:
+            log.warning("a reply that cannot be read: %s", error)
+            content = RecordDict()  # which is no reply of ours: whoever reads it says so
+        return make_message(metadata=head.metadata, content=content)
 
 
 def fleet_app(factory: LinkStateFactory) -> FastAPI:
@@ -427,6 +482,7 @@ def fleet_app(factory: LinkStateFactory) -> FastAPI:
 
     Each request has to be signed by a key that is registered (Flower's node authentication).
     """
+    allowed = _Allowed(Allowance(Path(factory.database)))
     app = FastAPI(
         docs_url=None,
         redoc_url=None,
@@ -436,25 +492,87 @@ def fleet_app(factory: LinkStateFactory) -> FastAPI:
             Middleware(BaseHTTPMiddleware, dispatch=http_error_translator),
             Middleware(ProtobufTranslationMiddleware),
             Middleware(NodeAuthMiddleware),
-            Middleware(BaseHTTPMiddleware, dispatch=_in_its_own_name),
+            Middleware(BaseHTTPMiddleware, dispatch=allowed),
+            Middleware(BaseHTTPMiddleware, dispatch=_once_there_is_something),
         ],
     )
     app.state.linkstate_factory = factory
     app.state.enable_supernode_auth = True
     app.state.fleet_api_type = TRANSPORT_TYPE_GRPC_RERE
     app.state.fleet_event_log_plugin = None
+    app.state.arrivals = _Arrivals(factory.database)
     app.include_router(fleet_router)
     return app
 
 
-async def _in_its_own_name(request: Request, go_on: RequestResponseEndpoint) -> Response:
-    """Flower knows who sends a reply, and takes it in whoever's name it is written: not here."""
+class _Allowed:
+    """Flower's handlers believe who has proved who it is; `Allowance` looks at what it wants."""
+
+    def __init__(self, allowance: Allowance) -> None:
+        self._allowance, self._told = allowance, Told()
+
+    async def __call__(self, request: Request, go_on: RequestResponseEndpoint) -> Response:
+        try:
+            self._allowance.check(getattr(request.state, "protobuf_request", None))
+        except RefusedError as error:
+            site = request.scope.get(SITE, "a node")
+            self._told.tell(log, f"{site} is refused ({error.status}): {error}")
+            return JSONResponse({"detail": str(error)}, error.status)
+        return await go_on(request)
+
+
+def _question(metadata: Metadata) -> tuple[int, str]:
+    return metadata.dst_node_id, metadata.message_type
+
+
+async def _once_there_is_something(request: Request, go_on: RequestResponseEndpoint) -> Response:
+    """A node that asks for a message when there is none waits for it here, and not in between."""
     said = getattr(request.state, "protobuf_request", None)
-    if isinstance(said, PushMessagesRequest):
-        senders = {message.metadata.src_node_id for message in said.messages_list}
-        if len(said.messages_list) != 1 or senders != {said.node.node_id}:
-            raise HTTPException(401, "a reply in another node's name")
+    if isinstance(said, PullMessagesRequest):
+        await request.app.state.arrivals.wait(said.node.node_id)
     return await go_on(request)
+
+
+class _Arrivals:
+    """When there are messages for nodes; another process writes them.
+
+    Args:
+        database: Flower's.
+    """
+
+    def __init__(self, database: str) -> None:
+        self._database = database
+        self._connection: sqlite3.Connection | None = None
+
+    async def wait(self, node: int) -> None:
+        """Until there is a message for a node, or `_HELD_SECONDS`."""
+        last, seen = time.monotonic() + _HELD_SECONDS, None
+        while time.monotonic() < last:
+            try:
+                now = self._version()
+                if now != seen and self._is_there(node):
+                    return
+            except sqlite3.Error:
+                return  # Flower's own look at the database says what is wrong
+            seen = now
+            await asyncio.sleep(_LOOK_SECONDS)
+
+    def _version(self) -> int:
+        """Another number whenever the database was changed."""
+        if self._connection is None:
+            place = Path(self._database).absolute().as_uri()
+            self._connection = sqlite3.connect(f"{place}?mode=ro", uri=True)
+        return int(self._connection.execute("PRAGMA data_version").fetchone()[0])
+
+    def _is_there(self, node: int) -> bool:
+        if self._connection is None:
+            return True
+        found = self._connection.execute(
+            "SELECT 1 FROM message_ins WHERE dst_node_id = ? AND delivered_at = ''"
+            " AND created_at + ttl > ? LIMIT 1",
+            (uint64_to_int64(node), time.time()),
+        )
+        return found.fetchone() is not None
 
 
 class _FleetAlone:
