@@ -100,7 +100,7 @@ class Post:
         self._ask_again()
         for reply in self._grid.pull_messages(list(self._sent)):
             node = self._sent.pop(reply.metadata.reply_to_message_id, None)
-            if node is None or self._gone(node, reply):
+            if node is None or self._gone(node, reply) or self._expired(node, reply):
                 continue
             self._quiet = False
             del self._asked[node]
@@ -138,6 +138,10 @@ class Post:
             return False
         self._asked[node].away = True
         return True
+
+    def _expired(self, node: int, reply: Message) -> bool:
+        """Whether this only says that the time ran out while the answer was on its way."""
+        return bool(reply.has_error()) and self._clock.now() >= self._asked[node].end
 
     def _ask_again(self) -> None:
         """Send what was asked to nodes that are back, and to those that were started anew."""

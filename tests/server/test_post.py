@@ -214,3 +214,22 @@ def test_an_error_of_the_node_s_own_is_an_answer(fleet: Fleet, post: Post):
     fleet.said["message 1"] = Message(error, reply_to=message)
     assert collect(post) == [(2, False)]
     assert post.waits == (1,)
+
+
+def test_an_answer_whose_time_runs_out_on_its_way_is_late_and_no_failure(fleet: Fleet, post: Post):
+    """Flower puts an error in the place of an answer that is fetched too late."""
+    message = fleet.waiting.pop("message 1")
+    error = Error(ErrorCode.REPLY_MESSAGE_UNAVAILABLE, "expired")
+    fleet.said["message 1"] = Message(error, reply_to=message)
+    fleet.pass_by(100.0)
+    assert collect(post) == []
+    assert post.waits == (1, 2)
+    assert not post.open
+
+
+def test_an_answer_that_is_not_to_be_had_before_the_deadline_is_a_failure(fleet: Fleet, post: Post):
+    message = fleet.waiting.pop("message 1")
+    error = Error(ErrorCode.REPLY_MESSAGE_UNAVAILABLE, "too large")
+    fleet.said["message 1"] = Message(error, reply_to=message)
+    fleet.pass_by(99.0)
+    assert collect(post) == [(2, False)]
