@@ -42,11 +42,11 @@ SITE_PROGRAM = Path(__file__).with_name("field_site.py")
 ROOT = Path(__file__).parents[2]
 PASSPHRASE = "five words that were drawn by lot"  # noqa: S105 - of this test
 SIGNED = Signed("Ada", "a test")
-PATIENCE = 240.0
+PATIENCE = 600.0
 FEDERATION = """
 [federation]
 quorum = 2
-deadline_seconds = 200.0
+deadline_seconds = 600.0
 """
 
 NODE = """\

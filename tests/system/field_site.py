@@ -18,8 +18,9 @@ from pathlib import Path
 from client.folder import NodeFolder
 from client.health import Watch
 from client.link import FleetLink, Letter
-from client.node import Enrolled, NodeService, Pace
+from client.node import Enrolled, NodeService, Pace, exit_code
 from client.worker import log_to_stderr
+from common.errors import CloisterError
 from common.noise import Keystream
 from deploy.workers import fork_server
 
@@ -67,8 +68,12 @@ def main(home: Path, seed: int, told: Path, another: float = Pace.another) -> No
     log_to_stderr()
     pace = Pace(idle=0.5, retry=2.0, another=another)
     keystream = partial(seeded, NodeFolder.open(home).policy.site, seed, told)
-    service = NodeService(home, Attended(home, told), pace, keystream)
-    service.run(Watch(service, None).watching())
+    try:
+        service = NodeService(home, Attended(home, told), pace, keystream)
+        service.run(Watch(service, None).watching())
+    except CloisterError as error:
+        sys.stderr.write(f"{error}\n")
+        raise SystemExit(exit_code(error)) from None
 
 
 if __name__ == "__main__":

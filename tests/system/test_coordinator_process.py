@@ -121,7 +121,7 @@ def test_a_site_that_is_killed_in_mid_round_is_asked_again(
 def test_a_run_without_its_quorum_says_so_and_is_resumed(federation: Federation):
     federation.leaves("south")
     federation.wait(lambda: "south" in federation.missing, "south to be missed")
-    run = federation.launch(deadline_seconds="8.0")
+    run = federation.launch(deadline_seconds="30.0")
     federation.ends(run, Standing.FAILED)
     assert "1 connected at the deadline of the invitation, the quorum is 2" in run.state.reason
     assert "south: not connected since 2" in run.state.reason
