@@ -24,6 +24,7 @@ from pathlib import Path
 
 from common.cohort import Cohort
 from common.errors import CloisterError, RunError
+from server.allowance import BOUND
 from server.app import alone
 from server.evaluation import CentralEvaluator
 from server.link import Exchange, LinkGrid, bundle
@@ -118,9 +119,9 @@ def _submitted(
     state = run.state
     if state.submission:
         exchange.stop(state.submission)
-    number = exchange.submit(bundle(), {})
-    run.write(Standing.RUNNING, submission=number)
     largest = 2 * model_bytes + _REPLY_OVERHEAD
+    number = exchange.submit(bundle(), {BOUND: largest})
+    run.write(Standing.RUNNING, submission=number)
     with exchange.conducting(number, check=orders.check, largest_reply=largest) as grid:
         yield grid
 
