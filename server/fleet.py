@@ -9,6 +9,7 @@ so that one enrolled site cannot keep the others out.
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import logging
 import socket
 import ssl
@@ -26,7 +27,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from common.certificates import key_of_certificate, key_of_pem
 from common.errors import ConfigError, IdentityError, RunError
-from server.link import FLEET, PUBLIC_KEY_HEADER
+from server.link import FLEET, PUBLIC_KEY_HEADER, SITE
 from server.roster import Roster, Site
 from server.telling import Told
 
@@ -36,8 +37,26 @@ PEER = "cloister.peer"
 """In an ASGI scope: the caller's certificate, DER."""
 
 _MEGABYTE = 2**20
-_BODIES = {"push-object": 8 * _MEGABYTE, "push-messages": 16 * _MEGABYTE}
-_BODY = 64 * 1024  # of all other requests
+_BODY = 64 * 1024
+_BODIES = {
+    f"{FLEET}{name}": size
+    for name, size in {
+        "activate-node": _BODY,
+        "deactivate-node": _BODY,
+        "send-node-heartbeat": _BODY,
+        "pull-messages": _BODY,
+        "push-messages": _MEGABYTE,
+        "get-run": _BODY,
+        "get-fab": _BODY,
+        "push-object": 8 * _MEGABYTE,
+        "pull-object": _BODY,
+        "confirm-message-received": _BODY,
+    }.items()
+}
+"""What there is, and how long the body of a request for it may be. The paths by which Flower lets
+a node register itself are not there."""
+_OURS = frozenset({b"content-type", b"content-length"})
+_FLOWERS = b"flwr-"
 
 
 @dataclass(frozen=True)
@@ -47,16 +66,22 @@ class Limits:
     Attributes:
         handshake_seconds: for TLS.
         head_seconds: for the head of a request.
-        body_seconds: for the body of one, which is at most 16 MiB.
-        connections: of one key at once.
-        requests: of one key at once.
+        body_seconds: for the body of one, which is at most 8 MiB.
+        answer_seconds: to read what it asked for, of which a part is 4 MiB.
+        connections: of one certificate at once.
+        requests: of one site at once.
+        strangers: connections of one address that are in their handshake at once.
+        all_strangers: of all addresses.
     """
 
     handshake_seconds: float = 10.0
     head_seconds: float = 20.0
     body_seconds: float = 180.0
+    answer_seconds: float = 180.0
     connections: int = 32
-    requests: int = 24
+    requests: int = 12
+    strangers: int = 64
+    all_strangers: int = 4096
 
 
 class Guard:
@@ -77,7 +102,7 @@ class Guard:
         if scope["type"] != "http":
             await _refuse(404, "not found", scope, receive, send)
             return
-        if not scope["path"].startswith(FLEET):
+        if scope["path"] not in _BODIES or scope["method"] != "POST":
             self._told.tell(log, f"{_host(scope)} asks for what is not there")
             await _refuse(404, "not found", scope, receive, send)
             return
@@ -125,13 +150,19 @@ class Guard:
                 self._told.tell(log, f"a request of {site.name} is too large, or too slow: {body}")
                 await _refuse(body, "too large, or too slow", scope, receive, send)
                 return
-            await self._app(scope, _replayed(body, receive), send)
+            await self._app(_bare(scope, site), _replayed(body, receive), send)
+        except Exception as error:  # noqa: BLE001
+            # Whatever Flower's handlers raise on what a stranger sends; it has been answered (500).
+            what = f"{type(error).__name__}: {error!s:.200}"
+            self._told.tell(log, f"a request of {site.name} cannot be answered ({what})")
         finally:
             self._open[site.name] -= 1
+            if not self._open[site.name]:
+                del self._open[site.name]
 
     async def _body(self, scope: Scope, receive: Receive) -> bytes | int:
         """The body of a request, or the status that says why it is not read."""
-        most = _BODIES.get(scope["path"].removeprefix(FLEET), _BODY)
+        most = _BODIES[scope["path"]]
         lengths = [value for name, value in scope["headers"] if name == b"content-length"]
         if lengths and int(lengths[0]) > most:
             return 413
@@ -209,25 +240,47 @@ class Listener:
         self._thread.join(15)
 
     def _run(self) -> None:
-        with asyncio.Runner(loop_factory=lambda: _Loop(self._limits.handshake_seconds)) as runner:
+        with asyncio.Runner(loop_factory=lambda: _Loop(self._limits)) as runner:
             runner.run(self._server.serve(sockets=[self._socket]))
 
 
 class _Loop(asyncio.SelectorEventLoop):
-    """Ends a handshake that takes too long; uvicorn has no setting for it."""
+    """Ends a handshake that takes too long, and begins few at once of one address.
 
-    def __init__(self, handshake_seconds: float) -> None:
+    uvicorn has no setting for either.
+    """
+
+    def __init__(self, limits: Limits) -> None:
         super().__init__()
-        self._seconds = handshake_seconds
+        self._limits = limits
+        self._strangers: Counter[str] = Counter()
 
     async def create_server(self, *args: Any, **settings: Any) -> asyncio.Server:
         if settings.get("ssl") is not None:
-            settings |= {"ssl_handshake_timeout": self._seconds, "ssl_shutdown_timeout": 5.0}
+            seconds = self._limits.handshake_seconds
+            settings |= {"ssl_handshake_timeout": seconds, "ssl_shutdown_timeout": 5.0}
         return await super().create_server(*args, **settings)
+
+    async def _accept_connection2(
+        self, factory: Any, connection: Any, extra: Any, *rest: Any, **named: Any
+    ) -> None:
+        """Of asyncio's own: lasts until the handshake is over."""
+        here, address = self._strangers, _network(str(extra["peername"][0]))
+        if here[address] >= self._limits.strangers or here.total() >= self._limits.all_strangers:
+            connection.close()
+            return
+        here[address] += 1
+        try:
+            inherited: Any = super()
+            await inherited._accept_connection2(factory, connection, extra, *rest, **named)
+        finally:
+            here[address] -= 1
+            if not here[address]:
+                del here[address]
 
 
 class _Protocol(H11Protocol):
-    """The protocol of uvicorn, which says who calls, and waits for no head of a request for ever.
+    """The protocol of uvicorn, which says who calls, and waits for no head and no reader for ever.
 
     Attributes:
         limits: of the listener.
@@ -237,6 +290,7 @@ class _Protocol(H11Protocol):
     limits: ClassVar[Limits]
     opened: ClassVar[Counter[bytes]]
     _waits: asyncio.TimerHandle | None = None
+    _unread: asyncio.TimerHandle | None = None
     _peer: bytes | None = None
 
     @classmethod
@@ -260,8 +314,18 @@ class _Protocol(H11Protocol):
             self._wait()
         super().data_received(data)
 
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        seconds = self.limits.answer_seconds
+        self._unread = self.loop.call_later(seconds, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._is_read()
+
     def connection_lost(self, exc: Exception | None) -> None:
         self._is_whole()
+        self._is_read()
         if self._peer is not None:
             self.opened[self._peer] -= 1
             if not self.opened[self._peer]:
@@ -277,6 +341,11 @@ class _Protocol(H11Protocol):
 
     def _wait(self) -> None:
         self._waits = self.loop.call_later(self.limits.head_seconds, self.transport.abort)
+
+    def _is_read(self) -> None:
+        if self._unread is not None:
+            self._unread.cancel()
+            self._unread = None
 
     def _is_whole(self) -> None:
         if self._waits is not None:
@@ -304,6 +373,13 @@ def bound(host: str, port: int) -> socket.socket:
     return made
 
 
+def _network(address: str) -> str:
+    """What one stranger has of addresses: of IPv6 a network (RFC 4291, section 2.5.4)."""
+    if ":" not in address:
+        return address
+    return str(ipaddress.ip_network((address.partition("%")[0], 64), strict=False))
+
+
 def _replayed(body: bytes, receive: Receive) -> Receive:
     """What `receive` would have given, for a body that was read already."""
     told = False
@@ -316,6 +392,16 @@ def _replayed(body: bytes, receive: Receive) -> Receive:
         return {"type": "http.request", "body": body, "more_body": False}
 
     return replay
+
+
+def _bare(scope: Scope, site: Site) -> Scope:
+    """A request without what its sender could have Flower read out of it beside what it is for."""
+    kept = [
+        (name, value)
+        for name, value in scope["headers"]
+        if name in _OURS or name.startswith(_FLOWERS)
+    ]
+    return {**scope, "headers": kept, "query_string": b"", "root_path": "", SITE: site.name}
 
 
 async def _refuse(status: int, text: str, scope: Scope, receive: Receive, send: Send) -> None:

@@ -56,7 +56,7 @@ class Hostile:
 
     def answer(self, letter: Letter, records: RecordDict) -> PushMessagesRequest:
         """What an honest site would announce, to be changed."""
-        answer = Answer(letter, records)
+        answer = Answer(letter, Parcel.of(records))
         return PushMessagesRequest(
             node=self.node,
             messages_list=[message_to_proto(answer.message)],
@@ -119,11 +119,12 @@ class Place:
     def stored(self) -> int:
         """Bytes of all parts that are kept."""
         with self.exchange.state.session() as session:
-            return int(session.execute(text("SELECT TOTAL(LENGTH(content)) FROM objects")).scalar())
+            found = session.execute(text("SELECT TOTAL(LENGTH(content)) FROM objects"))
+            return int(found.scalar_one())
 
     def rows(self, table: str) -> int:
         with self.exchange.state.session() as session:
-            return int(session.execute(text(f"SELECT COUNT(*) FROM {table}")).scalar())  # noqa: S608
+            return int(session.execute(text(f"SELECT COUNT(*) FROM {table}")).scalar_one())  # noqa: S608
 
     def north_goes_on(self) -> None:
         """The neighbour is asked and answers, as if nothing had been."""
@@ -329,7 +330,7 @@ def test_a_site_cannot_fetch_what_another_was_sent_or_has_answered(place: Place)
     place.ask("north", records=SECRET)
     letter = place.asked("north")
     parcel = letter.fetch()
-    place.north.send(answer := Answer(letter, SECRET))
+    place.north.send(answer := Answer(letter, Parcel.of(SECRET)))
     names = [*parcel.objects, *answer.parcel.objects]
     for name in names:
         with refused(403):
@@ -356,7 +357,7 @@ def test_a_site_cannot_have_forgotten_what_another_was_sent(place: Place):
 
 def test_a_site_cannot_add_to_the_answer_of_another(place: Place):
     place.ask("north")
-    answer = Answer(place.asked("north"), SECRET)
+    answer = Answer(place.asked("north"), Parcel.of(SECRET))
     request = PushMessagesRequest(
         node=place.north._here,
         messages_list=[message_to_proto(answer.message)],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import shutil
@@ -19,16 +20,20 @@ from typing import Any
 
 import grpc
 import httpx
+import numpy as np
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
-from flwr.app import ConfigRecord, RecordDict
-from flwr.proto.fleet_pb2 import PullMessagesRequest, PushMessagesRequest
+from flwr.app import ArrayRecord, ConfigRecord, RecordDict
+from flwr.proto.fleet_pb2 import ActivateNodeRequest, PullMessagesRequest, PushMessagesRequest
+from flwr.proto.message_pb2 import PullObjectRequest
 from flwr.proto.node_pb2 import Node
 from flwr.supercore.interceptors.http.runtime_version import RuntimeVersionHttpInterceptor
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes
+from flwr.supercore.protobuf.constants import PROTOBUF_MEDIA_TYPE
 from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from sqlalchemy import text
 
 from client.link import FleetLink
 from common import certificates
@@ -46,7 +51,9 @@ PASSPHRASE = "five words that were drawn by lot"  # noqa: S105 - of this test
 SIGNED = Signed("Ada", "a test")
 MEGABYTE = 2**20
 PATIENCE = 120.0
-QUICK = Limits(handshake_seconds=2.0, head_seconds=1.0, body_seconds=1.0, connections=8)
+QUICK = Limits(
+    handshake_seconds=5.0, head_seconds=1.0, body_seconds=1.0, answer_seconds=3.0, connections=8
+)
 
 
 def wait_until(true: Callable[[], Any], seconds: float = PATIENCE) -> None:
@@ -94,8 +101,12 @@ class Caller:
         made._client = httpx.Client(verify=self.context(), timeout=30)
         return made
 
-    def socket(self) -> ssl.SSLSocket:
-        plain = socket.create_connection(("127.0.0.1", self.port), timeout=30)
+    def socket(self, receive: int = 0) -> ssl.SSLSocket:
+        plain = socket.socket()
+        if receive:
+            plain.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive)
+        plain.settimeout(30)
+        plain.connect(("127.0.0.1", self.port))
         return self.context().wrap_socket(plain, server_hostname="localhost")
 
 
@@ -271,6 +282,15 @@ def test_tls_1_2_and_plain_http_are_not_spoken(shared: tuple[Federation, Caller]
         "/v1/fleet/%2e%2e/control/start-run",
         "//v1/control/start-run",
         "/v1/fleet",
+        "/v1/fleet/",
+        "/v1/fleet/register-node",
+        "/v1/fleet/unregister-node",
+        "/v1/fleet/pull-messages/",
+        "/v1/fleet//pull-messages",
+        "/v1/fleet/pull-messages%3f/../x",
+        "/v1/fleet/PULL-MESSAGES",
+        "http://localhost/v1/control/start-run",
+        "*",
     ],
 )
 def test_an_enrolled_node_reaches_the_fleet_s_interface_alone(
@@ -295,7 +315,7 @@ def test_a_node_cannot_register_or_unregister(shared: tuple[Federation, Caller])
                 content=b"",
                 headers={"content-type": "application/x-protobuf"},
             )
-            assert answer.status_code in (401, 403)
+            assert answer.status_code == 404
     assert before is federation.known(north) is True
 
 
@@ -507,7 +527,11 @@ def test_a_body_that_is_too_large_is_not_read(
 def test_many_connections_of_strangers_and_of_one_node_keep_nobody_out(federation: Federation):
     federation.serve()
     north, south = federation.enter("north"), federation.enter("south")
-    idle = [socket.create_connection(("127.0.0.1", north.port)) for _ in range(300)]
+    elsewhere = ("127.0.0.2", 0)
+    idle = [
+        socket.create_connection(("127.0.0.1", north.port), source_address=elsewhere)
+        for _ in range(300)
+    ]
     lines = [north.socket() for _ in range(3 * QUICK.connections)]
     try:
         with south.link() as link:
@@ -518,6 +542,7 @@ def test_many_connections_of_strangers_and_of_one_node_keep_nobody_out(federatio
             return sum(_is_closed(line) for line in lines)
 
         wait_until(lambda: closed() >= 2 * QUICK.connections)
+        assert sum(map(_is_closed, idle)) >= 300 - QUICK.strangers  # before a handshake's time
         wait_until(lambda: all(map(_is_closed, idle)))  # a handshake has its time
     finally:
         for line in [*idle, *lines]:
@@ -542,6 +567,197 @@ def _is_closed(line: socket.socket) -> bool:
         return False
     except OSError:
         return True
+
+
+def said(north: Caller, request: bytes) -> bytes:
+    """What comes back to any bytes, until the other side has said enough."""
+    with north.socket() as line:
+        with suppress(OSError):
+            line.sendall(request)
+        found = b""
+        with suppress(OSError):
+            while piece := line.recv(65536):
+                found += piece
+                if b"\r\n\r\n" in found:
+                    break
+        return found
+
+
+def head_of(north: Caller, *lines: bytes, method: bytes = b"POST") -> bytes:
+    key = b64encode(public_key_to_bytes(north.key.public_key()))
+    first = method + b" /v1/fleet/pull-messages HTTP/1.1"
+    return b"\r\n".join([first, b"host: x", b"flwr-public-key: " + key, *lines, b"", b""])
+
+
+SMUGGLED = b"POST /v1/control/start-run HTTP/1.1\r\nhost: x\r\ncontent-length: 0\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        (b"content-length: 5", b"content-length: 6"),
+        (b"content-length: 5, 6",),
+        (b"content-length: -1",),
+        (b"content-length: +5",),
+        (b"content-length: " + b"9" * 5000,),
+        (b"transfer-encoding: gzip, chunked",),
+        (b"transfer-encoding: chunked", b"transfer-encoding: identity"),
+        (b"transfer-encoding : chunked",),
+        (b" folded: x",),
+        (b"x: a\x00b",),
+        (b"x: " + b"a" * 100_000,),
+    ],
+)
+def test_a_head_that_two_could_read_in_two_ways_is_read_in_none(
+    shared: tuple[Federation, Caller], lines: tuple[bytes, ...]
+):
+    _, north = shared
+    answer = said(north, head_of(north, *lines) + b"0\r\n\r\n" + SMUGGLED)
+    assert answer[:12] in {b"HTTP/1.1 %d" % status for status in (400, 401, 413, 501)} or not answer
+    assert answer.count(b"HTTP/1.1") <= 1  # what came behind it was not read as a request
+
+
+def test_what_follows_a_request_on_its_line_is_a_request_of_its_own(
+    shared: tuple[Federation, Caller],
+):
+    """A length beside chunks: the chunks count, and the line ends with the answer."""
+    _, north = shared
+    both = (b"content-length: 300", b"transfer-encoding: chunked")
+    with north.socket() as line:
+        line.sendall(head_of(north, *both) + b"0\r\n\r\n" + SMUGGLED)
+        answers, until = b"", time.monotonic() + 5
+        line.settimeout(1)
+        while time.monotonic() < until:
+            with suppress(TimeoutError, OSError):
+                piece = line.recv(65536)
+                answers += piece
+                if not piece:
+                    break
+    assert b"HTTP/1.1 2" not in answers
+    assert answers.count(b"HTTP/1.1 404") <= 1
+
+
+@pytest.mark.parametrize(
+    "method", [b"GET", b"HEAD", b"PUT", b"DELETE", b"OPTIONS", b"TRACE", b"CONNECT", b"PRI", b"X"]
+)
+def test_no_other_method_is_spoken(shared: tuple[Federation, Caller], method: bytes):
+    _, north = shared
+    answer = said(north, head_of(north, b"content-length: 0", method=method))
+    assert answer.startswith((b"HTTP/1.1 404", b"HTTP/1.1 400"))
+
+
+def test_no_other_protocol_is_spoken(shared: tuple[Federation, Caller]):
+    _, north = shared
+    upgrade = (b"connection: upgrade", b"upgrade: websocket", b"sec-websocket-version: 13")
+    asked = head_of(north, *upgrade, b"sec-websocket-key: AAAAAAAAAAAAAAAAAAAAAA==", method=b"GET")
+    assert not said(north, asked).startswith(b"HTTP/1.1 101")
+    assert b"HTTP/1.1 101" not in said(
+        north, head_of(north, b"connection: upgrade", b"upgrade: h2c", b"content-length: 0")
+    )
+    assert not said(north, b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n").startswith(b"HTTP/2")
+
+
+def test_a_packed_body_is_not_unpacked(shared: tuple[Federation, Caller]):
+    _, north = shared
+    bomb = gzip.compress(b"\x0a" * 50 * MEGABYTE)
+    assert len(bomb) < 65536
+    with north.fleet() as fleet:
+        before = fleet._client.post
+        answer = before(
+            f"https://localhost:{north.port}/v1/fleet/pull-messages",
+            content=bomb,
+            headers={
+                "content-type": PROTOBUF_MEDIA_TYPE,
+                "content-encoding": "gzip",
+                "flwr-public-key": b64encode(public_key_to_bytes(north.key.public_key())).decode(),
+            },
+        )
+    assert answer.status_code in (400, 401)
+
+
+def test_a_host_that_is_a_path_is_nobody_s(federation: Federation):
+    """What is asked for is in the first line alone: no other part of a head can say it."""
+    federation.serve()
+    north = federation.enter("north")
+    with north.link() as link:
+        link.activate()
+        hosts = ("x/v1/control/start-run?", "x/v1/runtime/push-messages#", "u:p@x/y?z", "")
+        for host in hosts:
+            link._client._client.headers["host"] = host
+            link.beat()  # it is what it would be with any other host
+
+
+def test_what_is_signed_is_good_for_its_own_connection_alone(federation: Federation):
+    """Who has seen a request, whole, cannot say it again: that takes the certificate's key."""
+    federation.serve()
+    north, south = federation.enter("north"), federation.enter("south")
+    seen: dict[str, str] = {}
+    with north.link() as link:
+        link._client._client.event_hooks = {"request": [lambda r: seen.update(r.headers)]}
+        link.activate()
+    body = ActivateNodeRequest(
+        public_key=public_key_to_bytes(north.key.public_key()), heartbeat_interval=30.0
+    ).SerializeToString()
+    heads = {name: value for name, value in seen.items() if name != "content-length"}
+    with south.client() as replayed:
+        answer = replayed.post("/v1/fleet/activate-node", content=body, headers=heads)
+    assert answer.status_code == 401
+    here = {node.name: node.online for node in Exchange(federation.home.database).nodes()}
+    assert here == {"north": False, "south": False}
+
+
+def test_who_does_not_read_its_answer_is_cut_off(federation: Federation):
+    federation.serve()
+    north = federation.enter("north")
+    exchange = Exchange(federation.home.database)
+    run = exchange.submit(bundle(), {})
+    numbers = RecordDict({"w": ArrayRecord([np.ones(4 * MEGABYTE, np.float32)])})
+    with north.link() as link, exchange.conducting(run) as grid:
+        number = link.activate()
+        list(grid.push_messages([grid.create_message(numbers, "train.step", number, "", ttl=60.0)]))
+        letter = link.receive()
+        assert letter is not None
+        heads: dict[str, str] = {}
+        link._client._client.event_hooks = {"request": [lambda r: heads.update(r.headers)]}
+        link.beat()
+        name, *_ = exchange_parts(exchange)
+        body = PullObjectRequest(
+            node=Node(node_id=number), run_id=run, object_id=name
+        ).SerializeToString()
+        kept = {k: v for k, v in heads.items() if k.startswith("flwr") or k == "content-type"}
+        kept |= {"host": "x", "content-length": str(len(body))}
+        head = "".join(f"{k}: {v}\r\n" for k, v in kept.items())
+        asked = f"POST /v1/fleet/pull-object HTTP/1.1\r\n{head}\r\n".encode() + body
+        lines = [north.socket(receive=4096) for _ in range(6)]
+        for line in lines:
+            line.sendall(6 * asked)  # more than the kernel has room for
+        time.sleep(0.5)
+        link.beat()  # nobody else waits for it
+        time.sleep(QUICK.answer_seconds + 1)
+        assert all(len(read_all(line)) < 24 * MEGABYTE for line in lines)
+        with north.socket() as reads:
+            reads.sendall(6 * asked)
+            reads.settimeout(10)
+            found = b""
+            while len(found) < 24 * MEGABYTE:
+                found += reads.recv(2**20)
+
+
+def read_all(line: ssl.SSLSocket) -> bytes:
+    found = b""
+    line.settimeout(5)
+    with suppress(OSError):
+        while piece := line.recv(2**20):
+            found += piece
+    return found
+
+
+def exchange_parts(exchange: Exchange) -> list[str]:
+    with exchange.state.session() as session:
+        rows = session.execute(
+            text("SELECT object_id FROM objects ORDER BY LENGTH(content) DESC")
+        ).all()
+    return [str(name) for (name,) in rows]
 
 
 # --- The home -----------------------------------------------------------------------------------
