@@ -1,7 +1,8 @@
 """Whether the node is alive, whether it is ready, and what stands in the way.
 
-Two services by the gRPC health protocol, for probes: ``live`` says that the loop goes round, so
-that a dead one is started again; ``ready`` says that the node could answer a task now. A node that
+Three services by the gRPC health protocol, for probes: ``live`` says that the loop goes round, so
+that a dead one is started again; ``gpu`` that the GPU which the policy names is there (where it
+names none, nothing can be missing); ``ready`` that the node could answer a task now. A node that
 is connected may be anything but healthy, so both are worked out here and never assumed. The same
 stands in ``status.json`` in the node's folder, for `cloister node status`: nothing of it is of the
 cohort, nor of what was asked.
@@ -9,6 +10,7 @@ cohort, nor of what was asked.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import logging
 import os
@@ -36,7 +38,7 @@ from common.files import write_durably
 log = logging.getLogger("cloister.node")
 
 STATUS_FILE = "status.json"
-LIVE, READY = "live", "ready"
+LIVE, READY, GPU = "live", "ready", "gpu"
 WHOLE = ""
 """The server as a whole: as `READY`."""
 
@@ -46,6 +48,8 @@ _FEW_DAYS = 14.0
 _LITTLE_DISK = 512 * 2**20
 _EVERY = 2.0
 _SERVERS = 4
+_DRIVER_SECONDS = 10.0
+_LOST = 15  # NVML_ERROR_GPU_IS_LOST
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,7 @@ class Report:
         skew_seconds: by which the clock is ahead of the coordinator's; within a second.
         certificate_days: until the node can connect no more.
         free_bytes: on the disk of the ledger.
+        gpu: what is wrong with the GPU that the policy names; empty if nothing.
     """
 
     site: str
@@ -75,6 +80,7 @@ class Report:
     skew_seconds: float | None
     certificate_days: float
     free_bytes: int
+    gpu: str = ""
 
     @property
     def ready(self) -> bool:
@@ -136,22 +142,87 @@ def warnings(machine: Machine) -> Iterator[str]:
         )
 
 
-def gpu_fault(device: str) -> str:
+def gpu_fault(device: str, root: Path = Path("/")) -> str:
     """What is wrong with the GPU that a policy names; its driver is asked and nothing computed.
 
     A container loses its devices at `systemctl daemon-reload` where its engine uses systemd's
-    cgroups: then they are there and cannot be opened.
+    cgroups: then they are there and cannot be opened. A GPU that has fallen off the bus can be
+    opened, and its driver says that it is lost.
+
+    Args:
+        device: of the policy.
+        root: below which ``dev`` lies.
     """
     if not device.startswith("cuda"):
         return ""
+    nodes = sorted(root.glob("dev/nvidia[0-9]*"))
+    fault = "" if nodes else "no /dev/nvidia0 is there"
+    for node in (root / "dev/nvidiactl", *nodes):
+        try:
+            os.close(os.open(node, os.O_RDWR | os.O_CLOEXEC))
+        except OSError as error:
+            fault = fault or str(error)
+    fault = fault or _driver_fault()
+    return fault and (
+        f"the policy says {device}, and the driver cannot be reached ({fault}); start the "
+        "node's container again, or see docs/node-service.md"
+    )
+
+
+def _driver_fault() -> str:
+    """What NVML says (nvml.h); nothing where it is not installed."""
     try:
-        os.close(os.open("/dev/nvidiactl", os.O_RDWR))
-    except OSError as error:
-        return (
-            f"the policy says {device}, and the driver cannot be reached ({error}); start the "
-            "node's container again, or see docs/node-service.md"
-        )
-    return ""
+        nvml = ctypes.CDLL("libnvidia-ml.so.1")
+    except OSError:
+        return ""
+    said = nvml.nvmlInit_v2()
+    if said:
+        return f"NVML error {said}"
+    try:
+        count = ctypes.c_uint()
+        said = nvml.nvmlDeviceGetCount_v2(ctypes.byref(count))
+        for number in range(count.value):
+            handle, memory = ctypes.c_void_p(), (ctypes.c_ulonglong * 3)()
+            said = said or nvml.nvmlDeviceGetHandleByIndex_v2(number, ctypes.byref(handle))
+            said = said or nvml.nvmlDeviceGetMemoryInfo(handle, memory)
+    finally:
+        nvml.nvmlShutdown()
+    if said == _LOST:
+        return "the GPU is lost: it has fallen off the bus"
+    return f"NVML error {said}" if said else "" if count.value else "there is no GPU"
+
+
+class Device:
+    """Asks for a device in a thread of its own: of a GPU that hangs, the driver never answers.
+
+    Args:
+        probe: given the policy's device, says what is wrong with it.
+        seconds: that it may take.
+    """
+
+    def __init__(
+        self, probe: Callable[[str], str] = gpu_fault, seconds: float = _DRIVER_SECONDS
+    ) -> None:
+        self._probe, self._seconds = probe, seconds
+        self._asking: threading.Thread | None = None
+        self._said = ""
+
+    def fault(self, device: str) -> str:
+        """What is wrong with it; empty if nothing."""
+        if self._asking is None or not self._asking.is_alive():
+            self._asking = threading.Thread(target=self._ask, args=(device,), daemon=True)
+            self._asking.start()
+        self._asking.join(self._seconds)
+        if self._asking.is_alive():
+            return f"the driver of {device} has not answered within {self._seconds:g} s"
+        return self._said
+
+    def _ask(self, device: str) -> None:
+        try:
+            self._said = self._probe(device)
+        except Exception as error:
+            log.exception("the device cannot be asked for")
+            self._said = f"{device} cannot be asked for ({type(error).__name__})"
 
 
 class Watch:
@@ -161,10 +232,18 @@ class Watch:
         service: the node's.
         address: ``HOST:PORT`` for the gRPC health service; None: there is none.
         every: seconds between two looks.
+        device: is asked for the GPU.
     """
 
-    def __init__(self, service: NodeService, address: str | None, every: float = _EVERY) -> None:
+    def __init__(
+        self,
+        service: NodeService,
+        address: str | None,
+        every: float = _EVERY,
+        device: Device | None = None,
+    ) -> None:
         self._service, self._address, self._every = service, address, every
+        self._device = device or Device()
         self._over = threading.Event()
         self._servicer = health.HealthServicer()
         self.port = 0
@@ -190,8 +269,8 @@ class Watch:
 
     def look(self) -> Report:
         """Look once, and tell."""
-        found = report(self._service)
-        states = {WHOLE: found.ready, LIVE: found.live, READY: found.ready}
+        found = report(self._service, self._device)
+        states = {WHOLE: found.ready, LIVE: found.live, READY: found.ready, GPU: not found.gpu}
         answers = health_pb2.HealthCheckResponse
         for name, good in states.items():
             self._servicer.set(name, answers.SERVING if good else answers.NOT_SERVING)
@@ -223,12 +302,14 @@ class Watch:
         return server
 
 
-def report(service: NodeService, now: Callable[[], float] = time.monotonic) -> Report:
+def report(
+    service: NodeService, device: Device, now: Callable[[], float] = time.monotonic
+) -> Report:
     """A look at a service, and at the machine under it."""
     state, policy, date = service.state, service.folder.policy, datetime.now(UTC)
     days = service.approach.days_left(date)
     ledger = service.folder.place.folder
-    machine = Machine(days, shutil.disk_usage(ledger).free, gpu_fault(policy.machine.device))
+    machine = Machine(days, shutil.disk_usage(ledger).free, device.fault(policy.machine.device))
     seen = now()
     return Report(
         site=policy.site,
@@ -242,6 +323,7 @@ def report(service: NodeService, now: Callable[[], float] = time.monotonic) -> R
         skew_seconds=None if state.skew is None else round(state.skew, 1),
         certificate_days=round(days, 1),
         free_bytes=machine.free_bytes,
+        gpu=machine.gpu,
     )
 
 

@@ -34,13 +34,16 @@ from sqlalchemy import select
 from client.bundle import LARGEST_BUNDLE
 from client.folder import NodeFolder, cohort_digest
 from client.health import (
+    GPU,
     LIVE,
     READY,
     STATUS_FILE,
+    Device,
     Machine,
     Watch,
     ask,
     faults,
+    gpu_fault,
     is_live,
     last_report,
     report,
@@ -499,7 +502,7 @@ def test_a_clock_that_is_an_hour_off_is_named_and_waited_for(
     place.open(ahead=3600.0)
     node = Node(NodeService(home, Plain(place.address, place.key), QUICK))
     wait_until(lambda: "because of its clock, which is -3" in node.service.state.trouble)
-    assert report(node.service).ready is False
+    assert report(node.service, Device()).ready is False
     time.sleep(1)
     assert node.thread.is_alive()
     place.close()
@@ -595,6 +598,69 @@ def test_probes_tell_alive_from_ready(node: Node, place: Place, home: Path):
         stuck.tick = lambda: None  # type: ignore[method-assign]
         stuck.ticked -= 3600
         wait_until(lambda: not ask(address, LIVE))
+
+
+def test_a_gpu_that_is_lost_is_seen_while_the_node_stays_connected(
+    node: Node, place: Place, home: Path
+):
+    lost: list[str] = []
+    device = Device(lambda device: "".join(lost))
+    watch = Watch(node.service, "127.0.0.1:0", every=0.1, device=device)
+    with watch.watching():
+        address = f"127.0.0.1:{watch.port}"
+        wait_until(lambda: ask(address, READY))
+        assert ask(address, GPU)
+        lost.append("the GPU is lost")
+        wait_until(lambda: not ask(address, GPU))
+        assert not ask(address, READY)
+        assert ask(address, LIVE)
+        found = last_report(home)
+        assert found is not None
+        assert found.gpu == "the GPU is lost"
+        assert found.faults == ("the GPU is lost",)
+        assert [each.online for each in place.exchange.nodes()] == [True]
+        lost.clear()
+        wait_until(lambda: ask(address, GPU))
+        wait_until(lambda: ask(address, READY))
+
+
+def test_a_driver_that_hangs_is_a_fault_and_holds_nobody():
+    answers, asked = threading.Event(), []
+
+    def hangs(device: str) -> str:
+        asked.append(device)
+        answers.wait()
+        return ""
+
+    device = Device(hangs, seconds=0.1)
+    began = time.monotonic()
+    for _ in range(3):
+        assert device.fault("cuda:0") == "the driver of cuda:0 has not answered within 0.1 s"
+    assert time.monotonic() - began < 30
+    assert asked == ["cuda:0"]  # it is not asked again while it is silent
+    answers.set()
+    wait_until(lambda: not device.fault("cuda:0"))
+
+
+def test_a_probe_that_fails_is_a_fault():
+    def fails(device: str) -> str:
+        raise RuntimeError(device)
+
+    assert Device(fails).fault("cuda") == "cuda cannot be asked for (RuntimeError)"
+    assert not Device().fault("cpu")
+
+
+def test_a_gpu_is_missed_where_it_cannot_be_opened(tmp_path: Path):
+    assert not gpu_fault("cpu", tmp_path)
+    assert "no /dev/nvidia0 is there" in gpu_fault("cuda", tmp_path)
+    (tmp_path / "dev").mkdir()
+    for name in ("nvidiactl", "nvidia0", "nvidia1"):
+        (tmp_path / "dev" / name).touch()
+    assert "/dev/" not in gpu_fault("cuda:0", tmp_path)
+    for name in ("nvidia1", "nvidiactl"):
+        (tmp_path / "dev" / name).unlink()
+        (tmp_path / "dev" / name).mkdir()  # as a device that may not be opened
+        assert f"/dev/{name}" in gpu_fault("cuda:0", tmp_path)
 
 
 def test_what_stands_in_the_way_is_named():
