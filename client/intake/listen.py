@@ -127,7 +127,7 @@ class Listener:
         Raises:
             ConfigError: if the address or a certificate cannot be used.
         """
-        tls = tls_context(self.settings, self.home)
+        tls = Tls(self.settings, self.home)
         with quiet(), _quiet_protocol():
             self._server = self._bind(tls)
             thread = threading.Thread(target=self._server.serve_forever, args=(0.1,), daemon=True)
@@ -153,7 +153,7 @@ class Listener:
         self.turned_away[why] += 1
         LOG.warning("turned away: %s, %s", who, why)
 
-    def _bind(self, tls: ssl.SSLContext | None) -> _Server:
+    def _bind(self, tls: Tls) -> _Server:
         settings = self.settings
         ae = AE(settings.ae_title)
         ae.maximum_associations = settings.greatest_associations
@@ -291,6 +291,51 @@ def tls_context(settings: Listen, home: Path) -> ssl.SSLContext | None:
         context.verify_mode = ssl.CERT_REQUIRED
         context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
     return context
+
+
+class Tls:
+    """TLS as the files on the disk have it: a new certificate is taken with the next connection.
+
+    Raises:
+        ConfigError: if they cannot be used at the start. Later, what was in force stays so.
+    """
+
+    def __init__(self, settings: Listen, home: Path) -> None:
+        self._settings, self._home = settings, home
+        self._lock = threading.Lock()
+        self._refused: tuple[object, ...] = ()
+        self._seen = self._stamp()
+        self._context = tls_context(settings, home)
+
+    @property
+    def context(self) -> ssl.SSLContext | None:
+        """For one connection; None where TLS is not asked for."""
+        with self._lock:
+            stamp = self._stamp()
+            if stamp not in (self._seen, self._refused):
+                try:
+                    self._context, self._seen = tls_context(self._settings, self._home), stamp
+                    LOG.info("a new certificate is in force")
+                except ConfigError as error:
+                    self._refused = stamp
+                    LOG.warning("the certificate on the disk is not taken: %s", error)
+            return self._context
+
+    def _stamp(self) -> tuple[object, ...]:
+        said = self._settings
+        return tuple(
+            _stamp_of(self._home / str(path))
+            for path in (said.certificate, said.key, said.callers_certificates)
+            if path is not None
+        )
+
+
+def _stamp_of(path: Path) -> object:
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_size, found.st_mtime_ns, found.st_mode
 
 
 def _check_key(path: Path) -> None:
@@ -507,9 +552,7 @@ class _Server(ThreadedAssociationServer):
     daemon_threads = True
     block_on_close = False
 
-    def __init__(
-        self, *arguments: Any, listener: Listener, tls: ssl.SSLContext | None, **options: Any
-    ) -> None:
+    def __init__(self, *arguments: Any, listener: Listener, tls: Tls, **options: Any) -> None:
         self.listener = listener
         self._tls = tls
         self._handshakes = threading.Semaphore(
@@ -543,8 +586,9 @@ class _Server(ThreadedAssociationServer):
 
     def finish_request(self, request: Any, client_address: Any) -> None:
         try:
-            if self._tls is not None:
-                request = self._secured(request, self._tls)
+            context = self._tls.context
+            if context is not None:
+                request = self._secured(request, context)
             super().finish_request(request, client_address)
         finally:
             self._handshakes.release()

@@ -402,6 +402,57 @@ def test_a_callers_own_certificate_may_be_named_instead_of_an_authority(
     assert (one.returncode, another.returncode != 0) == (0, True), one.stderr
 
 
+def shown(port: int, own: Any) -> bytes:
+    """The certificate that a caller with one of its own is shown."""
+    context = ssl.create_default_context()
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    context.load_cert_chain(own.certificate, own.key)
+    with (
+        socket.create_connection(("127.0.0.1", port), timeout=30) as plain,
+        context.wrap_socket(plain) as line,
+    ):
+        found = line.getpeercert(True)
+    assert found is not None
+    return found
+
+
+def test_a_new_certificate_is_shown_to_the_next_caller_and_a_broken_one_to_nobody(
+    start_tls: Callable[..., Service],
+    program: Callable[[str], str],
+    authority: Callable[..., Any],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+):
+    known = authority("hospital")
+    first, second, pacs = (known.issue(name) for name in ("first", "second", "pacs"))
+    mine, key, callers = (tmp_path / name for name in ("mine.pem", "mine.key", "callers.pem"))
+    mine.write_bytes(first.certificate.read_bytes())
+    key.write_bytes(first.key.read_bytes())
+    key.chmod(0o600)
+    callers.write_bytes(known.file.read_bytes())
+    service = start_tls(certificate=str(mine), key=str(key), callers_certificates=str(callers))
+    before = shown(service.port, pacs)
+
+    mine.write_bytes(second.certificate.read_bytes())  # and its key is on its way
+    assert shown(service.port, pacs) == before
+    assert shown(service.port, pacs) == before
+    assert caplog.text.count("is not taken") == 1
+    key.write_bytes(second.key.read_bytes())
+    after = shown(service.port, pacs)
+    assert after == ssl.PEM_cert_to_DER_cert(second.certificate.read_text()) != before
+    key.chmod(0o644)
+    assert shown(service.port, pacs) == after
+    mine.unlink()
+    assert shown(service.port, pacs) == after
+
+    pair, trust = ("+tls", pacs.key, pacs.certificate), ("+cf", known.file)
+    assert storescu_tls(program, service.port, *pair, *trust).returncode == 0
+    mine.write_bytes(second.certificate.read_bytes())
+    key.chmod(0o600)
+    callers.write_bytes(authority("somebody").file.read_bytes())  # the PACS is known no longer
+    assert storescu_tls(program, service.port, *pair, *trust).returncode != 0
+
+
 def test_without_certificates_of_callers_the_file_says_so_and_they_are_heard(
     start_tls: Callable[..., Service], program: Callable[[str], str], authority: Callable[..., Any]
 ):
