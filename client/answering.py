@@ -10,11 +10,11 @@ from pathlib import Path
 from client.app import REQUESTS, answer, open_node
 from client.gate import Gate
 from client.incident import REFUSED
-from client.link import Parcel
 from client.worker import Asked, get, put
 from common.errors import CloisterError, LedgerError, MessageError, RefusalCode
 from common.messages import RefusalReply
 from common.noise import KeystreamSource
+from common.parcel import Parcel
 
 log = logging.getLogger("cloister.gate")
 

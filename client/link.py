@@ -64,7 +64,7 @@ from common.errors import (
 )
 from common.parcel import Parcel
 
-_HEARTBEAT = 12.0  # the coordinator waits two of these; the node sends one every 10 s
+_HEARTBEAT = 15.0  # the coordinator waits two of these; the node sends one every 10 s
 _SECONDS = 30.0
 _OVERHEAD = 2**20
 _FIRST_WAIT, _LONGEST_WAIT = 0.02, 0.5
@@ -113,9 +113,9 @@ class Letter:
 class Answer:
     """The reply to a message, which may be sent again: it is the same one then."""
 
-    def __init__(self, letter: Letter, said: Parcel | RecordDict) -> None:
+    def __init__(self, letter: Letter, parcel: Parcel) -> None:
         self.run = letter.run
-        parcel = self.parcel = said if isinstance(said, Parcel) else Parcel.of(said)
+        self.parcel = parcel
         self.message = Message(RecordDict(), reply_to=letter._head)
         self.message.metadata.__dict__["_message_id"] = parcel.identity
 
@@ -267,7 +267,7 @@ class FleetLink:
             LinkOverError: if the run is over.
             LinkRefusedError, LinkError: as `activate` does.
         """
-        self.send(Answer(letter, records))
+        self.send(Answer(letter, Parcel.of(records)))
 
     def send(self, answer: Answer) -> None:
         """Send an answer; one that was lost on the way may be sent again.

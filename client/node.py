@@ -30,10 +30,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Protocol, TypeVar
 
-from flwr.app import RecordDict
-
 from client.book import Book
 from client.bundle import check_bundle
+from client.cgroup import memory_limit
 from client.credentials import Credentials
 from client.folder import NodeFolder
 from client.incident import REFUSED, incident_reply
@@ -55,6 +54,7 @@ from common.errors import (
 )
 from common.messages import CLOSE, COUNT, INVITE, TRAIN, RefusalReply
 from common.noise import KeystreamSource, fresh_keystream
+from common.parcel import Parcel
 
 log = logging.getLogger("cloister.node")
 
@@ -458,7 +458,7 @@ class NodeService:
         finally:
             self.state.until = 0.0
 
-    def _said(self, letter: Letter, link: FleetLink, heart: Heart) -> RecordDict | None:
+    def _said(self, letter: Letter, link: FleetLink, heart: Heart) -> Parcel | None:
         """The answer to a message; None where it would come too late for anybody."""
         if letter.ends <= time.monotonic():
             log.warning("a message came after its deadline; nothing was done for it")
@@ -471,19 +471,20 @@ class NodeService:
             asked = Asked(letter.kind, parcel)
             said = self._worker.answer(
                 asked, letter.ends + self._pace.late, lambda: heart.refused or self._abandons(since)
-            ).records()
+            )
+            fault = _ledger_fault(said)
         except MessageError as error:
             log.warning(REFUSED, error)
-            return RefusalReply(code=RefusalCode.MALFORMED).to_records()
+            return Parcel.of(RefusalReply(code=RefusalCode.MALFORMED).to_records())
         except LedgerError as error:
             self.state.ledger = str(error)
             log.error("this node answers nothing more: %s", error)
-            return RefusalReply(code=RefusalCode.LEDGER).to_records()
+            return Parcel.of(RefusalReply(code=RefusalCode.LEDGER).to_records())
         except (WorkerLostError, ConfigError, CohortError) as error:
             self.state.worker = str(error)
             return self._incident(letter, started)
         self.state.worker = ""
-        self.state.ledger = _ledger_fault(said)
+        self.state.ledger = fault
         return said
 
     def _check(self, letter: Letter, link: FleetLink) -> None:
@@ -522,12 +523,12 @@ class NodeService:
                 self._trouble(str(error))
             self._pause(waits.next())
 
-    def _incident(self, letter: Letter, started: float) -> RecordDict | None:
+    def _incident(self, letter: Letter, started: float) -> Parcel | None:
         """The answer where no worker gave one: at a slot, as the worker's would be.
 
         When a worker dies may depend on what it was training on.
         """
-        reply = incident_reply().to_records()
+        reply = Parcel.of(incident_reply().to_records())
         slot = self.folder.policy.release.pace * letter.lifetime
         if letter.kind in _PACED and slot > 0:
             passed = time.monotonic() - started
@@ -567,8 +568,8 @@ def under_way(book: Book, since: str) -> bool:
     return not max(attempts)[1]
 
 
-def _ledger_fault(said: RecordDict) -> str:
-    refusal = said.get("refusal")
+def _ledger_fault(said: Parcel) -> str:
+    refusal = said.outline().get("refusal")
     if refusal is not None and refusal.get("code") == RefusalCode.LEDGER:
         return "the ledger cannot be relied on; see `cloister node audit`"
     return ""
@@ -706,19 +707,14 @@ def running(home: Path) -> int | None:
 
 
 def memory_for_worker(device: str) -> int | None:
-    """Bytes that a worker may take: what the machine, or the container, has; None where CUDA is.
+    """Bytes that a worker may take: what the machine, or its cgroup, has; None where CUDA is.
 
     CUDA maps the whole device's memory into the process.
     """
     if device.startswith("cuda"):
         return None
-    limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
-    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        try:
-            limits.append(int(Path(path).read_text("ascii")))
-        except (OSError, ValueError):
-            continue
-    return int(0.9 * min(limits))
+    machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return int(0.9 * min(machine, memory_limit() or machine))
 
 
 def printable(text: str) -> str:

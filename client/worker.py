@@ -28,9 +28,9 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import NamedTuple
 
-from client.link import Parcel
 from common.errors import CloisterError, ConfigError, LedgerError
 from common.noise import KeystreamSource, fresh_keystream
+from common.parcel import Parcel
 
 log = logging.getLogger("cloister.node")
 

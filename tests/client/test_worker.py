@@ -15,7 +15,6 @@ from flwr.app import RecordDict
 from client.app import REQUESTS
 from client.folder import NodeFolder, cohort_digest
 from client.ledger import Signed
-from client.link import Parcel
 from client.worker import AbandonedError, Asked, Bounds, Worker, WorkerLostError
 from common.errors import ConfigError, LedgerError, RefusalCode
 from common.messages import (
@@ -34,6 +33,7 @@ from common.messages import (
     TrainTask,
     read_reply,
 )
+from common.parcel import Parcel
 from common.spec import RunSpec
 
 Spec = Callable[..., RunSpec]
