@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from common.errors import RunError
@@ -17,6 +18,7 @@ from deploy.screen import printable
 
 if TYPE_CHECKING:  # each command imports what it needs: --help answers at once
     from deploy.live import LiveObserver
+    from server.roster import Roster
     from server.runs import CoordinatorHome, Run
 
 HOME_VARIABLE = "CLOISTER_COORDINATOR_HOME"
@@ -119,7 +121,7 @@ def runs(*, home: HomeOption = Path()) -> None:
     """
     from server.runs import open_home
 
-    table = Table("run", "stands", "rounds", "since", "why")
+    table = Table(Column("run", no_wrap=True), "stands", "rounds", "since", "why")
     for run in open_home(home).all_runs():
         state = run.state
         rounds = f"{run.finished_rounds} of {run.spec.rounds}"
@@ -143,12 +145,13 @@ def status(*, home: HomeOption = Path()) -> None:
     served = is_served(found)
     _say("The service runs." if served else "The service does not run.")
     table = Table("site", "is")
-    if found.database.exists():
-        exchange = Exchange(found.database)
-        members = Enrolled(Roster(found.path), exchange.left)
-        for name in sorted(members.names()):
-            known = members.absent(name)
-            table.add_row(name, Text(known or "connected", style="yellow" if known else "green"))
+    logging.getLogger("flwr").setLevel(logging.WARNING)  # it says what it opens
+    roster = Roster(found.path)
+    left = Exchange(found.database).left if found.database.exists() else _nobody_yet(roster)
+    members = Enrolled(roster, left)
+    for name in sorted(members.names()):
+        known = members.absent(name) or ("" if served else "not known: nobody hears it")
+        table.add_row(name, Text(known or "connected", style="yellow" if known else "green"))
     console.print(table)
     runs(home=home)
     if not served:
@@ -238,6 +241,11 @@ def register(app: typer.Typer) -> None:
 
 
 # --- What they share ----------------------------------------------------------------------------
+
+
+def _nobody_yet(roster: Roster) -> Callable[[], Mapping[str, str]]:
+    """When each site was last seen to go, where no service ran yet: none has ever connected."""
+    return lambda: {site.name: "" for site in roster.sites()}
 
 
 def _follow(home: CoordinatorHome, run: Run) -> None:

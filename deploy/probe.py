@@ -1,9 +1,9 @@
 """Asks a gRPC health service whether it serves: what a container's health check runs.
 
-    python -m deploy.probe 127.0.0.1:9094 ready
+    python -m deploy.probe 127.0.0.1:9094 live gpu
 
-Ends with 0 for yes and 1 for no. It imports nothing of Cloister, so that asking every few seconds
-costs a container little: `cloister node status` says more, to people.
+Ends with 0 if all parts that are named serve, and with 1 if not. It imports nothing of Cloister, so
+that asking every few seconds costs a container little: `cloister node status` says more, to people.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 SECONDS = 5.0
-_USAGE = "usage: python -m deploy.probe HOST:PORT SERVICE, such as 127.0.0.1:9094 live"
+_USAGE = "usage: python -m deploy.probe HOST:PORT SERVICE …, such as 127.0.0.1:9094 live"
 
 
 def fault(address: str, service: str, seconds: float = SECONDS) -> str:
@@ -39,8 +39,8 @@ def fault(address: str, service: str, seconds: float = SECONDS) -> str:
 def main(arguments: list[str]) -> str | None:
     """What `sys.exit` is given: None is 0, a text is shown and is 1."""
     match arguments:
-        case [address, service]:
-            return fault(address, service) or None
+        case [address, *services] if services:
+            return next(filter(None, (fault(address, service) for service in services)), None)
     return _USAGE
 
 

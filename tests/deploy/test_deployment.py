@@ -102,8 +102,9 @@ def check_any_command(words: list[str]) -> None:
         check_command(words)
     elif words[:3] == ["python", "-m", "deploy.probe"]:
         assert words[3] in (HEALTH, f"127.0.0.1:{COORDINATOR_HEALTH}")
-        (part,) = words[4:]
-        assert part in {client_health.LIVE, client_health.READY, server_health.LIVE, "roster"}
+        node = {client_health.LIVE, client_health.READY, client_health.GPU}
+        assert words[4:]
+        assert set(words[4:]) <= node | {server_health.LIVE, "roster"}
     else:
         assert words[:2] == ["sleep", "infinity"] or words[:2] == ["sh", "-c"], words
         for part in re.findall(r"(?:cloister|python) [^&|]*", " ".join(words[2:])):
@@ -590,7 +591,7 @@ def test_policies_services_and_pods_are_about_the_same(case: dict[str, Any]) -> 
 def test_a_lost_gpu_is_part_of_being_alive() -> None:
     (pod,) = pods(rendered(CASES["node with a GPU, a proxy, a secret"]))
     (container,) = pod["containers"]
-    assert "/dev/nvidiactl" in container["livenessProbe"]["exec"]["command"][-1]
+    assert container["livenessProbe"]["exec"]["command"][-2:] == ["live", "gpu"]
     assert container["resources"]["limits"]["nvidia.com/gpu"] == 1
 
 
@@ -658,6 +659,8 @@ def test_a_probe_says_yes_for_what_serves_alone(served: str) -> None:
     assert "does not serve" in (probe.main([served, "live"]) or "")
     assert "NOT_FOUND" in (probe.main([served, "no-such-part"]) or "")
     assert "usage" in (probe.main([served]) or "")
+    assert probe.main([served, "ready", "ready"]) is None
+    assert "live: does not serve" in (probe.main([served, "ready", "live"]) or "")
 
 
 def test_a_probe_of_nobody_says_no(served: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ startupProbe:
   failureThreshold: 90
 livenessProbe:
   {{- if .Values.gpu.count }}
-  exec: { command: [sh, -c, "python -m deploy.probe 127.0.0.1:9094 live && : </dev/nvidiactl"] }
+  exec: { command: [python, -m, deploy.probe, "127.0.0.1:9094", live, gpu] }
   {{- else }}
   exec: { command: [python, -m, deploy.probe, "127.0.0.1:9094", live] }
   {{- end }}
