@@ -72,7 +72,7 @@ def start(
     settings = Settings(listen, chosen, health_port, most_runs)
     for log in (coordinator.log, fleet.log):
         log.setLevel(logging.INFO)
-    logging.getLogger("flwr").setLevel(logging.WARNING)
+    _quieten_flower()
     run_service(found, settings, lambda heard: _say(f"Nodes are heard on {listen} port {heard}."))
 
 
@@ -145,7 +145,7 @@ def status(*, home: HomeOption = Path()) -> None:
     served = is_served(found)
     _say("The service runs." if served else "The service does not run.")
     table = Table("site", "is")
-    logging.getLogger("flwr").setLevel(logging.WARNING)  # it says what it opens
+    _quieten_flower()
     roster = Roster(found.path)
     left = Exchange(found.database).left if found.database.exists() else _nobody_yet(roster)
     members = Enrolled(roster, left)
@@ -241,6 +241,13 @@ def register(app: typer.Typer) -> None:
 
 
 # --- What they share ----------------------------------------------------------------------------
+
+
+def _quieten_flower() -> None:
+    """What it warns of is logged once, as ours is; what it opens is not told."""
+    flower = logging.getLogger("flwr")
+    flower.setLevel(logging.WARNING)
+    flower.handlers.clear()
 
 
 def _nobody_yet(roster: Roster) -> Callable[[], Mapping[str, str]]:

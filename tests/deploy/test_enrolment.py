@@ -206,6 +206,14 @@ def test_the_roster_is_shown_with_what_a_person_needs(desk: Desk):
 # --- The telephone ------------------------------------------------------------------------------
 
 
+def test_a_site_is_known_before_the_service_has_run(desk: Desk):
+    desk.joined()
+    said = desk.cloister("coordinator", "status", "--home", desk.federation)
+    assert said.code == 1
+    assert "The service does not run." in said.words
+    assert re.search(r"north +│ it has never connected", said.out)
+
+
 def answered(*words: object, typed: str) -> Any:
     return CliRunner().invoke(app, [*map(str, words)], input=typed)
 
