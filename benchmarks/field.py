@@ -1,6 +1,7 @@
 """A round in the field, beyond training: this stack and stock Flower, side by side in one run.
 
     python benchmarks/field.py
+    python benchmarks/field.py --weights-mib 1024
 
 Two nodes, a tiny network, ten rounds, TLS, all processes on this machine, both federations up at
 once and quiet while the other works. Ours is `cloister coordinator start` and `cloister node start`
@@ -9,22 +10,28 @@ subprocess isolation, and an app that trains with torch and Opacus under FedAvg;
 authentication, evaluation or a checkpoint, which are in our figures.
 
 Training is the slowest site's own time for its steps. The first round warms up and is left out.
+
+With ``--weights-mib``: ours alone, one round of one step with weights of about that size, and the
+greatest resident memory of each process.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
+import math
 import os
 import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from rich.console import Console
@@ -75,22 +82,49 @@ quorum = 2
 bootstrap = 100
 """
 
+HEAVY = """
+name = "heavy"
+rounds = 1
+[task]
+classes = ["no", "yes"]
+[model]
+name = "reference-cnn"
+[input]
+height = {side}
+width = {side}
+[optimizer]
+name = "sgd"
+learning_rate = 0.1
+[local]
+batch_size = 1
+steps = 1
+[privacy]
+mechanism = "none"
+[federation]
+quorum = 2
+deadline_seconds = 1800
+[evaluation]
+bootstrap = 100
+"""
+
 NODE = """
 site = "{site}"
 declared_size = 200
 cohort = "cohort"
 approval = "automatic"
+allow_no_privacy = true
 [budget]
 epsilon = 1000.0
 delta = 1e-4
 [limits]
 operators = "any"
 models = "any"
+greatest_parameters = 1000000000
 [data]
 unit = "patient"
 kind = "binary"
 classes = ["no", "yes"]
-shape = [1, 16, 16]
+shape = [1, {side}, {side}]
 preprocessing = "{preprocessing}"
 [release]
 pace = 0.0
@@ -184,43 +218,130 @@ def train(message, context):
 
 
 def main() -> None:
-    """Run both, and print the table."""
-    with tempfile.TemporaryDirectory() as scratch, ExitStack() as held:
+    """Run what was asked for, and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--weights-mib", type=int, metavar="N", help="one round of N MiB, and memory"
+    )
+    asked = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         (folder / "logs").mkdir()
-        ours = Ours(folder / "ours", folder / "logs")
+        table = (
+            side_by_side(folder) if asked.weights_mib is None else heavy(folder, asked.weights_mib)
+        )
+    Console().print(table)
+
+
+def side_by_side(folder: Path) -> Table:
+    """Both stacks, in turn."""
+    with ExitStack() as held:
+        ours = Ours(folder / "ours", folder / "logs", RUN, images=200)
         stock = Stock(folder / "stock", ours.home.path, folder / "logs")
         held.enter_context(ours.up())
         held.enter_context(stock.up())
-        found = {"Flower": stock.rounds(), "Cloister": ours.rounds()}
-    Console().print(report(found))
+        return report({"Flower": stock.rounds(), "Cloister": ours.rounds()})
+
+
+def heavy(folder: Path, mebibytes: int) -> Table:
+    """One round with large weights: 512 units on a map whose size follows the image's."""
+    side = 16 * math.ceil(math.sqrt(mebibytes * 2**20 / (4 * 512 * 128))) + 30
+    ours = Ours(folder / "ours", folder / "logs", HEAVY.format(side=side), images=4)
+    with ours.up(), Memory() as memory:
+        (parts,) = ours.rounds()
+    table = Table(title=f"one round, {mebibytes} MiB of weights, {len(SITES)} nodes")
+    for column in ("", "seconds", "greatest resident memory, MiB"):
+        table.add_column(column, justify="right" if column else "left")
+    for part, seconds in parts.items():
+        table.add_row(part, f"{seconds:.1f}", "")
+    table.add_section()
+    for name, peak in sorted(memory.peaks.items()):
+        table.add_row(name, "", f"{peak / 1024:.0f}")
+    return table
+
+
+class Memory:
+    """Watches the memory of the processes that this one has started.
+
+    Attributes:
+        peaks: the greatest resident memory of each, in KiB; and of all at one time.
+    """
+
+    def __init__(self) -> None:
+        self.peaks: dict[str, int] = {}
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._over.wait(0.2):
+            now = 0
+            for pid, name in descendants(os.getpid()):
+                with suppress(OSError, KeyError):
+                    said = status(pid)
+                    now += int(said["VmRSS"].split()[0])
+                    peak = int(said["VmHWM"].split()[0])
+                    self.peaks[name] = max(self.peaks.get(name, 0), peak)
+            self.peaks["all together"] = max(self.peaks.get("all together", 0), now)
+
+
+def descendants(pid: int) -> Iterator[tuple[int, str]]:
+    """Processes and what they are; a node's worker is the child of its fork server."""
+    for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+        with suppress(OSError):
+            yield int(child), name_of(int(child))
+            yield from descendants(int(child))
+
+
+def name_of(pid: int) -> str:
+    """What a process of ours is."""
+    words = Path(f"/proc/{pid}/cmdline").read_text().split("\0")
+    if "server.conductor" in words:
+        return "the run's conductor"
+    if "forkserver" in " ".join(words):
+        return "a node's worker"
+    return "the coordinator's service" if "coordinator" in words else "a node's service"
+
+
+def status(pid: int) -> dict[str, str]:
+    """What the system says of a process (proc(5))."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return dict(line.split(":", 1) for line in lines)
 
 
 # --- Ours ---------------------------------------------------------------------------------------
 
 
 class Ours:
-    """A coordinator and enrolled nodes."""
+    """A coordinator and enrolled nodes, for the run `text`."""
 
-    def __init__(self, folder: Path, logs: Path) -> None:
-        self._folder, self._logs = folder, logs
-        self._spec = parse_run_text(RUN, source="field").spec
+    def __init__(self, folder: Path, logs: Path, text: str, *, images: int) -> None:
+        self._folder, self._logs, self._images = folder, logs, images
+        self._spec = parse_run_text(text, source="field").spec
         folder.mkdir()
-        (folder / "run.toml").write_text(RUN)
+        (folder / "run.toml").write_text(text)
         new = NewFederation("bench", ["127.0.0.1"], unused_port())
         words = "a passphrase of a benchmark"
         self._authority = Authority.create(folder / "home", new, words, ADA, Clock())
         self.home = CoordinatorHome(folder / "home")
-        write_cohort(self.home.evaluation, self._spec, images=200, seed=0)
+        write_cohort(self.home.evaluation, self._spec, images=images, seed=0)
         for number, site in enumerate(SITES, start=1):
             self._enrolled(site, number)
 
     def _enrolled(self, site: str, seed: int) -> None:
         home = self._folder / site
         home.mkdir(mode=0o700)
-        write_cohort(home / "cohort", self._spec, images=200, seed=seed)
+        write_cohort(home / "cohort", self._spec, images=self._images, seed=seed)
         digest = self._spec.input.preprocessing_digest
-        (home / "node.toml").write_text(NODE.format(site=site, preprocessing=digest))
+        side = self._spec.input.height
+        (home / "node.toml").write_text(NODE.format(site=site, preprocessing=digest, side=side))
         ledger = NodeFolder.open(home).create(by="Ada")
         ledger.admit(cohort_digest(home / "cohort"), SignedAtNode("Ada", "a benchmark"))
         ledger.disconnect()
@@ -246,7 +367,7 @@ class Ours:
         run = launch(self.home, self._folder / "run.toml")
         wait_until(lambda: run.state.standing not in OPEN)
         rows = [json.loads(line) for line in (run.path / "metrics.jsonl").open()]
-        if len(rows) != ROUNDS:
+        if len(rows) != self._spec.rounds:
             raise RuntimeError(f"{run.state}\n{tails(self._logs)}")
         return [self._parts(run, row) for row in rows]
 

@@ -454,13 +454,13 @@ class _Handlers:
                     raise SubmissionLostError("Flower keeps no message; its log above says why")
         return str(response.message_ids[0])
 
-    def take(self, identity: str) -> Iterator[Message]:
+    def take(self, identity: str) -> list[Message]:
         """The reply to a message, of which all has come; Flower forgets both."""
         request = PullAppMessagesRequest(message_ids=[identity])
         response = runtime_handlers.pull_messages(request, self._state, self._task)
-        for head, tree in zip(response.messages_list, response.message_object_trees, strict=True):
-            yield self._unpacked(message_from_proto(head), tree)
         self._state.object_store.delete(identity)
+        found = zip(response.messages_list, response.message_object_trees, strict=True)
+        return [self._unpacked(message_from_proto(head), tree) for head, tree in found]
 
     def _unpacked(self, head: Message, tree: ObjectTree) -> Message:
         parts = {part.object_id for part in iterate_object_tree(tree)}

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import asyncio
 import gzip
 import socket
+import sqlite3
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import httpx
+import numpy as np
 import pytest
 import uvicorn
 from cryptography.hazmat.primitives.asymmetric import ec
-from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.cli.build import build_fab_from_disk
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from client.link import FleetLink
 from common.errors import LinkBusyError, LinkError, LinkRefusedError, MessageError, RunError
@@ -26,22 +32,43 @@ MEGABYTE = 2**20
 
 
 class Place:
-    """A fleet API on loopback, without TLS, and the state behind it."""
+    """A fleet API on loopback, without TLS, and the state behind it.
+
+    Attributes:
+        requests: the paths that were asked for.
+        twist: answers in place of the fleet API, by path.
+    """
 
     def __init__(self, folder: Path) -> None:
+        self.requests: list[str] = []
+        self.twist: dict[str, ASGIApp] = {}
         self.database = folder / "flower.sqlite"
         self.exchange = Exchange(self.database)
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.address = f"127.0.0.1:{free.getsockname()[1]}"
         port = int(self.address.rpartition(":")[2])
-        app = fleet_app(self.exchange.factory)
-        self.server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="warning"))
+        self._app = fleet_app(self.exchange.factory)
+        self.server = uvicorn.Server(
+            uvicorn.Config(
+                self._answer, port=port, log_level="warning", lifespan="off", interface="asgi3"
+            )
+        )
         self._thread = threading.Thread(target=self.server.run, daemon=True)
         self._thread.start()
         until = time.monotonic() + 30
         while not self.server.started and time.monotonic() < until:
             time.sleep(0.01)
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        path = scope["path"].rpartition("/")[2]
+        self.requests.append(path)
+        await self.twist.get(path, self._app)(scope, receive, send)
+
+    def rows(self, question: str) -> list[tuple[Any, ...]]:
+        """What Flower's database says."""
+        with closing(sqlite3.connect(self.database)) as database:
+            return database.execute(question).fetchall()
 
     def node(self, name: str, most_bytes: int = 8 * MEGABYTE) -> FleetLink:
         key = ec.generate_private_key(ec.SECP384R1())
@@ -172,6 +199,128 @@ def test_a_message_beyond_the_limit_is_refused_and_the_next_one_comes(
             letter = node.receive()
             assert letter is not None
             assert letter.kind == "query.close"
+
+
+def weights(*sizes: int) -> ArrayRecord:
+    """Arrays of so many numbers."""
+    drawn = np.random.default_rng(0).normal
+    return ArrayRecord({f"w{i}": Array(drawn(size=n).astype("f4")) for i, n in enumerate(sizes)})
+
+
+def test_a_task_of_many_arrays_and_its_answer_are_four_requests(
+    place: Place, bundle: bytes
+) -> None:
+    """Flower itself makes two of each array: 260 requests."""
+    run = place.exchange.submit(bundle, {"spec": "{}"})
+    with place.node("north") as node, place.exchange.conducting(run) as grid:
+        number = node.activate()
+        records = RecordDict({"task": ConfigRecord({"round": 1}), "weights": weights(*[9] * 60)})
+        identity = ask(grid, number, "train.step", records)
+        place.requests.clear()
+        letter = node.receive()
+        assert letter is not None
+        node.reply(letter, letter.content)
+        reply = answer(grid, identity)
+    assert place.requests[:4] == ["pull-messages", "pull-object", "push-messages", "push-object"]
+    assert place.requests[4:] == ["deactivate-node"]
+    assert reply.content == records
+
+
+def test_large_weights_cross_in_pieces_that_are_stored_once_and_go_when_they_are_answered(
+    place: Place, bundle: bytes
+) -> None:
+    run = place.exchange.submit(bundle, {"spec": "{}"})
+    shared = weights(2_000_000, 1_000_000)
+    with (
+        place.node("north", 16 * MEGABYTE) as north,
+        place.node("south", 16 * MEGABYTE) as south,
+        place.exchange.conducting(run) as grid,
+    ):
+        asked = {}
+        for node in (north, south):
+            records = RecordDict({"task": ConfigRecord({"round": 1}), "weights": shared})
+            message = grid.create_message(records, "train.step", node.activate(), "", ttl=60.0)
+            asked[node] = message
+        identities = list(grid.push_messages(asked.values()))
+        assert place.rows("SELECT COUNT(*) FROM objects") == [(2 + 3,)]
+        for node, identity in zip(asked, identities, strict=True):
+            letter = node.receive()
+            assert letter is not None
+            node.reply(letter, letter.content)
+            assert answer(grid, identity).content["weights"] == shared
+        assert place.rows("SELECT COUNT(*) FROM objects") == [(0,)]
+
+
+def test_a_node_that_asks_gets_what_comes_a_moment_later(place: Place, bundle: bytes) -> None:
+    run = place.exchange.submit(bundle, {"spec": "{}"})
+    with place.node("north") as node, place.exchange.conducting(run) as grid:
+        number = node.activate()
+        later = threading.Timer(0.3, ask, (grid, number, "query.close", RecordDict()))
+        later.start()
+        place.requests.clear()
+        letter = node.receive()
+        later.join()
+        assert letter is not None
+        assert place.requests == ["pull-messages"]
+        started = time.monotonic()
+        assert node.receive() is None
+        assert 0.9 < time.monotonic() - started < 30
+
+
+def test_a_node_that_is_killed_is_held_for_alive_for_half_a_minute(place: Place) -> None:
+    with place.node("north") as node:
+        for sign in (node.activate, node.beat):
+            sign()
+            ((until,),) = place.rows("SELECT online_until FROM node")
+            assert 20 < until - time.time() <= 30.5
+
+
+@pytest.mark.parametrize("error", [LinkError, MessageError])
+def test_a_part_that_is_cut_off_or_never_ends_is_given_up_and_can_be_asked_for_again(
+    place: Place, bundle: bytes, error: type[Exception]
+) -> None:
+    async def cut_or_flood(scope: Scope, receive: Receive, send: Send) -> None:
+        head = [(b"content-length", b"100000")] if error is LinkError else []
+        await send({"type": "http.response.start", "status": 200, "headers": head})
+        for _ in range(1 if error is LinkError else 100):
+            body = b"x" * (MEGABYTE if error is MessageError else 10)
+            await send({"type": "http.response.body", "body": body, "more_body": True})
+        raise ConnectionError("the line is cut")
+
+    run = place.exchange.submit(bundle, {"spec": "{}"})
+    with place.node("north") as node, place.exchange.conducting(run) as grid:
+        number = node.activate()
+        ask(grid, number, "query.close", RecordDict({"x": ConfigRecord({"a": 1})}))
+        letter = node.receive()
+        assert letter is not None
+        place.twist["pull-object"] = cut_or_flood
+        with pytest.raises(error):
+            letter.fetch()
+        place.twist.clear()
+        assert letter.content["x"] == {"a": 1}
+
+
+def test_a_part_that_drips_is_given_up(
+    place: Place, bundle: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("client.link._LONGEST_ANSWER", 1.0)
+    over = threading.Event()
+
+    async def drip(scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        while not over.is_set():
+            await send({"type": "http.response.body", "body": b"x", "more_body": True})
+            await asyncio.sleep(0.1)
+
+    run = place.exchange.submit(bundle, {"spec": "{}"})
+    with place.node("north") as node, place.exchange.conducting(run) as grid:
+        ask(grid, node.activate(), "query.close", RecordDict())
+        letter = node.receive()
+        assert letter is not None
+        place.twist["pull-object"] = drip
+        with pytest.raises(LinkError, match="more than 1 s"):
+            letter.fetch()
+        over.set()
 
 
 @pytest.mark.parametrize(
