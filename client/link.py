@@ -389,7 +389,13 @@ class _Bounded(httpx.BaseTransport):
         self.skew: float | None = None
 
     def handle_request(self, request: httpx.Request) -> httpx.Response:
-        response = self._inner.handle_request(request)
+        late = threading.Timer(_LONGEST_ANSWER, self._inner.close)
+        late.daemon = True
+        late.start()  # a head may come drop by drop, or after any number of others (RFC 9110, 15.2)
+        try:
+            response = self._inner.handle_request(request)
+        finally:
+            late.cancel()
         if not isinstance(response.stream, httpx.SyncByteStream):
             raise LinkError("an answer that is no stream")
         path = request.url.path
@@ -398,6 +404,7 @@ class _Bounded(httpx.BaseTransport):
         if response.headers.get("content-encoding", "identity") != "identity":
             response.close()  # a few bytes could become any number
             raise LinkError("the coordinator packs its answer, which nobody asked for")
+        response.headers.pop("set-cookie", None)  # a node says nothing again that it is told to
         with suppress(KeyError, ValueError, TypeError, OverflowError):
             said = parsedate_to_datetime(response.headers["date"]).timestamp()
             self.skew = time.time() - said
