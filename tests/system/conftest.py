@@ -397,6 +397,10 @@ class Federation:
         """The kinds of all requests that a site has had."""
         return self._lines(name, "heard")
 
+    def opened(self, name: str) -> int:
+        """How often a site has opened its way to the coordinator."""
+        return len(self._lines(name, "opened"))
+
     def begun(self, name: str) -> list[str]:
         """The rounds that a site has booked and begun to train, in all runs."""
         return self._lines(name, "begun")

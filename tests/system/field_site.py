@@ -3,8 +3,9 @@
 `python field_site.py HOME SEED TOLD [ANOTHER]` is `cloister node start` with a keystream handed to
 the node's constructor, which is drawn from a seed as in a simulation; so two runs can be compared.
 It is told by files in the folder TOLD: while ``hold`` is there, the round that it names is booked
-and begun, and not gone on with. Each request is a line in ``heard``, before it is answered, and
-each round that is begun is one in ``begun``. ANOTHER: as `Pace.another`.
+and begun, and not gone on with. Each way to the coordinator that it opens is a line in ``opened``,
+each request one in ``heard``, before it is answered, and each round that is begun one in ``begun``.
+ANOTHER: as `Pace.another`.
 """
 
 from __future__ import annotations
@@ -27,11 +28,15 @@ from deploy.workers import fork_server
 
 def seeded(site: str, seed: int, told: Path, *, run_id: str, round_number: int) -> Keystream:
     """What the simulation draws from; it is called in the worker, once the round is booked."""
-    with (told / "begun").open("a") as begun:
-        begun.write(f"{round_number}\n")
+    note(told / "begun", str(round_number))
     while held(told) == str(round_number):
         time.sleep(0.02)
     return Keystream.seeded(seed, site, round_number)
+
+
+def note(path: Path, line: str) -> None:
+    with path.open("a") as file:
+        file.write(f"{line}\n")
 
 
 def held(told: Path) -> str:
@@ -46,17 +51,17 @@ class Attended(Enrolled):
 
     def __init__(self, home: Path, told: Path) -> None:
         super().__init__(home)
-        self._heard = told / "heard"
+        self._told = told
 
     def open(self, most_bytes: int) -> FleetLink:
+        note(self._told / "opened", "once more")
         link = super().open(most_bytes)
         receive = link.receive
 
         def noted() -> Letter | None:
             letter = receive()
             if letter is not None:
-                with self._heard.open("a") as heard:
-                    heard.write(f"{letter.kind}\n")
+                note(self._told / "heard", letter.kind)
             return letter
 
         vars(link)["receive"] = noted

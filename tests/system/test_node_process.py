@@ -43,7 +43,7 @@ from server.link import Exchange, LinkGrid, bundle, fleet_app
 from server.tls import ServerTls
 
 Spec = Callable[..., RunSpec]
-PATIENCE = 180.0
+PATIENCE = 600.0
 WORDS = "a passphrase of a test"
 ADA = Who("Ada")
 PROGRAM = [sys.executable, "-c", "from deploy.cli import main; main()"]
