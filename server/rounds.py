@@ -650,7 +650,8 @@ class FederatedRun:
         run is resumed, or the site's own policy lets it lapse.
         """
         names = names_of(grid)
-        nodes = {*grid.get_node_ids(), *self._nodes}
+        there = {*grid.get_node_ids(), *self._nodes}
+        nodes = {node_id for node_id in there if not self._is_barred(node_id)}
         request = Closing(self._spec.digest).to_records()
         wait = min(_CLOSING_SECONDS, self._spec.federation.deadline_seconds)
         deadline = self._clock.now() + wait
