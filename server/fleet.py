@@ -29,7 +29,7 @@ from common.certificates import key_of_certificate, key_of_pem
 from common.errors import ConfigError, IdentityError, RunError
 from server.link import FLEET, PUBLIC_KEY_HEADER, SITE
 from server.roster import Roster, Site
-from server.telling import Told
+from server.telling import Few, Told
 
 log = logging.getLogger("cloister.fleet")
 
@@ -240,8 +240,13 @@ class Listener:
         self._thread.join(15)
 
     def _run(self) -> None:
-        with asyncio.Runner(loop_factory=lambda: _Loop(self._limits)) as runner:
-            runner.run(self._server.serve(sockets=[self._socket]))
+        few, talkative = Few(), logging.getLogger("flwr")
+        talkative.addFilter(few)  # it has a line for each request that it refuses, or several
+        try:
+            with asyncio.Runner(loop_factory=lambda: _Loop(self._limits)) as runner:
+                runner.run(self._server.serve(sockets=[self._socket]))
+        finally:
+            talkative.removeFilter(few)
 
 
 class _Loop(asyncio.SelectorEventLoop):

@@ -22,8 +22,8 @@ from flwr.proto.recorddict_pb2 import RecordDict as RecordDictProto
 
 from client import link as module
 from client.link import Answer, FleetLink, Letter
-from common.errors import LinkError, MessageError
-from common.messages import RefusalCode, RefusalReply
+from common.errors import LinkError, MessageError, RefusalCode
+from common.messages import RefusalReply
 from common.parcel import Parcel
 
 KIND = "application/protobuf"
@@ -88,9 +88,9 @@ def link(coordinator: Coordinator) -> Iterator[FleetLink]:
         yield made
 
 
-def asked(tree: ObjectTree | None = None, **changes: Any) -> bytes:
+def asked(tree: ObjectTree | None = None, /, **changes: Any) -> bytes:
     """A message as an honest coordinator announces it, with changes of its head."""
-    head = {
+    head: dict[str, Any] = {
         "run_id": 3, "message_id": "a" * 64, "src_node_id": 1, "dst_node_id": 7,
         "message_type": "train.step", "ttl": 60.0, "created_at": time.time(),
     }  # fmt: skip
@@ -98,7 +98,7 @@ def asked(tree: ObjectTree | None = None, **changes: Any) -> bytes:
         messages_list=[Message(metadata=Metadata(**head | changes), content=RecordDictProto())],
         message_object_trees=[tree or ObjectTree(object_id="a" * 64)],
     )
-    return made.SerializeToString()
+    return bytes(made.SerializeToString())
 
 
 def field(made: Any, name: str, content: bytes) -> bytes:

@@ -7,7 +7,10 @@ run meanwhile, and another site answers it honestly.
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -40,6 +43,7 @@ from common.errors import LinkError
 from common.parcel import Parcel
 from server.allowance import BOUND, Allowance, RefusedError
 from server.link import Exchange, LinkGrid, bundle, fleet_app
+from server.telling import Few
 
 MEGABYTE = 2**20
 LARGEST = 4 * MEGABYTE
@@ -479,3 +483,29 @@ def test_a_name_that_can_be_guessed_is_not_to_be_had_with_other_parts(place: Pla
     place.north.reply(letter, numbers)
     (reply,) = place.answers(identity)
     assert reply.content == numbers
+
+
+def test_the_same_numbers_have_other_names_in_another_process(tmp_path: Path):
+    """A run that goes on after its conductor's death sends what its sites have seen before."""
+    program = (
+        "import numpy; from flwr.app import ArrayRecord, RecordDict; from common.parcel import *;"
+        "print(*Parcel.of(RecordDict({'a': ArrayRecord([numpy.ones(2**19, 'f4')])})).objects)"
+    )
+    here = Parcel.of(RecordDict({"a": ArrayRecord([np.ones(2**19, np.float32)])})).objects
+    again = Parcel.of(RecordDict({"a": ArrayRecord([np.ones(2**19, np.float32)])})).objects
+    assert len(here.keys() & again.keys()) == 1  # within one it is sent and kept once
+    said = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True)
+    assert not here.keys() & set(said.stdout.decode().split())
+
+
+def test_what_is_refused_again_and_again_does_not_fill_the_log(caplog: pytest.LogCaptureFixture):
+    log = logging.getLogger("cloister.test")
+    few = Few(most=3, seconds=0.5)
+    log.addFilter(few)
+    for number in range(1000):
+        log.warning("line %d", number)
+    assert [record.getMessage() for record in caplog.records] == ["line 0", "line 1", "line 2"]
+    time.sleep(0.6)
+    log.warning("line %d", 1000)
+    assert caplog.records[-1].getMessage() == "line 1000 (and 997 lines before)"
+    log.removeFilter(few)
