@@ -34,6 +34,8 @@ _FORM, _NONCE = b"parcel1\n", 16
 _LENGTHS = struct.Struct(">III")  # of the outline, in bytes; of the arrays; of the pieces
 _LENGTH, _NAME = struct.Struct(">Q"), hashlib.sha256().digest_size
 _NUMBER = struct.Struct(">I")
+_SALT = os.urandom(_NONCE)
+"""Of this process's pieces: nobody can guess the name of one, and take it for something else."""
 
 
 class Parcel(NamedTuple):
@@ -110,7 +112,7 @@ def pieces_of(records: RecordDict) -> dict[str, bytes]:
         return {}
     pieces = {}
     for number, parts in enumerate(_cut(arrays)):
-        piece = _object(b"".join((_NUMBER.pack(number), *parts)))
+        piece = _object(b"".join((_SALT, _NUMBER.pack(number), *parts)))
         pieces[_name(piece)] = piece
     return pieces
 
@@ -198,7 +200,7 @@ class _Numbers:
         if first.numbers:
             yield memoryview(first.numbers)
         for number, name in enumerate(first.pieces):
-            body = _body(objects.pop(name))
+            body = _body(objects.pop(name))[_NONCE:]
             if body[: _NUMBER.size] != _NUMBER.pack(number) or len(body) == _NUMBER.size:
                 raise MessageError(f"piece {number} of a parcel is another one, or empty")
             yield memoryview(body)[_NUMBER.size :]
