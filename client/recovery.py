@@ -194,7 +194,9 @@ def recover(
         with locked(home.path):
             return _recover(home, signed, spent, list(tokens), new_key)
     except BlockingIOError:
-        raise ConfigError(f"{home.path}: somebody else is recovering this node") from None
+        raise ConfigError(
+            f"{home.path}: its node runs, or somebody else is recovering it; stop the node first"
+        ) from None
     except OSError as error:
         raise ConfigError(f"{home.path}: cannot be recovered ({error})") from error
 

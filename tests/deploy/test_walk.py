@@ -101,6 +101,7 @@ def plain(text: str) -> list[str]:
     text = re.sub(r"^(Passphrase|Repeat for).*\n", "", text, flags=re.MULTILINE)
     text = re.sub(r"(\[y/N\]:).*", r"\1", text)
     text = re.sub(r"chest-\d{8}-\d{6}-[0-9a-f]{4}", "RUN", text)
+    text = re.sub(r"\b\d+:[0-9a-f]{64}:[0-9a-f]{64}\b", "WITNESS", text)
     text = re.sub(r"\b[0-9a-f]{8,}\b|[+-]?\d[\d.:e/-]*%?", "#", text)
     joined = re.sub(r"\n[ \t]+(?=[^\s✓✗•!])", " ", text)
     return [" ".join(line.split()) for line in joined.splitlines() if line.strip()]
@@ -260,7 +261,9 @@ def operator_does(walk: Walk, head: str) -> None:
             assert "is finished" in said
         case "coordinator resume":
             walk.wait(lambda: walk.runs["closed"].state.standing not in OPEN, "its end")
+            walk.start("hospital", "node start", ["node", "start", "north"])
             walk.type("hospital", "node", "admit", "north", "--reason", "again")
+            walk.wait(walk.ready, "the node to be back")
         case "coordinator stop":
             walk.wait(lambda: walk.asks(walk.runs["closed"]), "it to wait for a person again")
 
@@ -276,7 +279,6 @@ def hospital_does(walk: Walk, head: str, times: int) -> None:
             (walk.folder / "hospital" / "site.key").rename(walk.node / "site.key")
             walk.edit(("operators = []", 'operators = ["trial-office"]'))
             walk.edit(("\nmodels = []", '\nmodels = ["compact-cnn"]'))
-        case "node check", 2:
             walk.edit(("pace = 0.5", "pace = 0.0"))  # nobody waits for a test
         case "node status", _:
             walk.wait(walk.ready, "the node")
@@ -293,6 +295,9 @@ def hospital_does(walk: Walk, head: str, times: int) -> None:
             walk.edit(("epsilon = 8.0", "epsilon = 10.0"))
         case "node audit", 4:
             shutil.rmtree(walk.node / "ledger")
+        case "node recover", _:
+            walk.terminals["node start"].terminate()
+            walk.terminals["node start"].wait(PATIENCE)
 
 
 @pytest.fixture
