@@ -112,12 +112,13 @@ class Worker:
         self.end()
         self._pipe, theirs = self._context.Pipe()
         self._lifeline, held = self._context.Pipe()
-        self._process = self._context.Process(
+        process = self._context.Process(
             target=_serve,
             args=(theirs, held, self._home, self._bounds, self._keystream),
             daemon=True,
         )
-        self._process.start()
+        process.start()
+        self._process = process  # not before: one that could not be started cannot be ended
         theirs.close()
         held.close()
         try:
