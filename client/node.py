@@ -379,9 +379,11 @@ class NodeService:
         """
         skew = self.state.skew
         if skew is not None and abs(skew) > LARGEST_SKEW:
+            # Two digits: the same words each time, so that they are told once a minute.
             return False, (
-                f"the coordinator refuses this node because of its clock, which is {skew:+.0f} s "
-                "off the coordinator's; let it be set over the network (NTP, chrony)"
+                "the coordinator refuses this node because of its clock, which is "
+                f"{float(f'{skew:.2g}'):+.0f} s off the coordinator's; let it be set over the "
+                "network (NTP, chrony)"
             )
         days = self.approach.days_left(datetime.now(UTC))
         if days < 0:

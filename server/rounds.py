@@ -78,7 +78,7 @@ log = logging.getLogger("cloister.rounds")
 _LONGEST_SLEEP = 0.25
 _ASK_AGAIN, _ASK_AGAIN_SHARE = 15.0, 0.1  # seconds, and of the deadline
 _PATIENCE = 60.0  # with a node that is asked again: it may have been restarted meanwhile
-_CLOSING_SECONDS = 5.0
+_CLOSING_SECONDS = 10.0
 _GATHERING_SECONDS = 20.0  # for sites that are expected, when there is a quorum without them
 _WELCOME_SECONDS, _WELCOME_AGAIN = 10.0, 300.0
 
