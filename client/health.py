@@ -302,6 +302,14 @@ class Watch:
         return server
 
 
+def _free_bytes(folder: Path) -> int:
+    """On the disk of a folder; none where it is gone, which a watch outlives."""
+    try:
+        return shutil.disk_usage(folder).free
+    except OSError:
+        return 0
+
+
 def report(
     service: NodeService, device: Device, now: Callable[[], float] = time.monotonic
 ) -> Report:
@@ -309,7 +317,7 @@ def report(
     state, policy, date = service.state, service.folder.policy, datetime.now(UTC)
     days = service.approach.days_left(date)
     ledger = service.folder.place.folder
-    machine = Machine(days, shutil.disk_usage(ledger).free, device.fault(policy.machine.device))
+    machine = Machine(days, _free_bytes(ledger), device.fault(policy.machine.device))
     seen = now()
     return Report(
         site=policy.site,

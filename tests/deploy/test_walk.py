@@ -260,7 +260,6 @@ def operator_does(walk: Walk, head: str) -> None:
             assert re.search(r"round +2 ", said), said
             assert "is finished" in said
         case "coordinator resume":
-            walk.wait(lambda: walk.runs["closed"].state.standing not in OPEN, "its end")
             walk.start("hospital", "node start", ["node", "start", "north"])
             walk.type("hospital", "node", "admit", "north", "--reason", "again")
             walk.wait(walk.ready, "the node to be back")
@@ -292,6 +291,10 @@ def hospital_does(walk: Walk, head: str, times: int) -> None:
             approve = ("node", "approve", run.spec.digest[:8], "--home", "north")
             walk.type("hospital", *approve, "--reason", "again", "--yes")
         case "node set-budget", _:
+            closed = walk.runs["closed"]
+            walk.wait(
+                lambda: closed.state.standing not in OPEN, "the end of the run that is closed"
+            )
             walk.edit(("epsilon = 8.0", "epsilon = 10.0"))
         case "node audit", 4:
             shutil.rmtree(walk.node / "ledger")
