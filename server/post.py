@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -11,6 +12,8 @@ from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 
 from common.clock import Clock
+
+log = logging.getLogger("cloister.post")
 
 _LONGEST_SLEEP, _SLEEP_SHARE = 0.25, 0.01
 _LOOK_SECONDS = 1.0
@@ -124,7 +127,14 @@ class Post:
             ttl = max(1.0, each.end - now)
             made = self._grid.create_message(each.records, each.kind, node, group_id="", ttl=ttl)
             messages.append(made)
-        identities = list(self._grid.push_messages(messages)) or [""] * len(messages)
+        try:
+            identities = list(self._grid.push_messages(messages)) or [""] * len(messages)
+        except ValueError:
+            # Flower raises where a message's time ran out on its way: nobody waits for it then.
+            if all(self._asked[node].end > self._clock.now() for node in nodes):
+                raise
+            log.warning("the time of what was asked ran out before it could be sent")
+            return
         for identity, node in zip(identities, nodes, strict=True):
             if identity:
                 self._sent[identity] = node

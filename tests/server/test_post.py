@@ -29,6 +29,7 @@ class Fleet(Grid):
 
     here: dict[int, str]
     time: float = 0.0
+    slow: float = 0.0  # seconds that sending takes
     asked: list[int] = field(default_factory=list)
     waiting: dict[str, Message] = field(default_factory=dict)
     said: dict[str, Message] = field(default_factory=dict)
@@ -81,7 +82,10 @@ class Fleet(Grid):
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         identities = []
+        self.pass_by(self.slow)
         for message in messages:
+            if message.metadata.ttl <= self.slow:
+                raise ValueError("['Message TTL has expired']")
             identity = f"message {len(self.asked)}"
             message.metadata.__dict__["_message_id"] = identity
             self.asked.append(message.metadata.dst_node_id)
@@ -131,6 +135,24 @@ def test_a_node_that_goes_and_comes_back_is_asked_again(fleet: Fleet, post: Post
     fleet.answer(2)
     assert collect(post) == [(2, True)]
     assert not post.open
+
+
+def test_a_question_whose_time_runs_out_while_it_is_sent_is_a_late_answer(fleet: Fleet):
+    fleet.slow = 3.0
+    post = Post(fleet, fleet.clock, 2.0, least=2)
+    post.send("train.step", {1: QUESTION, 2: QUESTION})
+    assert collect(post) == []
+    assert not post.open
+    assert post.waits == (1, 2)
+
+
+def test_a_question_that_flower_refuses_for_another_reason_is_an_error(fleet: Fleet):
+    def refused(messages: Iterable[Message]) -> Iterable[str]:
+        raise ValueError("no such node")
+
+    fleet.push_messages = refused  # type: ignore[method-assign]
+    with pytest.raises(ValueError, match="no such node"):
+        Post(fleet, fleet.clock, 100.0, least=2).send("train.step", {1: QUESTION})
 
 
 def test_a_node_that_was_started_anew_between_two_looks_is_asked_again(fleet: Fleet, post: Post):
