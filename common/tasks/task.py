@@ -1,0 +1,175 @@
+"""What a task is: the one seam between the house and what is learned.
+
+A task knows how images and their targets become what a network sees, what one image's loss is,
+what a network's answer is worth, and what a report shows of it. Trainer, evaluator, record, card
+and report call what stands here, and know no task by name.
+
+How an image flows. In training: a cohort's `images` and `targets`, augmented (`Task.moved` moves
+the targets along), turned into rows for the network (`Task.examples`), normalised, through the
+network (`Task.private` says which part of it learns from patients), one loss a row
+(`Task.losses`). In evaluation: `Task.evidence` makes arrays of numbers for each image, which the
+run's folder keeps; `Task.score` makes metrics of them and `Task.exhibits` what a person looks at,
+both from the arrays alone, so that a report can be written again from the folder.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from common.cohort import Cohort
+from common.spec import RunSpec
+from common.tasks.estimates import Estimate
+from common.tasks.exhibits import Exhibit
+from common.tasks.preprocess import normalise
+
+Evidence = Mapping[str, NDArray[Any]]
+"""Arrays by name, each with one row an image of a part, in the cohort's order.
+
+Those named ``gallery…`` have as many rows as the spec's ``evaluation.gallery`` allows, of the
+first images.
+"""
+
+_BATCH_PIXELS = 1 << 22  # 16 MB of float32 into the first layer, whatever the image's size
+_BATCH_IMAGES = (8, 512)
+
+
+class Metric(NamedTuple):
+    """How a metric is written for people.
+
+    Attributes:
+        title: such as ``Dice``.
+        lower_is_better: as for an error.
+        unit: such as ``dB``; empty for a plain number.
+    """
+
+    title: str
+    lower_is_better: bool = False
+    unit: str = ""
+
+
+class Task(ABC):
+    """A task of one run; made by `common.tasks.task_for`.
+
+    Attributes:
+        losses_known: the values of ``loss.name`` that it has.
+        metrics: its metrics by name, the first one is the headline's if the spec says no other.
+        network: what a network has to give (`common.models.Network.gives`).
+        views: how many rows `examples` makes of one image; its loss is their sum.
+    """
+
+    LOSSES: ClassVar[tuple[str, ...]]
+    METRICS: ClassVar[Mapping[str, Metric]]
+    NETWORK: ClassVar[str]
+    views: ClassVar[int] = 1
+
+    def __init__(self, spec: RunSpec) -> None:
+        self.spec = spec
+
+    # --- Training -----------------------------------------------------------------------------
+
+    @abstractmethod
+    def losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """One loss a row, never reduced over the batch (PRIVACY.md 2).
+
+        Args:
+            outputs: what the network gave for the rows of `examples`, of any floating type.
+            targets: as `examples` returned them.
+
+        Returns:
+            (rows,) float32; value i is a function of row i alone.
+
+        Raises:
+            ModelError: if a shape is another than the task's.
+        """
+
+    def moved(self, targets: Tensor, motion: Any) -> Tensor:
+        """The targets after the images were changed by `motion` (`common.tasks.augment`)."""
+        return targets
+
+    def examples(
+        self, images: Tensor, targets: Tensor, network: nn.Module, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
+        """Rows for the network and their targets, `views` for each image, image by image.
+
+        Row i is a function of image i // views, of fresh randomness and of the network's weights.
+
+        Args:
+            images: (B, channels, height, width) brightness in 0..1, augmented, on the device.
+            targets: the cohort's, moved along.
+            network: the whole network, for what needs another part of it (a GAN's generator).
+            generator: the source of randomness, on any device.
+        """
+        return images, targets
+
+    def private(self, network: nn.Module) -> nn.Module:
+        """The part of `network` that sees patients, and is trained by DP-SGD: all of it."""
+        return network
+
+    def follow(self, network: nn.Module, generator: torch.Generator) -> None:
+        """What comes after each step and sees no patient: post-processing. Nothing, by default."""
+
+    # --- Evaluation ---------------------------------------------------------------------------
+
+    def evidence(self, network: nn.Module, cohort: Cohort, device: torch.device) -> Evidence:
+        """What is kept of a network's answers on `cohort`; the network is in evaluation mode.
+
+        Here: batch by batch through the network, `measured`, and joined.
+        """
+        pieces = []
+        for rows in batches(cohort):
+            images = torch.from_numpy(cohort.images(rows)).to(device)
+            targets = torch.from_numpy(cohort.targets(rows)).to(device)
+            outputs = network(normalise(images, self.spec.input))
+            first = int(rows[0])
+            pieces.append(self.measured(outputs.float(), images, targets, first))
+        return {key: np.concatenate([piece[key] for piece in pieces]) for key in pieces[0]}
+
+    @abstractmethod
+    def measured(
+        self, outputs: Tensor, images: Tensor, targets: Tensor, first: int
+    ) -> Evidence:
+        """What is kept of one batch.
+
+        Args:
+            outputs: the network's, float32.
+            images: brightness in 0..1.
+            targets: the cohort's.
+            first: the number of the first image, by which a gallery knows when it is full.
+        """
+
+    @abstractmethod
+    def score(
+        self,
+        evidence: Evidence,
+        patients: NDArray[np.int64],
+        *,
+        resamples: int,
+        generator: np.random.Generator,
+    ) -> Mapping[str, Estimate]:
+        """Every metric of `METRICS` with its interval over resampled patients.
+
+        Args:
+            evidence: of N images.
+            patients: (N,) integers; equal numbers are one patient.
+            resamples: of the bootstrap; 0 gives no interval.
+            generator: of the bootstrap.
+        """
+
+    def exhibits(self, evidence: Evidence, patients: NDArray[np.int64]) -> Sequence[Exhibit]:
+        """What the report shows of the test part, beyond the metrics; drawn by the server."""
+        return ()
+
+
+def batches(cohort: Cohort) -> Iterator[NDArray[np.int64]]:
+    """Image numbers of a cohort in order, as many at a time as fit into little memory."""
+    smallest, largest = _BATCH_IMAGES
+    size = max(smallest, min(largest, _BATCH_PIXELS // int(np.prod(cohort.shape))))
+    for start in range(0, len(cohort), size):
+        yield np.arange(start, min(start + size, len(cohort)), dtype=np.int64)
