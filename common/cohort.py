@@ -286,6 +286,11 @@ class Cohort:
         stored = self._stored(self._rows[np.asarray(rows, dtype=np.int64)])
         return np.divide(stored, np.float32(PIXEL_MAX), dtype=np.float32)
 
+    def targets(self, rows: Rows) -> NDArray[Any]:
+        """What is to be learned of images, numbered as in `images`: their labels."""
+        found: NDArray[Any] = self.labels[np.asarray(rows, dtype=np.int64)]
+        return found
+
     def rows_of(self, patient: int) -> NDArray[np.int64]:
         """Image numbers of patient number `patient`, ascending; never empty."""
         order, starts = self._by_patient

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -30,43 +30,28 @@ from common.tasks.exhibits import Exhibit
 from common.tasks.preprocess import normalise
 
 Evidence = Mapping[str, NDArray[Any]]
-"""Arrays by name, each with one row an image of a part, in the cohort's order.
+"""Arrays of numbers by name, each with one row an image of a part, in the cohort's order.
 
-Those named ``gallery…`` have as many rows as the spec's ``evaluation.gallery`` allows, of the
-first images.
+Those named ``gallery…`` have as many rows as the spec's ``evaluation.gallery`` allows; they are
+kept of the test part alone, and where it is 0 there are none. ``patients``, ``unit`` and what
+begins with ``validation_`` are no names of evidence.
 """
 
 _BATCH_PIXELS = 1 << 22  # 16 MB of float32 into the first layer, whatever the image's size
 _BATCH_IMAGES = (8, 512)
 
 
-class Metric(NamedTuple):
-    """How a metric is written for people.
-
-    Attributes:
-        title: such as ``Dice``.
-        lower_is_better: as for an error.
-        unit: such as ``dB``; empty for a plain number.
-    """
-
-    title: str
-    lower_is_better: bool = False
-    unit: str = ""
-
-
 class Task(ABC):
     """A task of one run; made by `common.tasks.task_for`.
 
+    Which losses and metrics it has, and what a network has to give it, stands in its section
+    (`common.spec.Task`, here ``spec.task``), which is read without torch.
+
     Attributes:
-        losses_known: the values of ``loss.name`` that it has.
-        metrics: its metrics by name, the first one is the headline's if the spec says no other.
-        network: what a network has to give (`common.models.Network.gives`).
+        spec: the run.
         views: how many rows `examples` makes of one image; its loss is their sum.
     """
 
-    LOSSES: ClassVar[tuple[str, ...]]
-    METRICS: ClassVar[Mapping[str, Metric]]
-    NETWORK: ClassVar[str]
     views: ClassVar[int] = 1
 
     def __init__(self, spec: RunSpec) -> None:
@@ -114,9 +99,11 @@ class Task(ABC):
 
     def follow(self, network: nn.Module, generator: torch.Generator) -> None:
         """What comes after each step and sees no patient: post-processing. Nothing, by default."""
+        return
 
     # --- Evaluation ---------------------------------------------------------------------------
 
+    @torch.no_grad()
     def evidence(self, network: nn.Module, cohort: Cohort, device: torch.device) -> Evidence:
         """What is kept of a network's answers on `cohort`; the network is in evaluation mode.
 
@@ -132,9 +119,7 @@ class Task(ABC):
         return {key: np.concatenate([piece[key] for piece in pieces]) for key in pieces[0]}
 
     @abstractmethod
-    def measured(
-        self, outputs: Tensor, images: Tensor, targets: Tensor, first: int
-    ) -> Evidence:
+    def measured(self, outputs: Tensor, images: Tensor, targets: Tensor, first: int) -> Evidence:
         """What is kept of one batch.
 
         Args:
@@ -165,6 +150,10 @@ class Task(ABC):
     def exhibits(self, evidence: Evidence, patients: NDArray[np.int64]) -> Sequence[Exhibit]:
         """What the report shows of the test part, beyond the metrics; drawn by the server."""
         return ()
+
+    def without_value(self, evidence: Evidence) -> str:
+        """Why the headline has no value on this evidence, in a sentence."""
+        return "It has no meaning on the images of the test part."
 
 
 def batches(cohort: Cohort) -> Iterator[NDArray[np.int64]]:

@@ -27,7 +27,8 @@ from client import training
 from client.training import LocalTrainer, PatientOptimizer
 from common import models
 from common.spec import RunSpec
-from common.tasks import ImageTask, task_for
+from common.tasks import task_for
+from common.tasks.task import Task
 
 PATIENTS = 5
 POISONED = 2
@@ -359,7 +360,7 @@ def test_the_copies_of_a_patient_differ_and_count_as_one(make_bench):
 class ReducedOverTheBatch:
     """Weighted cross-entropy with reduction="mean": each loss over the weights of the batch."""
 
-    def __init__(self, right: ImageTask, weights: Tensor) -> None:
+    def __init__(self, right: Task, weights: Tensor) -> None:
         self._right, self._weights = right, weights
 
     def losses(self, outputs: Tensor, labels: Tensor) -> Tensor:

@@ -8,13 +8,13 @@ import pytest
 
 from client.intake.labels import DICOM_KEYS, LabelTable, read_labels
 from common.errors import ConfigError
-from common.spec import Task
+from common.task_sections import Classification
 
-BINARY = Task(kind="binary", classes=("normal", "finding"))
-MANY = Task(kind="multilabel", classes=("effusion", "nodule", "mass"))
+BINARY = Classification(kind="binary", classes=("normal", "finding"))
+MANY = Classification(kind="multilabel", classes=("effusion", "nodule", "mass"))
 
 
-def read(tmp_path: Path, text: str, task: Task = BINARY) -> LabelTable:
+def read(tmp_path: Path, text: str, task: Classification = BINARY) -> LabelTable:
     path = tmp_path / "labels.csv"
     path.write_bytes(text.encode("utf-8"))
     return read_labels(path, task)
