@@ -136,7 +136,6 @@ class Reconstruction(Task):
     noise: Annotated[float, Field(ge=0, le=1)] = 0.0
     code: Annotated[int, Field(ge=1, le=1024)] = 4
     kl_weight: NonNegative = 0.0
-    code: Annotated[int, Field(ge=1, le=256)] = 4
 
     @model_validator(mode="after")
     def _noise_is_for_denoising(self) -> Self:
