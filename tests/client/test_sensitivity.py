@@ -38,7 +38,7 @@ TOLERANCE = 1e-5  # of C, for float32
 EDGES = 2e-3
 
 HEAVY = ("resnet18", "densenet121")
-LIGHT = tuple(name for name in models.names() if name not in HEAVY)
+LIGHT = tuple(name for name in models.names("vector") if name not in HEAVY)
 LOSSES = ("cross-entropy", "mse", "focal")
 LOADED = {"class_weights": [0.5, 3.0], "label_smoothing": 0.1}
 # Far below every patient's norm, and near it, where a change of the norm would show.
