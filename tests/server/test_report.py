@@ -67,7 +67,7 @@ def pictures(page):
 def test_the_headline_is_the_final_model_on_the_test_part(build_run):
     directory = build_run()
     page = read(directory)
-    auroc = RunRecord.read(directory).final["test"].scores.metrics["auroc"]
+    auroc = RunRecord.read(directory).final["test"].metrics["auroc"]
     assert f"AUROC on the test part {auroc.value:.3f}" in page.text
     assert f"95 % interval {auroc.low:.3f} to {auroc.high:.3f}" in page.text
     assert "model of round 13" in page.text
