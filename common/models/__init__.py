@@ -30,7 +30,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from common.errors import ModelError
 from common.spec import RunSpec
 
-
 Gives = Literal["vector", "map", "boxes", "image", "pair"]
 
 

@@ -140,13 +140,14 @@ LIMITS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any], str]] = 
         {"data": {"kind": "multilabel"}},
         {"task": {"kind": "multilabel"}},
         {"task": {"kind": "multiclass"}},
-        r"kind of task: multiclass, this site's data are multilabel",
+        r"this site's data: task.kind is multilabel, the run asks for multiclass",
     ),
     "classes": (
         {},
         {},
         {"task": {"classes": ["finding", "normal"]}},  # the other way round is another task
-        r"classes: \('finding', 'normal'\), this site's data are \('normal', 'finding'\)",
+        r"this site's data: task.classes is \('normal', 'finding'\), "
+        r"the run asks for \('finding', 'normal'\)",
     ),
     "shape": (
         {},
