@@ -80,7 +80,7 @@ def _model(record: RunRecord) -> dict[str, Any]:
     spec = record.spec
     return {
         "network": spec.model.name,
-        "task": wording.task(spec.task),
+        "task": words.task(spec.task),
         "classes": list(spec.task.classes),
         "threshold": spec.evaluation.threshold if spec.task.kind in _WITH_THRESHOLD else None,
         "input": spec.input.model_dump(mode="json"),

@@ -88,7 +88,7 @@ def render(record: RunRecord) -> str:
         timing=wording.timing(record),
         not_for_clinical_use=wording.NOT_FOR_CLINICAL_USE,
         counted=words.counted,
-        task=wording.task(record.spec.task),
+        task=words.task(record.spec.task),
         headline=_headline(record),
         largest=wording.largest(record.privacy.sites),
         metrics=_metric_rows(record),

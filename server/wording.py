@@ -15,7 +15,6 @@ from common.tasks import words
 from common.tasks.estimates import Estimate
 from server.record import RunRecord, Spend
 
-_ADJECTIVES = ("binary", "multiclass", "multilabel")
 _DIGITS, _DIGITS_OF_A_UNIT = 3, 2
 INTENDED_USE = (
     "Research on federated learning for medical imaging, and evaluation by the hospitals that "
@@ -54,12 +53,6 @@ def estimate(found: Estimate, metric: Metric) -> str:
     """A metric's value and its interval, ``0.912 (0.871 to 0.946)``."""
     limits = interval(found, metric)
     return figure(found.value, metric) + (f" ({limits})" if limits else "")
-
-
-def task(section: Task) -> str:
-    """``binary classification``, ``segmentation``."""
-    kind = f"{section.kind} " if section.kind in _ADJECTIVES else ""
-    return f"{kind}{section.name}"
 
 
 def metric_notes(section: Task) -> str:
@@ -190,6 +183,7 @@ def claim(record: RunRecord) -> tuple[str, ...]:
         *_composition(record),
         "Patients of the central evaluation cohort are not covered: their hospital permits that "
         "use.",
+        *_pictures(record.spec.evaluation.gallery),
     )
 
 
@@ -233,6 +227,15 @@ def _unit_sentence(unit: str) -> tuple[str, ...]:
     return (
         "The unit is the image, because the source names no patients: someone with several images "
         "is protected less, by the composition of them.",
+    )
+
+
+def _pictures(most: int) -> tuple[str, ...]:
+    if not most:
+        return ()
+    return (
+        f"The run's description asked for up to {words.counted(most, 'picture')} of that cohort: "
+        "they lie in the run's folder and its report.",
     )
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from common.spec import Task
 from common.tasks.estimates import Estimate
 
 NONE = "–"
+
+_ADJECTIVES = ("binary", "multiclass", "multilabel")
 
 
 def number(value: float | None, digits: int = 3) -> str:
@@ -28,3 +31,9 @@ def estimate(found: Estimate, digits: int = 3) -> str:
 def counted(count: int, noun: str) -> str:
     """``1 site``, ``4 sites``."""
     return f"{count:,} {noun}" + ("" if count == 1 else "s")
+
+
+def task(section: Task) -> str:
+    """``binary classification``, ``segmentation``."""
+    kind = f"{section.kind} " if section.kind in _ADJECTIVES else ""
+    return f"{kind}{section.name}"

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import ClassVar
+
 import pytest
 
 from common.spec import Metric, Task
@@ -58,7 +61,7 @@ def test_names(names, printed):
 
 def test_metrics_say_what_is_not_in_their_title():
     class Toy(Task):
-        METRICS = {
+        METRICS: ClassVar[Mapping[str, Metric]] = {
             "a": Metric("Error", lower_is_better=True),
             "b": Metric("Fit", note="Above 1 is luck."),
             "c": Metric("Distance", lower_is_better=True),
@@ -68,8 +71,3 @@ def test_metrics_say_what_is_not_in_their_title():
     assert said == "Lower is better: Error and Distance. Above 1 is luck."
     Toy.METRICS = {"b": Metric("Fit")}
     assert wording.metric_notes(Toy(name="toy", kind="none")) == ""
-
-
-def test_a_task_is_named_as_people_do():
-    assert wording.task(Task(name="classification", kind="binary")) == "binary classification"
-    assert wording.task(Task(name="segmentation", kind="mask")) == "segmentation"

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from common.spec import Task
 from common.tasks import words
 from common.tasks.estimates import Estimate
 
@@ -13,3 +14,8 @@ def test_estimates():
 def test_counts():
     assert words.counted(1, "site") == "1 site"
     assert words.counted(1200, "image") == "1,200 images"
+
+
+def test_a_task_is_named_as_people_do():
+    assert words.task(Task(name="classification", kind="binary")) == "binary classification"
+    assert words.task(Task(name="segmentation", kind="mask")) == "segmentation"
