@@ -126,9 +126,10 @@ def score_part(
     """
     _check_evidence(evidence, patients, _most_pictures(spec, name))
     generator = np.random.default_rng([spec.seed, PARTS.index(name)])
-    metrics = task_for(spec).score(
+    found = task_for(spec).score(
         evidence, patients, resamples=spec.evaluation.bootstrap, generator=generator
     )
+    metrics = {name: found.get(name, Estimate(None)) for name in spec.task.METRICS}
     return PartResult(evidence, patients, metrics, unit)
 
 

@@ -285,7 +285,7 @@ def _draw_lines(axes: Axes, shown: Chart) -> None:
             drawstyle="steps-pre" if one.steps else "default",
             label=_name(one.name),
         )
-    if 1 < len(lines) <= _MOST_KEYS:
+    if 1 < len(lines) <= _MOST_KEYS and any(one.name for one in lines):
         axes.legend(loc="lower right" if shown.unit_square else "best", handlelength=2.2)
 
 

@@ -189,7 +189,7 @@ class RunRecord:
             rounds=_read_rounds(directory / METRICS_FILE),
             privacy=_parse(directory / PRIVACY_FILE, Privacy),
             final=_read_final(directory / EVALUATION_FILE, spec),
-            federated=_read_federated(directory / FEDERATED_FILE),
+            federated=_read_federated(directory / FEDERATED_FILE, spec),
             model_digest=_digest(directory / MODEL_FILE),
         )
         if not record.sites:
@@ -320,8 +320,13 @@ def _evidence_of(path: Path) -> Iterator[None]:
         raise RunError(f"{path}: cannot be used ({what}); {_WAY_OUT}") from error
 
 
-def _read_federated(path: Path) -> Federated | None:
-    return _parse(path, Federated) if path.exists() else None
+def _read_federated(path: Path, spec: RunSpec) -> Federated | None:
+    if not path.exists():
+        return None
+    found, known = _parse(path, Federated), spec.task.METRICS
+    for name in sorted(found.metrics.keys() - known.keys()):
+        raise RunError(f"{path}: metric {name!r}: expected one of {', '.join(known)}; {_WAY_OUT}")
+    return found
 
 
 def _digest(path: Path) -> str | None:
