@@ -84,8 +84,9 @@ class Detection(Task):
             outputs[:, classes:].flatten(2).gather(2, boxes.cell[:, None].expand(-1, GEOMETRY, -1))
         )
         errors = (found - boxes.geometry).abs() * boxes.there[:, None]
-        size, offset = errors.sum(dim=2).split(2, dim=1)
-        return centres + (_SIZE_WEIGHT * size.sum(dim=1) + offset.sum(dim=1)) / count
+        size, offset = errors[:, :2].sum(dim=(1, 2)), errors[:, 2:].sum(dim=(1, 2))
+        losses: Tensor = centres + (_SIZE_WEIGHT * size + offset) / count
+        return losses
 
     def _centres(self, logits: Tensor, boxes: _InCells) -> Tensor:
         """(B,) the focal loss of the maps of centres, summed."""
@@ -116,7 +117,7 @@ class Detection(Task):
         best, place = scores.topk(min(self._section.most_boxes, scores.shape[1]), dim=1)
         cell = place % (height * width)
         around = outputs[:, classes:].flatten(2).gather(2, cell[:, None].expand(-1, GEOMETRY, -1))
-        size, offset = around.split(2, dim=1)
+        size, offset = around[:, :2], around[:, 2:]
         corner = torch.stack([cell % width, cell // width], dim=1)
         _, rows, columns = self.spec.input.shape
         sides = outputs.new_tensor([columns, rows]).view(1, 2, 1) / STRIDE
@@ -170,6 +171,12 @@ class Detection(Task):
             return {name: _mean([scores[name] for scores in by_class]) for name in by_class[0]}
 
         return estimates(over_classes, patients, resamples=resamples, generator=generator)
+
+    def without_value(self, evidence: Evidence) -> str:
+        """Why the headline has no value on this evidence, in a sentence."""
+        if not evidence["finite"].all():
+            return "The network's outputs are not numbers: its training has diverged."
+        return "No image of the test part has a box."
 
     # --- What is shown ------------------------------------------------------------------------
 

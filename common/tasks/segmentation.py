@@ -117,6 +117,12 @@ class Segmentation(Task):
 
         return estimates(over_classes, people, resamples=resamples, generator=generator)
 
+    def without_value(self, evidence: Evidence) -> str:
+        """Why the headline has no value on this evidence, in a sentence."""
+        if not evidence["finite"].all():
+            return "The network's outputs are not numbers: its training has diverged."
+        return "No image of the test part has a class but the background, and none was found."
+
     # --- What is shown ------------------------------------------------------------------------
 
     def exhibits(self, evidence: Evidence, patients: NDArray[np.int64]) -> Sequence[Exhibit]:
@@ -140,17 +146,23 @@ class Segmentation(Task):
         for number, name in enumerate(self._names):
             columns = {metric: values[metric][:, number] for metric in metrics}
             figures = self._means_of(columns)
-            missed = int((true & ~found)[:, number].sum())
-            invented = int((found & ~true)[:, number].sum())
             cells = (words.estimate(figures[metric]) for metric in metrics)
-            rows.append((name, *cells, str(missed), str(invented)))
+            both = (found & true)[:, number]
+            near = evidence["hausdorff95"][both, number]
+            missed, invented = (
+                int(seen[:, number].sum()) for seen in (true & ~found, found & ~true)
+            )
+            distance = words.number(float(near.mean()) if len(near) else None)
+            rows.append((name, *cells, distance, str(missed), str(invented)))
         titles = [f"{m.title} ({m.unit})" if m.unit else m.title for m in metrics.values()]
         return Table(
             "By class",
-            ("Class", *titles, "Images where it was missed", "Images where it was invented"),
+            ("Class", *titles, "Where both are outlined (px)", "Images missed", "Images invented"),
             rows,
             "Means over the patients, with their 95 % intervals. Where only one of the two "
-            "outlines is there, an image's Hausdorff distance is its diagonal.",
+            "outlines is there, an image's Hausdorff distance is its diagonal; the column beside "
+            "it is the mean over the images in which both are. Missed are the images in which the "
+            "class is and was not found, invented those in which it was found and is not.",
         )
 
     def _means_of(self, columns: Mapping[str, Floats]) -> Mapping[str, Estimate]:

@@ -66,8 +66,9 @@ def outputs(images: int = len(IMAGES), seed: int = 4) -> Tensor:
 # --- The loss ------------------------------------------------------------------------------------
 
 
-def moved_overlap(width: float, height: float, r: float, way: str) -> float:
+def moved_overlap(size: tuple[float, float], r: float, way: str) -> float:
     """The overlap of a box with itself after both corners were moved by r."""
+    width, height = size
     if way == "along":
         common = (width - r) * (height - r)
         return common / (2 * width * height - common)
@@ -79,7 +80,7 @@ def moved_overlap(width: float, height: float, r: float, way: str) -> float:
 @pytest.mark.parametrize("size", [(3.0, 3.0), (10.0, 4.0), (1.0, 20.0), (50.0, 60.0)])
 def test_a_centre_moved_by_its_radius_still_overlaps_by_seven_tenths(size):
     r = float(radius(torch.tensor(size)))
-    ways = [moved_overlap(*size, r, way) for way in ("along", "inwards", "outwards")]
+    ways = [moved_overlap(size, r, way) for way in ("along", "inwards", "outwards")]
     assert min(ways) == pytest.approx(0.7, abs=1e-4)
     assert r > 0
 
@@ -263,8 +264,9 @@ def test_average_precision_is_that_of_pycocotools(detection: Make):
 def slow_overlap(a: Any, b: Any) -> float:
     width = max(0.0, min(a[2], b[2]) - max(a[0], b[0]))
     height = max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
-    common = width * height
-    return common / ((a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - common)
+    common = float(width * height)
+    areas = [float((box[2] - box[0]) * (box[3] - box[1])) for box in (a, b)]
+    return common / (sum(areas) - common)
 
 
 def decided(
@@ -276,10 +278,11 @@ def decided(
         free = [list(t) for t in there if t[4] == kind]
         for box in sorted((list(s) for s in seen if s[4] == kind), key=lambda s: -s[5]):
             best = max(free, key=lambda t: slow_overlap(box, t), default=None)
-            right = best is not None and slow_overlap(box, best) >= least
-            if right:
+            if best is not None and slow_overlap(box, best) >= least:
                 free.remove(best)
-            rows.append((box[5], right))
+                rows.append((box[5], True))
+            else:
+                rows.append((box[5], False))
     return sorted(rows, key=lambda row: -row[0])
 
 
@@ -392,7 +395,7 @@ class Boxed:
         return np.zeros((len(rows), *self.shape), dtype=np.float32)
 
     def targets(self, rows: Any) -> np.ndarray:
-        return IMAGES.numpy()[rows]
+        return np.asarray(IMAGES.numpy()[rows])
 
 
 def test_what_is_shown_is_where_the_boxes_are(detection: Make):
@@ -414,7 +417,7 @@ def test_what_is_shown_is_where_the_boxes_are(detection: Make):
     assert gallery.captions[3] == "Image 4: nodule 1 of 1, 1 found; mass 1 of 1, 1 found"
     times = 6
     assert gallery.pictures.shape == (4, HEIGHT * times, WIDTH * times, 3)
-    drawn = gallery.pictures.any(axis=3)
+    drawn = np.asarray(gallery.pictures.max(axis=3) > 0)
     assert not drawn[1].any()
     assert drawn[0, 3 * times, 2 * times : 20 * times].all()
     assert drawn[0, 21 * times - 1, 2 * times : 20 * times].all()
