@@ -311,7 +311,8 @@ class Policy(Section):
 
     def _objections_to_memory(self, spec: RunSpec, parameters: int) -> Iterator[str]:
         """The copies of one patient's image go through together, each with its own gradient."""
-        copies, most = spec.augmentation.multiplicity, self.machine.gradient_memory
+        copies = spec.augmentation.multiplicity * spec.task.VIEWS
+        most = self.machine.gradient_memory
         needed = 4 * parameters * copies
         if isinstance(spec.privacy, DpSgd) and needed > most * 2**20:
             yield (

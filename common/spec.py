@@ -80,6 +80,7 @@ class Task(Section):
         DRAWN: metrics that a report draws by round; empty: the first four.
         CAVEATS: what a user of such a model must bear in mind, a sentence each.
         NETWORK: what a network has to give (`common.models.Network.gives`).
+        VIEWS: how many rows of a batch one image becomes in training.
         COUNTED: whether a site can release it as noised counts (``evaluation.federated``).
         name: by which the registry (`common.tasks.TASKS`) finds the class of the table.
         kind: what target a cohort must have for each image: a label of a ``binary``,
@@ -93,6 +94,7 @@ class Task(Section):
     DRAWN: ClassVar[tuple[str, ...]] = ()
     CAVEATS: ClassVar[tuple[str, ...]] = ()
     NETWORK: ClassVar[str]
+    VIEWS: ClassVar[int] = 1
     COUNTED: ClassVar[bool] = False
 
     name: str

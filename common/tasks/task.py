@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from common.cohort import Cohort
 from common.spec import RunSpec
+from common.tasks.augment import Motion
 from common.tasks.estimates import Estimate
 from common.tasks.exhibits import Exhibit
 from common.tasks.preprocess import normalise
@@ -52,10 +53,9 @@ class Task(ABC):
         views: how many rows `examples` makes of one image; its loss is their sum.
     """
 
-    views: ClassVar[int] = 1
-
     def __init__(self, spec: RunSpec) -> None:
         self.spec = spec
+        self.views = spec.task.VIEWS
 
     # --- Training -----------------------------------------------------------------------------
 
@@ -74,8 +74,8 @@ class Task(ABC):
             ModelError: if a shape is another than the task's.
         """
 
-    def moved(self, targets: Tensor, motion: Any) -> Tensor:
-        """The targets after the images were changed by `motion` (`common.tasks.augment`)."""
+    def moved(self, targets: Tensor, motion: Motion) -> Tensor:
+        """The targets after the images were changed by `motion`; as they are, by default."""
         return targets
 
     def examples(
@@ -88,7 +88,8 @@ class Task(ABC):
         Args:
             images: (B, channels, height, width) brightness in 0..1, augmented, on the device.
             targets: the cohort's, moved along.
-            network: the whole network, for what needs another part of it (a GAN's generator).
+            network: the whole network, for what needs another part of it (a GAN's generator); no
+                gradient flows here.
             generator: the source of randomness, on any device.
         """
         return images, targets
@@ -98,7 +99,16 @@ class Task(ABC):
         return network
 
     def follow(self, network: nn.Module, generator: torch.Generator) -> None:
-        """What comes after each step and sees no patient: post-processing. Nothing, by default."""
+        """What comes after each step and sees no patient: post-processing. Nothing, by default.
+
+        Nothing that a patient moved may reach it but the weights of `private`, which are noised:
+        no images, and no randomness that `examples` has drawn from. A task is made anew for each
+        round, so an optimiser that is kept in it starts afresh as the patients' own does.
+
+        Args:
+            network: the whole network, in training mode.
+            generator: the source of randomness, on any device.
+        """
         return
 
     # --- Evaluation ---------------------------------------------------------------------------

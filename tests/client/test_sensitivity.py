@@ -250,7 +250,7 @@ def clipped_alone(gradients: Tensor, clip_norm: float) -> Tensor:
     )
     optimizer.begin()
     parameter.grad_sample = gradients[:1]  # type: ignore[attr-defined]
-    optimizer.accumulate(copies=1)
+    optimizer.accumulate(rows=1)
     return parameter.summed_grad  # type: ignore[attr-defined,no-any-return]
 
 
