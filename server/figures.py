@@ -63,6 +63,7 @@ _LONGEST_TITLE = 40
 _MOST_LETTERS = 80
 _MOST_KEYS = 10
 _MARGINS = (0.6, 0.52, 0.12, 0.38)
+_WIDER = (0.78, 0.52, 0.12, 0.38)  # for ticks of more digits than a part of 1 has
 _STYLE: dict[Any, Any] = {
     "font.family": ["DejaVu Sans"],
     "font.size": 10.5,
@@ -84,6 +85,9 @@ _STYLE: dict[Any, Any] = {
     "xtick.color": _MUTED,
     "ytick.color": _MUTED,
     "legend.frameon": False,
+    "legend.edgecolor": "none",
+    "legend.facecolor": "white",
+    "legend.framealpha": 0.85,
     "legend.fontsize": 9.5,
     "figure.facecolor": "none",
     "axes.facecolor": "none",
@@ -129,7 +133,7 @@ def by_round(title: str, series: Sequence[Series], chosen: int | None) -> Pictur
 
 def chart(shown: Chart) -> Picture:
     """The curves of a task's chart; a single one has its band."""
-    with _figure(3.9, 3.7) as (figure, axes):
+    with _figure(3.9, 3.7, _MARGINS if shown.unit_square else _WIDER) as (figure, axes):
         axes.set_title(_name(shown.title, _LONGEST_TITLE))
         if shown.diagonal:
             axes.axline((0, 0), slope=1, color=_MUTED, linewidth=1, linestyle=_DOTS)
@@ -286,7 +290,8 @@ def _draw_lines(axes: Axes, shown: Chart) -> None:
             label=_name(one.name),
         )
     if 1 < len(lines) <= _MOST_KEYS and any(one.name for one in lines):
-        axes.legend(loc="lower right" if shown.unit_square else "best", handlelength=2.2)
+        key = axes.legend(loc="lower right" if shown.unit_square else "best", handlelength=2.2)
+        key.set_frame_on(not shown.unit_square)  # elsewhere there may be no place without a curve
 
 
 def _draw_limits(axes: Axes, line: Line) -> None:

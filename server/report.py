@@ -33,6 +33,7 @@ _CURVES_BY_ROUND = 4
 _MOST_INCIDENTS = 40
 _GALLERY_BYTES = 16 << 20  # of pixels; a page of more would not open on a phone
 _DARK = 0.55  # from this share on, a cell of the confusion matrix has white text
+_SHOWN_WIDTH = 160  # of a picture in a gallery, at least
 _FIGURE = re.compile(r"–|[-−+]?[0-9][0-9.,]*( ?\S{1,3})?")
 _INTERVAL = re.compile(r"|[-−]?[0-9][0-9.,]* to [-−]?[0-9][0-9.,]*")
 
@@ -231,10 +232,11 @@ class ShownTable:
 
 @dataclass(frozen=True)
 class ShownGallery:
-    """A gallery and its pictures."""
+    """A gallery and its pictures; coarse ones are enlarged by the browser, pixel by pixel."""
 
     gallery: Gallery
     pictures: Sequence[Picture]
+    coarse: bool
 
 
 @dataclass(frozen=True)
@@ -288,7 +290,8 @@ def _column(texts: Sequence[str]) -> str:
 
 def _gallery(gallery: Gallery, most: int, most_bytes: int) -> ShownGallery:
     kept = replace(gallery, pictures=gallery.pictures[:most], captions=gallery.captions[:most])
-    return ShownGallery(kept, figures.tiles(kept, most_bytes))
+    coarse = gallery.pictures.shape[2] < _SHOWN_WIDTH
+    return ShownGallery(kept, figures.tiles(kept, most_bytes), coarse)
 
 
 # --- Rounds and sites -------------------------------------------------------------------------
