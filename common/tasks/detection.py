@@ -33,6 +33,7 @@ from common.errors import ModelError
 from common.models.centernet import GEOMETRY, STRIDE
 from common.task_sections import Detection as Section
 from common.tasks import pictures, words
+from common.tasks.augment import Motion, moved_boxes
 from common.tasks.estimates import Estimate, Floats, estimates, ratio
 from common.tasks.exhibits import Chart, Exhibit, Gallery, Line, Table
 from common.tasks.metrics import Ranking, ranking
@@ -97,6 +98,10 @@ class Detection(Task):
         costs = -torch.where(true == 1, here, elsewhere).sum(dim=(2, 3))
         weights = self.spec.loss.class_weights or (1.0,) * logits.shape[1]
         return costs @ torch.tensor(weights, dtype=costs.dtype, device=costs.device)
+
+    def moved(self, targets: Tensor, motion: Motion) -> Tensor:
+        """The boxes after their images were changed by `motion`."""
+        return moved_boxes(targets, motion)
 
     def found(self, outputs: Tensor) -> Tensor:
         """Boxes that a network found, the most certain first.

@@ -31,6 +31,7 @@ from common.cohort import Cohort
 from common.errors import ModelError
 from common.spec import Loss
 from common.tasks import pictures, words
+from common.tasks.augment import Motion, moved_masks
 from common.tasks.estimates import Estimate, Floats, estimates, means, ratio
 from common.tasks.exhibits import Chart, Exhibit, Gallery, Line, Table
 from common.tasks.preprocess import normalise
@@ -58,6 +59,10 @@ class Segmentation(Task):
         self._check_shapes(outputs, targets)
         log_p = functional.log_softmax(outputs.float(), dim=1)
         return _FORMULAS[self.spec.loss.name](log_p, targets, self.spec.loss)
+
+    def moved(self, targets: Tensor, motion: Motion) -> Tensor:
+        """The masks after their images were changed by `motion`."""
+        return moved_masks(targets, motion)
 
     # --- Evaluation ---------------------------------------------------------------------------
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from common.errors import ModelError
 from common.spec import RunSpec
 from common.tasks import task_for
+from common.tasks.augment import Motion
 from common.tasks.detection import FALSE_POSITIVES, OVERLAPS, Detection, overlaps, radius
 from common.tasks.exhibits import Gallery, Table
 
@@ -162,6 +163,14 @@ def test_slopes_are_finite_whatever_the_network_gives(detection: Make):
 def test_another_shape_is_refused(detection: Make, maps, rows):
     with pytest.raises(ModelError, match="a detection met outputs of shape"):
         detection().losses(torch.zeros(maps), torch.zeros(rows))
+
+
+def test_a_box_follows_its_image(detection: Make):
+    mirrored = Motion((HEIGHT, WIDTH), mirrored=torch.tensor([True, True, False, True]))
+    moved = detection().moved(IMAGES, mirrored)
+    assert moved[0, 0].tolist() == pytest.approx([28 / 48, 3 / 32, 46 / 48, 21 / 32, 0])
+    assert torch.equal(moved[2, 0], IMAGES[2, 0])
+    assert (moved[1, :, 4] == -1).all()
 
 
 # --- From maps to boxes --------------------------------------------------------------------------

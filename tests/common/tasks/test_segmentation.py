@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from common.errors import ModelError, SpecError
-from common.spec import RunSpec
+from common.spec import Augmentation, RunSpec
 from common.tasks import task_for
+from common.tasks.augment import augment
 from common.tasks.exhibits import Chart, Gallery, Table
 from common.tasks.segmentation import Segmentation, hausdorff95
 
@@ -170,6 +171,17 @@ def test_a_loss_of_another_task_is_refused_with_the_known_ones(segmentation: Mak
     with pytest.raises(SpecError, match="'mse'") as caught:
         segmentation(loss={"name": "mse"})
     assert all(name in str(caught.value) for name in LOSSES)
+
+
+def test_a_mask_follows_its_image(segmentation: Make):
+    masks = torch.from_numpy(labels(8, 5))
+    changes = Augmentation(flip_horizontal=True, rotate=90, zoom=0.2)
+    images, motion = augment(masks[:, None].float(), changes, generator())
+    moved = segmentation(loss={"name": "dice"}).moved(masks, motion)
+    inside = (images[:, 0] > 1.9) | ((images[:, 0] > 0.9) & (images[:, 0] < 1.1))
+    agree = (moved == images[:, 0].round()) | (moved == 0)  # beyond the border is background
+    assert agree[inside].float().mean() > 0.98
+    assert not torch.equal(moved, masks)
 
 
 # --- Metrics -----------------------------------------------------------------------------------
