@@ -297,6 +297,12 @@ class LocalTrainer:
         with torch.autocast(self._device.type, torch.bfloat16, enabled=self._half_precision):
             outputs = self._learner(normalise(seen, self._spec.input))
         losses = task.losses(outputs.float(), wanted)
+        if losses.shape != (len(rows) * copies * task.views,):
+            raise ModelError(
+                f"losses of shape {tuple(losses.shape)} for {len(rows)} patients of {copies} "
+                f"copies and {task.views} views: expected one number a row, or no patient's "
+                "gradient could be told from another's"
+            )
         return losses.view(-1, copies, task.views).sum(2).mean(1)
 
     def _follow(self, keystream: Keystream) -> None:
