@@ -307,8 +307,7 @@ class LocalTrainer:
 
     def _follow(self, keystream: Keystream) -> None:
         """What the task does after a step, with Opacus' hooks off and randomness of its own."""
-        hooked = isinstance(self._learner, GradSampleModule)
-        if hooked:
+        if isinstance(self._learner, GradSampleModule):
             self._learner.disable_hooks()
         try:
             with torch.random.fork_rng(devices=[], enabled=True):
@@ -316,7 +315,7 @@ class LocalTrainer:
                 generator = torch.Generator().manual_seed(keystream.seed())
                 self._task.follow(self._network, generator)
         finally:
-            if hooked:
+            if isinstance(self._learner, GradSampleModule):
                 self._learner.enable_hooks()
 
     def _apply(self, optimizer: Any, weights: Arrays) -> None:

@@ -238,7 +238,8 @@ def ellipse(box: Tensor, height: int, width: int) -> Tensor:
     y = (torch.arange(height) + 0.5) / height
     across = (x - (left + right) / 2) / ((right - left) / 2)
     down = (y - (top + bottom) / 2) / ((bottom - top) / 2)
-    return (down.square()[:, None] + across.square() <= 1).float()
+    within: Tensor = down.square()[:, None] + across.square() <= 1
+    return within.float()
 
 
 def around(picture: Tensor) -> list[float]:
