@@ -38,8 +38,6 @@ PREFIXES: Mapping[PartName, str] = {"validation": "validation_", "test": ""}
 PATIENTS, UNIT = "patients", "unit"
 GALLERY = "gallery"  # how the names of evidence begin that is kept of some images only
 
-_LABELLED = ("binary", "multiclass", "multilabel")
-
 
 @dataclass(frozen=True)
 class PartResult:
@@ -157,8 +155,8 @@ class CentralEvaluator:
 
     A cohort with images marked ``validation`` or ``test`` keeps those parts, and nothing else of
     it is used. Otherwise a permutation of its patients, seeded by the spec, gives
-    ``validation_fraction`` of them to validation, each combination of labels in proportion (where
-    there are labels); images marked ``train`` are not used.
+    ``validation_fraction`` of them to validation, each combination of classes in proportion;
+    images marked ``train`` are not used.
 
     Args:
         spec: the run's.
@@ -248,9 +246,9 @@ def _refuse_shared_patients(cohort: Cohort, parts: Mapping[PartName, Cohort]) ->
 
 
 def _choose(cohort: Cohort, spec: RunSpec) -> NDArray[np.bool_]:
-    """(patients,) True for validation: in a random order, sorted by labels, every so many-th."""
+    """(patients,) True for validation: in a random order, sorted by classes, every so many-th."""
     order = np.random.default_rng(spec.seed).permutation(len(cohort.patients))
-    order = order[np.lexsort(_labels_of_patients(cohort)[order].T)]
+    order = order[np.lexsort(_classes_of_patients(cohort)[order].T)]
     places = np.floor(np.arange(len(order) + 1) * spec.evaluation.validation_fraction + 0.5)
     chosen = np.zeros(len(order), dtype=np.bool_)
     chosen[order] = np.diff(places) > 0
@@ -259,15 +257,11 @@ def _choose(cohort: Cohort, spec: RunSpec) -> NDArray[np.bool_]:
     return chosen
 
 
-def _labels_of_patients(cohort: Cohort) -> NDArray[np.bool_]:
-    """(patients, classes): which labels each patient's images have; one column where no labels."""
-    if cohort.kind not in _LABELLED:
-        return np.zeros((len(cohort.patients), 1), dtype=np.bool_)
-    has = np.zeros((len(cohort.patients), len(cohort.classes)), dtype=np.bool_)
-    if cohort.kind == "multilabel":
-        np.logical_or.at(has, cohort.patient_index, cohort.labels > 0)
-    else:
-        has[cohort.patient_index, cohort.labels] = True
+def _classes_of_patients(cohort: Cohort) -> NDArray[np.bool_]:
+    """(patients, 1 + classes): which classes each patient's images have, after a constant."""
+    present = cohort.present()
+    has = np.zeros((len(cohort.patients), 1 + present.shape[1]), dtype=np.bool_)
+    np.logical_or.at(has[:, 1:], cohort.patient_index, present)
     return has
 
 

@@ -290,8 +290,7 @@ def _draw_lines(axes: Axes, shown: Chart) -> None:
             label=_name(one.name),
         )
     if 1 < len(lines) <= _MOST_KEYS and any(one.name for one in lines):
-        key = axes.legend(loc="lower right" if shown.unit_square else "best", handlelength=2.2)
-        key.set_frame_on(not shown.unit_square)  # elsewhere there may be no place without a curve
+        axes.legend(loc="best", handlelength=2.2, frameon=True)
 
 
 def _draw_limits(axes: Axes, line: Line) -> None:

@@ -33,9 +33,10 @@ _CURVES_BY_ROUND = 4
 _MOST_INCIDENTS = 40
 _GALLERY_BYTES = 16 << 20  # of pixels; a page of more would not open on a phone
 _DARK = 0.55  # from this share on, a cell of the confusion matrix has white text
-_SHOWN_WIDTH = 160  # of a picture in a gallery, at least
+_SHOWN_WIDTH = 210  # of a picture in a gallery, at least, where there is room
 _FIGURE = re.compile(r"–|[-−+]?[0-9][0-9.,]*( ?\S{1,3})?")
 _INTERVAL = re.compile(r"|[-−]?[0-9][0-9.,]* to [-−]?[0-9][0-9.,]*")
+_ESTIMATE = re.compile(r"–|[-−+]?[0-9][0-9.,]*( ?\S{1,3})?( \([-−0-9., to]+\))?")
 
 
 def write_report(run_directory: Path) -> Path:
@@ -285,7 +286,9 @@ def _columns(table: Table) -> list[str]:
 def _column(texts: Sequence[str]) -> str:
     if all(_FIGURE.fullmatch(text) for text in texts):
         return "n"
-    return "quiet nowrap" if all(_INTERVAL.fullmatch(text) for text in texts) else ""
+    if all(_INTERVAL.fullmatch(text) for text in texts):
+        return "quiet nowrap"
+    return "nowrap" if all(_ESTIMATE.fullmatch(text) for text in texts) else ""
 
 
 def _gallery(gallery: Gallery, most: int, most_bytes: int) -> ShownGallery:
