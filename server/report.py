@@ -61,22 +61,7 @@ def render(record: RunRecord) -> str:
         RunError: if what the task keeps of the evaluation cannot be shown.
     """
     beside, shown = _laid_out(record)
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {
-        "kind": lambda one: type(one).__name__,
-        "epsilon": wording.epsilon,
-        "epsilon_of": wording.epsilon_of,
-        "pacing": wording.pacing,
-        "scientific": wording.scientific,
-        "plain": wording.plain,
-        "duration": wording.duration,
-    }
+    environment = _environment()
     return environment.get_template(_TEMPLATE).render(
         record=record,
         spec=record.spec,
@@ -105,6 +90,30 @@ def render(record: RunRecord) -> str:
         incidents_left=max(0, len(_incidents(record)) - _MOST_INCIDENTS),
         settings=_settings(record.spec),
     )
+
+
+def _environment() -> Environment:
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "epsilon": wording.epsilon,
+        "epsilon_of": wording.epsilon_of,
+        "pacing": wording.pacing,
+        "scientific": wording.scientific,
+        "plain": wording.plain,
+        "duration": wording.duration,
+    }
+    environment.tests |= {
+        "matrix": lambda one: isinstance(one, ShownMatrix),
+        "table": lambda one: isinstance(one, ShownTable),
+        "gallery": lambda one: isinstance(one, ShownGallery),
+    }
+    return environment
 
 
 def _laid_out(record: RunRecord) -> tuple[ShownMatrix | None, list[Shown]]:
