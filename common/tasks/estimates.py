@@ -44,6 +44,8 @@ def means(
 
     Args:
         rows: by name a figure an image, (N,); NaN where an image has none, and it does not count.
+            A figure that is infinite makes the mean None: so is one to be written that follows
+            from an answer which is no number.
         patients: (N,) integers; equal numbers are one patient.
         resamples: of the bootstrap; 0 gives no interval.
         generator: of the bootstrap.
@@ -73,10 +75,11 @@ def ratios(
     """
 
     def quotients(weights: Floats) -> dict[str, Floats]:
-        return {
-            name: ratio(weights @ above.astype(np.float64), weights @ below.astype(np.float64))
-            for name, (above, below) in parts.items()
-        }
+        with np.errstate(invalid="ignore"):  # infinite, of which a resample has none
+            return {
+                name: ratio(weights @ above.astype(np.float64), weights @ below.astype(np.float64))
+                for name, (above, below) in parts.items()
+            }
 
     return estimates(quotients, patients, resamples=resamples, generator=generator)
 

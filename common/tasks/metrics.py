@@ -40,7 +40,7 @@ from torchmetrics.functional import classification as tm
 from torchmetrics.functional.regression import mean_squared_error
 
 from common.task_sections import Classification
-from common.tasks.estimates import Estimate, Floats, intervals, patient_weights, ratio  # noqa: F401
+from common.tasks.estimates import Estimate, Floats, intervals, ratio
 
 NAMES = tuple(Classification.METRICS)
 LOWER_IS_BETTER = frozenset(n for n, m in Classification.METRICS.items() if m.lower_is_better)
