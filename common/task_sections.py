@@ -128,6 +128,9 @@ class Reconstruction(Task):
         "ratio": Metric("Numbers of an image for one of its code", chooses=False),
         "anomaly-auroc": Metric("AUROC of the anomaly score"),
     }
+    CAVEATS: ClassVar[tuple[str, ...]] = (
+        "What it gives is an estimate: a small finding may be smoothed away, or be made up.",
+    )
     NETWORK: ClassVar[str] = "image"
 
     name: Literal["reconstruction"]
@@ -176,10 +179,30 @@ class Generation(_Labels):
 
     LOSSES: ClassVar[tuple[str, ...]] = ("adversarial", "wasserstein")
     METRICS: ClassVar[Mapping[str, Metric]] = {
-        "tstr-auroc": Metric("AUROC on real images after training on synthetic ones"),
-        "nearest": Metric("Distance to the nearest real image"),
+        "tstr-auroc": Metric(
+            "AUROC, trained on synthetic images",
+            note="Of a small classifier that has seen synthetic images alone, on real ones.",
+        ),
+        "tstr-accuracy": Metric("Accuracy, trained on synthetic images"),
+        "nearest": Metric(
+            "Distance to the nearest synthetic image",
+            chooses=False,
+            note="Of a real image, for one to the nearest image of another patient among as many.",
+        ),
+        "copies": Metric(
+            "Images with a synthetic one as near as a copy",
+            lower_is_better=True,
+            unit="%",
+            chooses=False,
+            note="Nearer than half of the way to the nearest image of another patient.",
+        ),
     }
+    CAVEATS: ClassVar[tuple[str, ...]] = (
+        "What it makes is of nobody, and no evidence of anything: it must stay marked as "
+        "synthetic, and be kept out of what a diagnosis or a test of a model rests on.",
+    )
     NETWORK: ClassVar[str] = "pair"
+    VIEWS: ClassVar[int] = 2
 
     name: Literal["generation"]
     latent: Annotated[int, Field(ge=1, le=4096)] = 64
@@ -188,5 +211,5 @@ class Generation(_Labels):
 
     @property
     def outputs(self) -> int:
-        """Units of the discriminator's last layer: real or not."""
-        return 1
+        """Units of the discriminator's last layer: one for any image, and one a class."""
+        return 1 + len(self.classes)

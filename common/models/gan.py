@@ -83,7 +83,7 @@ def dcgan(spec: RunSpec) -> nn.Module:
         nn.LeakyReLU(0.2),
         nn.Flatten(),
         nn.Dropout(spec.model.dropout),
-        nn.Linear(2 * filters * places, 1 + len(spec.task.classes)),
+        nn.Linear(2 * filters * places, spec.task.outputs),
     )
     return Pair(Generator(spec), discriminator)
 
