@@ -125,7 +125,8 @@ def test_the_curves_are_those_of_the_predictions():
     assert isinstance(recall, Chart)
     assert isinstance(calibration, Chart)
     x, y, _ = sk.roc_curve(labels, scores, drop_intermediate=False)
-    assert (roc.lines[0].x, roc.lines[0].y) == (pytest.approx(x), pytest.approx(y))
+    assert roc.lines[0].x == pytest.approx(x)
+    assert roc.lines[0].y == pytest.approx(y)
     at = np.interp(0.1, x, y)
     assert f"at a false positive rate of 0.1 the sensitivity is {at:.2f}" in roc.says
     assert recall.level == pytest.approx(labels.mean())
