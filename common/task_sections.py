@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from common.spec import Count, Metric, NonNegative, Rate, Task
+from common.spec import Metric, NonNegative, Rate, Task
 
 if TYPE_CHECKING:
     from common.spec import RunSpec
@@ -207,7 +207,7 @@ class Generation(_Labels):
     name: Literal["generation"]
     latent: Annotated[int, Field(ge=1, le=4096)] = 64
     generator_learning_rate: Rate = 2e-4
-    generator_steps: Count = 1
+    generator_steps: Annotated[int, Field(ge=1, le=64)] = 1
 
     @property
     def outputs(self) -> int:
