@@ -12,6 +12,7 @@ import base64
 import io
 import logging
 import math
+import textwrap
 import unicodedata
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -59,7 +60,7 @@ _STYLES = ("-", (0, (5, 2)), (0, (1.5, 1.5)))
 _DOTS = (0, (1, 2))
 _BAR, _GROUND_BAR = "#7FB8D8", "#C9D6DC"
 _LONGEST_NAME = 26
-_LONGEST_TITLE = 40
+_LONGEST_LABEL, _TITLE_LINE = 40, 32
 _MOST_LETTERS = 80
 _MOST_KEYS = 10
 _MARGINS = (0.6, 0.52, 0.12, 0.38)
@@ -133,8 +134,11 @@ def by_round(title: str, series: Sequence[Series], chosen: int | None) -> Pictur
 
 def chart(shown: Chart) -> Picture:
     """The curves of a task's chart; a single one has its band."""
-    with _figure(3.9, 3.7, _MARGINS if shown.unit_square else _WIDER) as (figure, axes):
-        axes.set_title(_name(shown.title, _LONGEST_TITLE))
+    title = textwrap.wrap(_name(shown.title, 2 * _TITLE_LINE), _TITLE_LINE)
+    left, bottom, right, top = _MARGINS if shown.unit_square else _WIDER
+    more = 0.2 * (len(title) - 1)
+    with _figure(3.9, 3.7 + more, (left, bottom, right, top + more)) as (figure, axes):
+        axes.set_title("\n".join(title))
         if shown.diagonal:
             axes.axline((0, 0), slope=1, color=_MUTED, linewidth=1, linestyle=_DOTS)
         if shown.level is not None:
@@ -144,8 +148,8 @@ def chart(shown: Chart) -> Picture:
             _unit_square(axes)
         if shown.bars is not None:
             _draw_bars(axes, shown.bars, unit_square=shown.unit_square)
-        axes.set_xlabel(_name(shown.x, _LONGEST_TITLE))
-        y = _name(shown.y, _LONGEST_TITLE)
+        axes.set_xlabel(_name(shown.x, _LONGEST_LABEL))
+        y = _name(shown.y, _LONGEST_LABEL)
         axes.set_ylabel(y, rotation_mode="anchor", ha="center", va="bottom")
         return _picture(figure, shown.says)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import io
 import json
 import re
@@ -358,6 +359,18 @@ def test_everything_that_a_chart_has_is_drawn():
     }
     for what, settings in richer.items():
         assert paths(svg(a_chart(**settings))) > paths(svg(plain)), what
+
+
+def test_a_long_title_goes_on_in_a_second_line_and_no_further():
+    whole = "Trained on synthetic images, tested on real ones"
+    chart = dataclasses.replace(a_chart(), title=whole)
+    lines = [line for line in re.findall(r">([^<>]+)</(?:text|tspan)>", svg(chart))]
+    assert {"Trained on synthetic images,", "tested on real ones"} <= set(lines)
+    endless = svg(dataclasses.replace(chart, title="much " * 40))
+    assert endless.count("much") == 12
+    assert "\u2026" in endless
+    assert "A title" in svg(dataclasses.replace(chart, title="A title"))
+    figures.chart(dataclasses.replace(chart, title=""))
 
 
 def test_several_lines_have_a_key_and_one_has_none():
