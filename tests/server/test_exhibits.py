@@ -239,6 +239,15 @@ def test_the_page_is_written_again_from_the_folder_alone(toy_run, tmp_path):
     assert write_report(directory).read_bytes() == first
 
 
+def test_a_metric_that_a_task_did_not_give_has_no_value(build_run, monkeypatch):
+    spec = toy_spec(RunSpec.from_json((build_run(rounds=2) / "spec.json").read_text()))
+    monkeypatch.setattr(Toy, "score", lambda *_, **__: {"hits": Estimate(0.5)})
+    part = score_part(spec, "test", {"levels": np.zeros(4)}, np.arange(4), "patient")
+    assert part.metrics == {
+        "error": Estimate(None), "hits": Estimate(0.5), "ratio": Estimate(None)
+    }  # fmt: skip
+
+
 def test_the_best_round_of_an_error_is_the_lowest(build_run):
     known = RunSpec.from_json((build_run(rounds=2) / "spec.json").read_text())
     patients, state = np.arange(4), EarlyStopping.of(toy_spec(known))
@@ -438,7 +447,9 @@ def test_any_damage_to_the_evidence_is_named_or_none(build_run):
     whole = path.read_bytes()
     expected = {n: p.to_json() for n, p in RunRecord.read(directory).final.items()}
     rng = np.random.default_rng(0)
-    damaged = [whole[:cut] for cut in rng.integers(0, len(whole), 40)]
+    one_array = io.BytesIO()
+    np.save(one_array, np.zeros(3))
+    damaged = [b"", one_array.getvalue(), *(whole[:n] for n in rng.integers(0, len(whole), 40))]
     for place in rng.integers(0, len(whole), 80):
         damaged.append(whole[:place] + bytes([whole[place] ^ 0x55]) + whole[place + 1 :])
     refused = []

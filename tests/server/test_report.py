@@ -75,6 +75,17 @@ def test_the_headline_is_the_final_model_on_the_test_part(build_run):
     assert "Rounds 14" in page.text
 
 
+def test_auroc_stays_on_top_whatever_chose_the_model(build_run):
+    directory = build_run(rounds=2)
+    spec = json.loads((directory / "spec.json").read_text())
+    spec["evaluation"]["metric"] = "brier"
+    (directory / "spec.json").write_text(json.dumps(spec))
+    page = read(directory)
+    assert "AUROC on the test part 0." in page.text
+    by_round = [a["alt"].split(" by round")[0] for a in page.all("img") if "by round" in a["alt"]]
+    assert by_round == ["Brier score", "AUROC", "AUPRC", "Accuracy"]
+
+
 def test_it_holds_every_figure_and_every_site(build_run):
     page = read(build_run())
     titles = ("Receiver operating", "Precision-recall", "Reliability", "Who took part")
