@@ -370,6 +370,16 @@ def test_everything_that_a_chart_has_is_drawn():
         assert paths(svg(a_chart(**settings))) > paths(svg(plain)), what
 
 
+def test_steps_hold_a_value_and_several_lines_have_no_bands():
+    x = np.array([0, 0.5, 1])
+    straight, steps = (svg(a_chart(lines=[Line("", x, x, steps=s)])) for s in (False, True))
+    assert straight != steps
+    both = [Line("", x, x), Line("", x, 1 - x)]
+    banded = [dataclasses.replace(line, low=line.y - 0.1, high=line.y + 0.1) for line in both]
+    assert svg(a_chart(lines=banded)) == svg(a_chart(lines=both))
+    assert svg(a_chart(lines=banded[:1])) != svg(a_chart(lines=both[:1]))
+
+
 def test_a_long_title_goes_on_in_a_second_line_and_no_further():
     whole = "Trained on synthetic images, tested on real ones"
     chart = dataclasses.replace(a_chart(), title=whole)
