@@ -19,6 +19,7 @@ from torch.nn import functional
 from client.training import LocalTrainer
 from common import models, tasks
 from common.errors import ModelError
+from common.noise import Keystream
 from common.spec import Metric, RunSpec
 from common.spec import Task as Section
 from common.tasks.task import Task
@@ -129,7 +130,25 @@ def summed(
     return np.asarray(steps[0].summed, dtype=np.float64)
 
 
-def slow_sum(images: NDArray[np.float32], labels: Any, noise: Tensor) -> NDArray[np.float64]:
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """What the follower was given for each patient, in order."""
+    found: list[Tensor] = []
+    real = torch.rand
+
+    def rand(*size: Any, **options: Any) -> Tensor:
+        numbers = real(*size, **options)
+        if size[1:] == (1,) and len(found) < PATIENTS:
+            found.extend(numbers)
+        return numbers
+
+    monkeypatch.setattr(torch, "rand", rand)
+    return found
+
+
+def slow_sum(
+    images: NDArray[np.float32], labels: Any, noise: Tensor, clip_norm: float
+) -> NDArray[np.float64]:
     """Patient by patient, both rows of each, by plain autograd."""
     network = Pair()
     network.load_state_dict({name: torch.from_numpy(w) for name, w in weights().items()})
@@ -146,29 +165,20 @@ def slow_sum(images: NDArray[np.float32], labels: Any, noise: Tensor) -> NDArray
         )
         grads = torch.autograd.grad(loss, parameters)  # type: ignore[arg-type]
         flat = torch.cat([g.flatten() for g in grads]).double().numpy()
-        total += flat * min(1.0, C / float(np.linalg.norm(flat)))
+        total += flat * min(1.0, clip_norm / float(np.linalg.norm(flat)))
     return total
 
 
-@pytest.mark.parametrize("physical", [2, 4, 100])
-def test_the_rows_of_a_patient_are_clipped_as_one(
-    make: Any, watch_steps: Any, quiet_keystream: Any, monkeypatch: Any, physical: int
+@pytest.mark.parametrize(("physical", "clip_norm"), [(2, C), (4, C), (100, C), (4, 1e3)])
+def test_the_rows_of_a_patient_are_added_up_and_clipped_as_one(
+    make: Any, watch_steps: Any, drawn: list[Tensor], physical: int, clip_norm: float
 ):
-    drawn: list[Tensor] = []
-    real = torch.rand
-
-    def rand(*size: Any, **options: Any) -> Tensor:
-        numbers = real(*size, **options)
-        if size[1:] == (1,) and len(drawn) < PATIENTS:
-            drawn.extend(numbers)
-        return numbers
-
-    monkeypatch.setattr(torch, "rand", rand)
-    trainer, cohort = make(physical)
-    fast = summed(trainer, watch_steps, quiet_keystream())
-    slow = slow_sum(cohort._pixels, cohort.labels, torch.stack(drawn))
-    np.testing.assert_allclose(fast, slow, atol=1e-5)
-    assert np.linalg.norm(slow) > C  # several patients, each clipped
+    trainer, cohort = make(physical, privacy={"clip_norm": clip_norm})
+    fast = summed(trainer, watch_steps, Keystream(bytes(32)))
+    slow = slow_sum(cohort._pixels, cohort.labels, torch.stack(drawn), clip_norm)
+    np.testing.assert_allclose(fast, slow, rtol=1e-4, atol=1e-4)
+    alone = slow_sum(cohort._pixels[:1], cohort.labels[:1], drawn[0][None], 1e9)
+    assert (np.linalg.norm(alone) > clip_norm) == (clip_norm == C)
 
 
 @pytest.mark.parametrize(("poison", "largest"), [(0.5, 1), (np.inf, 1), (0.5, 1e6), (np.inf, 1e6)])
@@ -185,6 +195,22 @@ def test_no_patient_moves_the_sum_by_more_than_c_whatever_the_rows(
     moved = float(np.linalg.norm(whole - without)) / C
     assert moved <= 1 + 1e-4
     assert moved > 0.99 or largest > 1
+
+
+def test_no_more_rows_go_together_than_memory_has_room_for(
+    make: Any, quiet_keystream: Any, monkeypatch: Any
+):
+    sizes: list[int] = []
+    right = PairTask.losses
+
+    def losses(self: Any, outputs: Tensor, targets: Tensor) -> Tensor:
+        sizes.append(len(outputs))
+        return right(self, outputs, targets)
+
+    monkeypatch.setattr(PairTask, "losses", losses)
+    trainer, _ = make(13, augmentation={"multiplicity": 3})
+    trainer.train(weights(), 1, quiet_keystream())
+    assert sizes == [12, 12, 6]  # of 2 x 3 rows of each of five patients
 
 
 def test_rows_that_were_not_told_of_are_refused(make: Any, monkeypatch: Any, quiet_keystream: Any):
