@@ -295,6 +295,22 @@ def test_what_follows_is_a_function_of_the_noised_weights_and_not_of_the_batch(
     assert np.abs(many - followed(trainer, quiet_keystream())).max() > 0
 
 
+def test_nor_of_what_the_batch_drew_from_torchs_own_generator(
+    make: Any, quiet_keystream: Any, monkeypatch: Any
+):
+    """As dropout and a variational network's code do, among the patients and after them."""
+    right, after = PairTask.examples, PairTask.follow
+    own = torch.default_generator
+    monkeypatch.setattr(PairTask, "examples", lambda self, i, t, n, _: right(self, i, t, n, own))
+    monkeypatch.setattr(PairTask, "follow", lambda self, network, _: after(self, network, own))
+    still = {"name": "sgd", "learning_rate": 1e-30}
+    trainer, cohort = make(local={"batch_size": PATIENTS, "steps": 3}, optimizer=still)
+    many = followed(trainer, quiet_keystream())
+    cohort.show([[0]])
+    np.testing.assert_array_equal(many, followed(trainer, quiet_keystream()))
+    assert np.abs(many).max() > 0
+
+
 def test_what_follows_leaves_the_patients_gradients_alone(
     make: Any, watch_steps: Any, quiet_keystream: Any, monkeypatch: Any
 ):
