@@ -295,6 +295,16 @@ def test_what_follows_is_a_function_of_the_noised_weights_and_not_of_the_batch(
     assert np.abs(many - followed(trainer, quiet_keystream())).max() > 0
 
 
+def test_what_follows_is_not_pulled_back_with_what_learns(make: Any, quiet_keystream: Any):
+    still = {"name": "sgd", "learning_rate": 1e-30}
+    changes = {"local": {"batch_size": PATIENTS, "steps": 3}, "optimizer": still}
+    free, _ = make(**changes)
+    pulled, _ = make(**changes, aggregation={"strategy": "fedprox", "mu": 0.5})
+    np.testing.assert_array_equal(
+        followed(free, quiet_keystream()), followed(pulled, quiet_keystream())
+    )
+
+
 def test_nor_of_what_the_batch_drew_from_torchs_own_generator(
     make: Any, quiet_keystream: Any, monkeypatch: Any
 ):
