@@ -220,24 +220,26 @@ class Detection(Task):
             cells = (words.estimate(scores[metric]) for metric in metrics)
             rows.append((name, *cells, str(int(hit.true.sum()))))
         head = ("Class", *(metric.title for metric in metrics.values()), "True boxes")
-        note = "With 95 % intervals over resampled patients. FROC: the mean of the next table's."
+        note = "With 95 % intervals. FROC sensitivity is the mean of the next table's."
         return Table("By class", head, rows, note)
 
     def _sensitivities(self, hits: Sequence[Hits], patients: NDArray[np.int64]) -> Table:
-        rows = []
-        for name, hit in zip(self.spec.task.classes, hits, strict=True):
+        columns = []
+        for hit in hits:
 
             def at(weights: Floats, hit: Hits = hit) -> dict[str, Floats]:
                 curve = hit.ranking(weights, 0)
                 found = sensitivities(curve, weights @ hit.true, weights.sum(axis=1))
                 return {str(n): column for n, column in enumerate(found.T)}
 
-            rows.append((name, *map(words.estimate, self._estimated(at, patients).values())))
+            columns.append([words.estimate(e) for e in self._estimated(at, patients).values()])
+        allowed = [f"{number:g}" for number in FALSE_POSITIVES]
         return Table(
-            "Sensitivity at false positives an image",
-            ("Class", *(f"{allowed:g}" for allowed in FALSE_POSITIVES)),
-            rows,
-            "A box counts as found at an overlap (IoU) of at least 0.5.",
+            "Sensitivity",
+            ("False positives an image", *self.spec.task.classes),
+            list(zip(allowed, *columns, strict=True)),
+            "The part of the true boxes that is found at an overlap (IoU) of at least 0.5, where "
+            "so many false ones are allowed.",
         )
 
     def _froc(self, hits: Sequence[Hits], images: int) -> Chart:

@@ -11,13 +11,15 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import ndimage
 
 TRUE = (86, 180, 233)
 FOUND = (230, 159, 0)
 LEGEND = "True: the whole blue line. Found: the broken orange one."
 
 SMALLEST_SHOWN = 256  # a smaller image is enlarged, so that a line is thinner than what it bounds
-_DASH = 4
+_DASH = 6
+_THIN = 400  # pixels of a picture's side for each pixel that a line is widened by
 
 Pixels = NDArray[np.uint8]
 Mask = NDArray[np.bool_]
@@ -71,10 +73,16 @@ def frame(box: NDArray[Any], height: int, width: int) -> Mask:
 
 def draw_true(picture: Pixels, lines: Mask) -> None:
     """Draw a whole line into `picture`."""
-    picture[lines] = TRUE
+    picture[_widened(lines)] = TRUE
 
 
 def draw_found(picture: Pixels, lines: Mask) -> None:
     """Draw a broken line into `picture`."""
     rows, columns = np.indices(lines.shape)
-    picture[lines & ((rows + columns) // _DASH % 2 == 0)] = FOUND
+    picture[_widened(lines) & ((rows + columns) // _DASH % 2 == 0)] = FOUND
+
+
+def _widened(lines: Mask) -> Mask:
+    """Lines that are still seen when the picture is shown small."""
+    wide = ndimage.binary_dilation(lines, iterations=max(1, max(lines.shape) // _THIN))
+    return np.asarray(wide, dtype=np.bool_)

@@ -417,8 +417,9 @@ def test_what_is_shown_is_where_the_boxes_are(detection: Make):
     by_class, sensitivities, *charts, gallery = task.exhibits(kept, np.arange(4))
     assert isinstance(by_class, Table)
     assert isinstance(sensitivities, Table)
+    assert [row[0] for row in by_class.rows] == list(sensitivities.head[1:]) == CLASSES
+    assert [row[0] for row in sensitivities.rows] == ["0.125", "0.25", "0.5", "1", "2", "4", "8"]
     for table in (by_class, sensitivities):
-        assert [row[0] for row in table.rows] == CLASSES
         assert {len(row) for row in table.rows} == {len(table.head)}
     assert [chart.title for chart in charts] == ["FROC", "Precision and recall"]
     assert isinstance(gallery, Gallery)
@@ -430,7 +431,7 @@ def test_what_is_shown_is_where_the_boxes_are(detection: Make):
     assert not drawn[1].any()
     assert drawn[0, 3 * times, 2 * times : 20 * times].all()
     assert drawn[0, 21 * times - 1, 2 * times : 20 * times].all()
-    assert not drawn[0, : 3 * times].any()
+    assert not drawn[0, : 3 * times - 1].any()
 
 
 def test_without_a_gallery_no_image_is_kept(detection: Make):
