@@ -243,15 +243,10 @@ class Generation(Task):
         if not predictions.finite:
             return dict.fromkeys(self._section.METRICS, Estimate(None))
         taught = metrics.score(predictions, resamples=resamples, generator=generator).metrics
-        near, other = evidence["nearest"], evidence["nearest_real"]
-        known = np.isfinite(other) & (other > 0)
-        parts = {"nearest": (np.where(known, near, 0), np.where(known, other, 0))}
-        copies = {"copies": np.where(known, _PERCENT * (near < _COPY * other), np.nan)}
         return {
             "tstr-auroc": taught["auroc"],
             "tstr-accuracy": taught["accuracy"],
-            **ratios(parts, patients, resamples=resamples, generator=generator),
-            **means(copies, patients, resamples=resamples, generator=generator),
+            **memory(evidence, patients, resamples=resamples, generator=generator),
         }
 
     def _predictions(self, evidence: Evidence, patients: NDArray[np.int64]) -> Predictions:
@@ -339,7 +334,7 @@ def nearest(
 def distances(cohort: Cohort, synthetic: Tensor) -> dict[str, NDArray[np.float32]]:
     """How near the images of a cohort are to synthetic ones and to each other.
 
-    To as many of either: at most 2,048 of the cohort, evenly spread.
+    To as many of either, at most 2,048; of the cohort evenly spread.
 
     Args:
         cohort: N images.
@@ -349,7 +344,7 @@ def distances(cohort: Cohort, synthetic: Tensor) -> dict[str, NDArray[np.float32
         ``nearest`` (N,) to a synthetic image; ``nearest_real`` (N,) to a real one of another
         patient, infinite where there is none.
     """
-    among = pictures.spread(len(cohort), _SYNTHETIC)
+    among = pictures.spread(len(cohort), min(_SYNTHETIC, len(synthetic)))
     real = _small(torch.from_numpy(cohort.images(among)))
     made = _small(synthetic[: len(among)])
     found: dict[str, list[NDArray[np.float32]]] = {"nearest": [], "nearest_real": []}
@@ -359,6 +354,23 @@ def distances(cohort: Cohort, synthetic: Tensor) -> dict[str, NDArray[np.float32
         found["nearest"].append(nearest(images, made))
         found["nearest_real"].append(nearest(images, real, apart))
     return {name: np.concatenate(pieces) for name, pieces in found.items()}
+
+
+def memory(
+    found: Evidence,
+    patients: NDArray[np.int64],
+    *,
+    resamples: int,
+    generator: np.random.Generator,
+) -> dict[str, Estimate]:
+    """``nearest`` and ``copies`` of what `distances` found; see the table of this module."""
+    near, other = found["nearest"], found["nearest_real"]
+    known = np.isfinite(other) & (other > 0)
+    parts = {"nearest": (np.where(known, near, 0), np.where(known, other, 0))}
+    copies = {"copies": np.where(known, _PERCENT * (near < _COPY * other), np.nan)}
+    return ratios(parts, patients, resamples=resamples, generator=generator) | means(
+        copies, patients, resamples=resamples, generator=generator
+    )
 
 
 def _distances_chart(evidence: Evidence) -> list[Chart]:
@@ -384,13 +396,16 @@ def _distances_chart(evidence: Evidence) -> list[Chart]:
 
 # --- The judge ----------------------------------------------------------------------------------
 
-_JUDGE_STEPS, _JUDGE_BATCH, _JUDGE_RATE, _JUDGE_NOISE, _JUDGE_WIDTH = 150, 64, 3e-3, 0.1, 16
+_JUDGES, _JUDGE_STEPS, _JUDGE_BATCH, _JUDGE_RATE = 3, 150, 64, 3e-3
+_JUDGE_WIDTH, _JUDGE_SIDE, _JUDGE_NOISE = 16, 16, 0.5
 
 
 class _Judge(nn.Module):
-    """A small network on images at most 32 pixels a side, each centred and scaled by itself.
+    """A small network on images at most 16 pixels a side, each centred and scaled by itself.
 
     Two strided convolutions with GroupNorm and ReLU, the mean over the image, one number a class.
+    It learns from noisy images. Made small and noisy, images lose the finest texture, by which
+    synthetic ones differ from real ones and which says nothing of their class.
     """
 
     def __init__(self, channels: int, classes: int) -> None:
@@ -410,46 +425,54 @@ class _Judge(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, C, H, W) in any scale to (B, classes)."""
-        small = _shrunk(images)
+        small = _shrunk(images, _JUDGE_SIDE)
         deviation, mean = torch.std_mean(small, dim=(1, 2, 3), keepdim=True)
-        given: Tensor = self.layers(self._disturbed((small - mean) / deviation.clamp_min(1e-4)))
+        seen = (small - mean) / deviation.clamp_min(1e-4)
+        if self.training:
+            seen = seen + _JUDGE_NOISE * torch.randn_like(seen)
+        given: Tensor = self.layers(seen)
         return given
 
-    def _disturbed(self, images: Tensor) -> Tensor:
-        """In training, with noise: a generator's finest texture must not be what is learned."""
-        if not self.training:
-            return images
-        return images + _JUDGE_NOISE * torch.randn_like(images)
+
+class _Judges(nn.Module):
+    """The mean of several: one alone depends on how it began."""
+
+    def __init__(self, judges: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.judges = nn.ModuleList(judges)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """As each of them."""
+        return torch.stack([judge(images) for judge in self.judges]).mean(dim=0)
 
 
 def _taught(
     images: Tensor, has: Tensor, loss_of: Callable[[Tensor, Tensor], Tensor], seed: int
 ) -> nn.Module:
-    """A judge taught on these images, in evaluation mode; the same ones give the same judge."""
+    """Judges taught on these images, in evaluation mode; the same ones give the same judges."""
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         torch.default_generator.manual_seed(seed)
-        judge = _Judge(images.shape[1], has.shape[1])
-        optimizer = torch.optim.Adam(judge.parameters(), lr=_JUDGE_RATE)
-        for _ in range(_JUDGE_STEPS):
-            rows = torch.randint(len(images), (_JUDGE_BATCH,))
-            loss = loss_of(judge(images[rows]), has[rows])
-            optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-    return judge.eval()
+        judges = _Judges([_Judge(images.shape[1], has.shape[1]) for _ in range(_JUDGES)])
+        for judge in judges.judges:
+            optimizer = torch.optim.Adam(judge.parameters(), lr=_JUDGE_RATE)
+            for _ in range(_JUDGE_STEPS):
+                rows = torch.randint(len(images), (_JUDGE_BATCH,))
+                loss = loss_of(judge(images[rows]), has[rows])
+                optimizer.zero_grad()
+                loss.backward()  # type: ignore[no-untyped-call]
+                optimizer.step()
+    return judges.eval()
 
 
 def _small(images: Tensor) -> Tensor:
     """(N, D): the pixels of images made at most 32 a side."""
-    return _shrunk(images).flatten(1)
+    return _shrunk(images, _LARGEST_SIDE).flatten(1)
 
 
-def _shrunk(images: Tensor) -> Tensor:
-    height, width = images.shape[-2:]
-    if max(height, width) <= _LARGEST_SIDE:
-        return images
-    side = (min(height, _LARGEST_SIDE), min(width, _LARGEST_SIDE))
-    return functional.adaptive_avg_pool2d(images, side)
+def _shrunk(images: Tensor, side: int) -> Tensor:
+    """The means of squares of pixels, so large that no side is above `side`."""
+    times = -(-max(images.shape[-2:]) // side)
+    return images if times == 1 else functional.avg_pool2d(images, times, ceil_mode=True)
 
 
 def _pair(network: nn.Module) -> Pair:
