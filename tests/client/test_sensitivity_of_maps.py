@@ -123,7 +123,7 @@ def moves(sum_of: SumOf, clip_norm: float) -> NDArray[np.float64]:
         others = [other for other in range(PATIENTS) if other != patient]
         difference = sum_of([*others, patient]) - sum_of(others)
         moved.append(float(np.linalg.norm(difference)) / clip_norm)
-    return np.nan_to_num(np.array(moved), nan=np.inf)
+    return np.asarray(np.nan_to_num(np.array(moved), nan=np.inf), dtype=np.float64)
 
 
 @case
