@@ -165,11 +165,14 @@ def report(
 
 @app.command()
 def models() -> None:
-    """List the networks that a run's file may name."""
-    from common.models import names
+    """List the networks that a run's file may name, with the tasks that take them."""
+    from common.models import NETWORKS, names
+    from common.tasks import TASKS, section_for
 
+    takes = {task: section_for(task).NETWORK for task in TASKS}
     for name in names():
-        console.print(name, highlight=False)
+        tasks = (task for task, gives in takes.items() if gives == NETWORKS[name].gives)
+        console.print(f"{name:<16}{', '.join(tasks)}", highlight=False)
 
 
 @spec_app.command()
