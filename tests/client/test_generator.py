@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from client import training
 from client.training import PatientOptimizer
@@ -86,7 +86,7 @@ class Peeking(Generation):
         self.kept = images.mean()
         return super().examples(images, *others)
 
-    def follow(self, network: nn.Module, generator: torch.Generator) -> None:
+    def follow(self, network: Any, generator: torch.Generator) -> None:
         super().follow(network, generator)
         with torch.no_grad():
             network.generator.layers[-2].bias += 0.01 * getattr(self, "kept", 0)

@@ -119,7 +119,7 @@ def moves(sum_of: SumOf, clip_norm: float) -> NDArray[np.float64]:
         others = [other for other in range(PATIENTS) if other != patient]
         difference = sum_of([*others, patient]) - sum_of(others)
         moved.append(float(np.linalg.norm(difference)) / clip_norm)
-    return np.nan_to_num(np.array(moved), nan=np.inf)
+    return np.asarray(np.nan_to_num(np.array(moved), nan=np.inf), dtype=np.float64)
 
 
 @case
@@ -157,7 +157,9 @@ def test_a_loss_that_grows_with_the_batch_is_found(make_sum_of, monkeypatch, tab
     class OverTheBatch(kind):  # type: ignore[misc, valid-type]
         def losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
             whole = PATIENTS * self.spec.task.VIEWS
-            return super().losses(outputs, targets) * (len(outputs) / whole) ** 3
+            each = super().losses(outputs, targets)
+            scaled: Tensor = each * (len(outputs) / whole) ** 3
+            return scaled
 
     alone = make_sum_of(tables, loss, clip_norm=1e3)
     clip_norm = max(float(np.linalg.norm(alone([patient]))) for patient in range(PATIENTS))

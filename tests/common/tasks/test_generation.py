@@ -191,7 +191,7 @@ def test_no_slope_of_a_layer_is_above_one_and_those_below_stay_as_they_are():
     steep, flat = nn.Conv2d(2, 3, 3), nn.Linear(4, 5)
     with torch.no_grad():
         steep.weight.mul_(9)
-        flat.weight.mul_(0.5 / np.linalg.norm(flat.weight.numpy(), ord=2))
+        flat.weight.mul_(float(0.5 / np.linalg.norm(flat.weight.numpy(), ord=2)))
     before = flat.weight.detach().clone()
     direction = steep.weight.detach().clone() / steep.weight.norm()
     bound_slopes(nn.Sequential(steep, flat))
@@ -246,7 +246,7 @@ def test_a_judge_taught_on_good_images_knows_real_ones(generation: Make, task):
     auroc = figures["tstr-auroc"]
     assert auroc.value > (0.95 if classes == 2 else 0.6)
     assert auroc.low <= auroc.value <= auroc.high
-    shown = made.exhibits(evidence, np.arange(90))
+    shown: Any = made.exhibits(evidence, np.arange(90))
     assert [type(each) for each in shown] == [Chart, Chart, Gallery]
     assert len(shown[-1].pictures) == len(shown[-1].captions) == 4
 

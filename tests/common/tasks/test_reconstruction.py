@@ -92,7 +92,8 @@ class Images:
 
 def seen(task: Reconstruction, network: nn.Module, images: Tensor, targets: Any = None) -> Any:
     """Evidence and figures of a network on `images`, each of its own patient."""
-    evidence = task.evidence(network, Images(images, targets), torch.device("cpu"))
+    cohort: Any = Images(images, targets)
+    evidence = task.evidence(network, cohort, torch.device("cpu"))
     patients = np.arange(len(images))
     figures = task.score(evidence, patients, resamples=50, generator=np.random.default_rng(1))
     return evidence, figures
