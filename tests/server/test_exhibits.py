@@ -34,7 +34,7 @@ from server.evaluation import CentralEvaluator, EarlyStopping, EvaluationResult,
 from server.record import RunRecord
 from server.report import write_report
 
-HOSTILE = "<script>alert(1)</script> $\\frac{1}{2}$ {{ 7 * 7 }}\x07"
+HOSTILE = "\x07<script>alert(1)</script> $\\frac{1}{2}$ {{ 7 * 7 }}"
 PNG, SVG = "data:image/png;base64,", "data:image/svg+xml;base64,"
 PICTURES = 7
 
@@ -225,8 +225,10 @@ def test_what_a_task_says_stays_text(toy_run):
     assert "<script>" not in page
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page
     assert "{{ 7 * 7 }}" in words_of(page)
-    for svg in re.findall(rf'src="{SVG}([^"]*)"', page):
-        text = base64.b64decode(svg).decode()
+    sources = re.findall(rf'src="{re.escape(SVG)}([^"]*)"', page)
+    drawn = [base64.b64decode(one).decode() for one in sources]
+    assert any("alert(1)" in text for text in drawn)
+    for text in drawn:
         assert "<script" not in text
         assert "\x07" not in text  # it would be no XML
 

@@ -97,6 +97,7 @@ def test_it_holds_every_figure_and_every_site(build_run):
     for site in ("Northgate University Hospital", "Southbank", "St Brigid", "Westmoor"):
         assert site in page.text
     assert "4 Westmoor late no answer within 60 s" in page.text
+    assert page.text.count("95 % pointwise") == 1  # of all three curves
     assert "fedavgm" in page.text
     assert "torch 2.13.0" in page.text
 
