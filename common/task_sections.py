@@ -181,20 +181,23 @@ class Generation(_Labels):
     METRICS: ClassVar[Mapping[str, Metric]] = {
         "tstr-auroc": Metric(
             "AUROC, trained on synthetic images",
-            note="Of a small classifier that has seen synthetic images alone, on real ones.",
+            note="AUROC and accuracy are of small classifiers that have seen synthetic images "
+            "alone, on real ones.",
         ),
         "tstr-accuracy": Metric("Accuracy, trained on synthetic images"),
         "nearest": Metric(
             "Distance to the nearest synthetic image",
             chooses=False,
-            note="Of a real image, for one to the nearest image of another patient among as many.",
+            note="The distance is that of a real image, for one to the nearest image of another "
+            "patient among as many.",
         ),
         "copies": Metric(
             "Images with a synthetic one as near as a copy",
             lower_is_better=True,
             unit="%",
             chooses=False,
-            note="Nearer than half of the way to the nearest image of another patient.",
+            note="As near as a copy: nearer than half of the way to the nearest image of another "
+            "patient.",
         ),
     }
     CAVEATS: ClassVar[tuple[str, ...]] = (

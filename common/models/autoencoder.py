@@ -21,9 +21,11 @@ class AutoEncoder(nn.Module):
     """A convolutional auto-encoder; with `variational`, its code is drawn (arXiv:1312.6114).
 
     The code is a map of ``task.code`` channels at a quarter of either side. The way in: 5x5
-    convolution of w filters and 3x3 of 2w, both with stride 2, GroupNorm and ReLU, and a 1x1
-    convolution to the code. The way out: 1x1 to 2w, then twice as large by repetition, 3x3 to w,
+    convolution of w filters and 3x3 of 2w, both with stride 2 and ReLU, and a 1x1 convolution to
+    the code. The way out: 1x1 to 2w, then twice as large by repetition, 3x3 to w,
     and again, and 3x3 to the channels of the image. w is ``spec.model.width``, 16 if not given.
+    No layer normalises: that would take away the brightness which is to be given back, and cost
+    half a decibel where it was tried.
 
     Given (B, C, H, W) it returns (B, C, H, W). A variational one returns (B, C H W + 2 K): the
     image, then the K means and K logarithms of variances of its code, each row flattened; its code
@@ -78,8 +80,7 @@ def vae(spec: RunSpec) -> nn.Module:
 
 def _narrower(channels: int, filters: int, *, kernel: int) -> tuple[nn.Module, ...]:
     return (
-        nn.Conv2d(channels, filters, kernel, stride=2, padding=kernel // 2, bias=False),
-        _norm(filters),
+        nn.Conv2d(channels, filters, kernel, stride=2, padding=kernel // 2),
         nn.ReLU(),
     )
 
@@ -89,11 +90,6 @@ def _wider(channels: int, filters: int) -> tuple[nn.Module, ...]:
     # pattern (Odena et al. 2016).
     return (
         nn.Upsample(scale_factor=2),
-        nn.Conv2d(channels, filters, kernel_size=3, padding=1, bias=False),
-        _norm(filters),
+        nn.Conv2d(channels, filters, kernel_size=3, padding=1),
         nn.ReLU(),
     )
-
-
-def _norm(filters: int) -> nn.Module:
-    return nn.GroupNorm(4 if filters % 4 == 0 else 1, filters)

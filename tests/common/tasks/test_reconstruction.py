@@ -366,5 +366,5 @@ def test_a_network_learns_to_give_images_back(reconstruction: Make):
         loss.backward()
         optimizer.step()
     _, after = seen(task, network.eval(), images)
-    assert after["psnr"].value > before["psnr"].value + 5
+    assert after["psnr"].value > before["psnr"].value + 3
     assert after["gain"].value > 0
