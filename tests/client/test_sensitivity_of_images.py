@@ -38,7 +38,7 @@ VARIATIONAL = AUTOENCODER | {
     "model": {"name": "vae", "width": 4},
 }
 PAIR: dict[str, Any] = {
-    "task": {"name": "generation", "classes": ["normal", "finding"], "latent": 4},
+    "task": {"name": "generation", "classes": ["normal", "finding"], "latent": 16},
     "model": {"name": "dcgan", "width": 4},
     "evaluation": {"metric": "tstr-auroc"},
 }
