@@ -37,7 +37,7 @@ def reconstruction(make_spec: Callable[..., RunSpec]) -> Callable[..., RunSpec]:
 @size
 def test_an_autoencoder_gives_back_an_image_of_the_same_size(reconstruction, shape):
     spec = reconstruction("autoencoder", shape, code=3)
-    network = models.build(spec)
+    network: Any = models.build(spec)
     models.check_private(network)
     assert network(images_of(shape)).shape == (3, *shape)
     assert network.encoder(images_of(shape))[0].numel() == network.code_numbers
@@ -45,7 +45,7 @@ def test_an_autoencoder_gives_back_an_image_of_the_same_size(reconstruction, sha
 
 @size
 def test_a_variational_one_gives_its_code_behind_the_pixels(reconstruction, shape):
-    network = models.build(reconstruction("vae", shape, code=3)).eval()
+    network: Any = models.build(reconstruction("vae", shape, code=3)).eval()
     models.check_private(network)
     given, images = network(images_of(shape)), images_of(shape)
     pixels, code = images[0].numel(), network.code_numbers
@@ -56,7 +56,7 @@ def test_a_variational_one_gives_its_code_behind_the_pixels(reconstruction, shap
 
 
 def test_a_code_is_drawn_in_training_and_its_mean_is_taken_in_evaluation(reconstruction):
-    network = models.build(reconstruction("vae", (1, 16, 16)))
+    network: Any = models.build(reconstruction("vae", (1, 16, 16)))
     images = images_of((1, 16, 16))
     with torch.no_grad():
         one, other = network.train()(images), network(images)
@@ -69,7 +69,7 @@ def test_a_code_is_drawn_in_training_and_its_mean_is_taken_in_evaluation(reconst
 @pytest.mark.parametrize("name", ["autoencoder", "vae"])
 def test_nothing_passes_but_through_the_code(reconstruction, name):
     """With the code's weights at zero, every image gives the same."""
-    network = models.build(reconstruction(name, (1, 16, 16))).eval()
+    network: Any = models.build(reconstruction(name, (1, 16, 16))).eval()
     with torch.no_grad():
         network.encoder[-1].weight.zero_()
         given = network(images_of((1, 16, 16)))[:, :1]
@@ -87,7 +87,7 @@ def test_a_pair_makes_images_in_brightness_and_judges_them_by_class(make_spec, s
         input={"channels": channels, "height": height, "width": width},
         evaluation={"metric": "tstr-auroc"},
     )
-    network = models.build(spec)
+    network: Any = models.build(spec)
     models.check_private(network)
     made = network.generator(torch.randn(6, 5 + len(classes)))
     assert made.shape == (6, *shape)
