@@ -18,7 +18,8 @@ from common.cohort import Cohort
 from common.messages import Arrays
 from common.noise import Keystream
 from common.spec import RunSpec
-from common.tasks import counts, task_for
+from common.tasks import counts
+from common.tasks.classification import Classification
 from common.tasks.preprocess import normalise
 
 _BATCH = 64
@@ -61,7 +62,7 @@ def _predictions(
     for name, parameter in network.named_parameters():
         parameter.copy_(torch.from_numpy(np.array(weights[name])))
     network.to(device).eval()
-    task, classes = task_for(spec), len(spec.task.classes)
+    task, classes = Classification(spec), len(spec.task.classes)
     found = np.empty((len(rows), classes), dtype=np.float32)
     for start in range(0, len(rows), _BATCH):
         part = rows[start : start + _BATCH]

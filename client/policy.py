@@ -16,7 +16,7 @@ from datetime import datetime, time, timedelta
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from client.book import Book, Limit
 from client.intake.reception import Listen
@@ -24,6 +24,7 @@ from client.intake.settings import IntakeSettings, PathText
 from client.ledger import stamp
 from common import accounting
 from common.accounting import Part, Share, SubsampledGaussian, Unit
+from common.cohort import FEWEST_CLASSES
 from common.errors import ConfigError, Refusal, RefusalCode, SpecError
 from common.spec import (
     Count,
@@ -147,10 +148,18 @@ class Data(Section):
     """
 
     unit: Unit
-    kind: Literal["binary", "multiclass", "multilabel"]
-    classes: Annotated[tuple[str, ...], Field(min_length=2)]
+    kind: Literal["binary", "multiclass", "multilabel", "mask", "boxes", "none"]
+    classes: tuple[str, ...]
     shape: tuple[Count, Count, Count]
     preprocessing: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+    @field_validator("classes")
+    @classmethod
+    def _enough_classes(cls, classes: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
+        fewest = FEWEST_CLASSES.get(info.data.get("kind", ""), 0)
+        if len(classes) < fewest:
+            raise ValueError(f"{len(classes)} classes, expected at least {fewest}")
+        return classes
 
 
 class Releases(Section):
@@ -302,7 +311,8 @@ class Policy(Section):
 
     def _objections_to_memory(self, spec: RunSpec, parameters: int) -> Iterator[str]:
         """The copies of one patient's image go through together, each with its own gradient."""
-        copies, most = spec.augmentation.multiplicity, self.machine.gradient_memory
+        copies = spec.augmentation.multiplicity * spec.task.VIEWS
+        most = self.machine.gradient_memory
         needed = 4 * parameters * copies
         if isinstance(spec.privacy, DpSgd) and needed > most * 2**20:
             yield (
@@ -313,9 +323,9 @@ class Policy(Section):
     def _objections_to_data(self, spec: RunSpec) -> Iterator[str]:
         if self.data is None:
             return
+        if problem := spec.task.problem_with(self.data.kind, self.data.classes):
+            yield f"this site's data: {problem}"
         for what, asked, ours in (
-            ("kind of task", spec.task.kind, self.data.kind),
-            ("classes", spec.task.classes, self.data.classes),
             ("image's shape", spec.input.shape, self.data.shape),
             ("preprocessing", spec.input.preprocessing_digest, self.data.preprocessing),
             ("unit", spec.privacy.unit, self.data.unit),

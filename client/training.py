@@ -5,13 +5,16 @@ What makes the guarantee, in the order of PRIVACY.md:
 1. Each patient enters a step independently with the public probability q = batch / declared size,
    from the keystream handed in; a batch is never truncated, redrawn or padded. A physical batch
    may be smaller than the logical one: it bounds memory, not the mechanism.
-2. One random image of each sampled patient, in `multiplicity` augmented copies, gives one loss
-   a patient; a patient's copies never cross a physical batch. Losses are summed, a patient's
+2. One random image of each sampled patient, in `multiplicity` augmented copies of as many rows
+   as the task makes of an image, gives one loss a patient: the mean over the copies of the sum
+   over their rows. A patient's rows never cross a physical batch. Losses are summed, a patient's
    gradient is clipped to L2 norm C in float32, and one that is not finite, or too long for its
    norm to be taken, becomes zero.
 3. Gaussian noise of deviation sigma x C from the keystream, then division by the public batch
    size. An empty batch releases noise like any other.
-4. Weight decay, momentum and FedProx's proximal term act on the noised sum: post-processing.
+4. Weight decay, momentum and FedProx's proximal term act on the noised sum: post-processing. So
+   is what a task does after a step (`Task.follow`), of which no patient is a part; its randomness
+   is its own, or how much of it was used would tell of the batch.
 
 What `train` returns beside the update (losses, counts) is for the node's own log.
 """
@@ -124,13 +127,13 @@ class PatientOptimizer(DPOptimizer):  # type: ignore[misc]
             parameter.grad_sample = None
             parameter.summed_grad = torch.zeros_like(parameter)
 
-    def accumulate(self, copies: int) -> None:
+    def accumulate(self, rows: int) -> None:
         """Clip the per-patient gradients of one physical batch and add them to the sum.
 
-        The per-image gradients lie patient by patient, `copies` of each, and already carry the
-        factor 1 / copies of the mean over a patient's copies.
+        The per-row gradients lie patient by patient, `rows` of each, and already carry the
+        factor of the mean over a patient's copies.
         """
-        gradients = [self._by_patient(parameter, copies) for parameter in self.params]
+        gradients = [self._by_patient(parameter, rows) for parameter in self.params]
         norms = _norms(gradients)
         finite = norms <= _LARGEST_NORM  # false of NaN
         if not finite.all():
@@ -159,11 +162,11 @@ class PatientOptimizer(DPOptimizer):  # type: ignore[misc]
             parameter.grad /= self.expected_batch_size
 
     @staticmethod
-    def _by_patient(parameter: nn.Parameter, copies: int) -> Tensor:
+    def _by_patient(parameter: nn.Parameter, rows: int) -> Tensor:
         samples: Tensor = parameter.grad_sample.float()  # type: ignore[attr-defined]
-        if copies == 1:
+        if rows == 1:
             return samples
-        return samples.view(-1, copies, *samples.shape[1:]).sum(dim=1)
+        return samples.view(-1, rows, *samples.shape[1:]).sum(dim=1)
 
 
 class LocalTrainer:
@@ -200,13 +203,14 @@ class LocalTrainer:
         compute = compute or Compute(best_device())
         self._device = compute.device
         self._task = task_for(spec)
-        network = models.build(spec).to(self._device)
-        models.check_private(network)
-        size = sum(parameter.numel() for parameter in network.parameters())
+        self._network = models.build(spec).to(self._device)
+        models.check_private(self._network)
+        learner = self._task.private(self._network)
+        size = sum(parameter.numel() for parameter in learner.parameters())
         self._physical_images = compute.physical_images or _physical_images(
             size, compute.gradient_memory
         )
-        self._network = _with_sample_gradients(network) if mechanism else network
+        self._learner = _with_sample_gradients(learner) if mechanism else learner
 
     def check(self, weights: Arrays) -> None:
         """Refuse global weights that are not exactly the network's, finite and of sane size.
@@ -228,9 +232,11 @@ class LocalTrainer:
             Refusal: if the weights are of another shape, not finite or absurdly large.
         """
         self._load(weights)
+        self._task = task_for(self._spec)  # what it keeps is of one round
         self._network.train()
         optimizer = self._optimizer(keystream.derive("noise"))
         sampling, looks = keystream.derive("sampling"), keystream.derive("augmentation")
+        following = keystream.derive("following")
         generator = torch.Generator().manual_seed(looks.seed())
         losses: list[Tensor] = []
         sampled: list[int] = []
@@ -240,6 +246,7 @@ class LocalTrainer:
                 _set_rate(optimizer, self._spec.learning_rate(round_number, step))
                 rows = self._sample(sampling)
                 losses += self._step(optimizer, rows, generator, weights)
+                self._follow(following)
                 sampled.append(len(rows))
         return LocalResult(
             update=self._update(weights),
@@ -261,16 +268,16 @@ class LocalTrainer:
         self, optimizer: Any, rows: NDArray[np.int64], generator: torch.Generator, weights: Arrays
     ) -> list[Tensor]:
         """One logical batch, in physical batches; returns the patients' losses."""
-        copies = self._spec.augmentation.multiplicity
+        of_each = self._spec.augmentation.multiplicity * self._task.views
         losses = []
         private = isinstance(optimizer, PatientOptimizer)
         optimizer.begin() if private else optimizer.zero_grad()
-        for part in _parts(rows, max(1, self._physical_images // copies)):
-            loss = self._losses(part, copies, generator)
+        for part in _parts(rows, max(1, self._physical_images // of_each)):
+            loss = self._losses(part, generator)
             total = loss.sum() if private else loss.sum() / self._spec.local.batch_size
             _backward(total)
             if private:
-                optimizer.accumulate(copies)
+                optimizer.accumulate(of_each)
             losses.append(loss.detach().cpu())
         if private:
             optimizer.add_noise()
@@ -278,28 +285,53 @@ class LocalTrainer:
         self._apply(optimizer, weights)
         return losses
 
-    def _losses(self, rows: NDArray[np.int64], copies: int, generator: torch.Generator) -> Tensor:
+    def _losses(self, rows: NDArray[np.int64], generator: torch.Generator) -> Tensor:
         """(patients,) losses, each the mean over the copies of that patient's image."""
+        task, copies = self._task, self._spec.augmentation.multiplicity
         images = torch.from_numpy(self._cohort.images(rows)).repeat_interleave(copies, dim=0)
-        labels = torch.from_numpy(self._cohort.labels[rows]).repeat_interleave(copies, dim=0)
-        seen = normalise(
-            augment(images, self._spec.augmentation, generator).to(self._device), self._spec.input
-        )
+        targets = torch.from_numpy(self._cohort.targets(rows)).repeat_interleave(copies, dim=0)
+        images, motion = augment(images, self._spec.augmentation, generator)
+        targets = task.moved(targets, motion).to(self._device)
+        with torch.no_grad():
+            seen, wanted = task.examples(images.to(self._device), targets, self._network, generator)
         with torch.autocast(self._device.type, torch.bfloat16, enabled=self._half_precision):
-            outputs = self._network(seen)
-        return self._task.losses(outputs.float(), labels.to(self._device)).view(-1, copies).mean(1)
+            outputs = self._learner(normalise(seen, self._spec.input))
+        losses = task.losses(outputs.float(), wanted)
+        if losses.shape != (len(rows) * copies * task.views,):
+            raise ModelError(
+                f"losses of shape {tuple(losses.shape)} for {len(rows)} patients of {copies} "
+                f"copies and {task.views} views: expected one number a row, or no patient's "
+                "gradient could be told from another's"
+            )
+        return losses.view(-1, copies, task.views).sum(2).mean(1)
+
+    def _follow(self, keystream: Keystream) -> None:
+        """What the task does after a step, with Opacus' hooks off and randomness of its own."""
+        if isinstance(self._learner, GradSampleModule):
+            self._learner.disable_hooks()
+        try:
+            with torch.random.fork_rng(devices=[], enabled=True):
+                torch.manual_seed(keystream.seed())
+                generator = torch.Generator().manual_seed(keystream.seed())
+                self._task.follow(self._network, generator)
+        finally:
+            if isinstance(self._learner, GradSampleModule):
+                self._learner.enable_hooks()
 
     def _apply(self, optimizer: Any, weights: Arrays) -> None:
         """The optimiser's step on the noised mean, with FedProx's pull back to the global model."""
         strategy = self._spec.aggregation
         if isinstance(strategy, FedProx):
+            learned = set(self._learner.parameters())
             for name, parameter in self._named():
+                if parameter not in learned:
+                    continue
                 anchor = torch.from_numpy(np.array(weights[name])).to(parameter.device)
                 parameter.grad = _gradient(parameter) + strategy.mu * (parameter.detach() - anchor)
         getattr(optimizer, "original_optimizer", optimizer).step()
 
     def _optimizer(self, keystream: Keystream) -> Any:
-        inner = _plain_optimizer(self._spec, [parameter for _, parameter in self._named()])
+        inner = _plain_optimizer(self._spec, list(self._learner.parameters()))
         privacy = self._spec.privacy
         if self._mechanism is None or not isinstance(privacy, DpSgd):
             return inner
@@ -312,10 +344,8 @@ class LocalTrainer:
         )
 
     def _named(self) -> list[tuple[str, nn.Parameter]]:
-        return [
-            (name.removeprefix("_module."), parameter)
-            for name, parameter in self._network.named_parameters()
-        ]
+        """Every parameter of the whole network, by the name that messages have for it."""
+        return list(self._network.named_parameters())
 
     def _load(self, weights: Arrays) -> None:
         self.check(weights)

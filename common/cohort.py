@@ -4,11 +4,13 @@ A cohort is a directory of two files, pseudonymised patient data both (mode 0600
 their sealed forms (`common.cohort_seal`), which only the holder of a key can read:
 
 ``images.u16``
-    raw little-endian uint16 in C order, shape (images, channels, height, width);
-    value / 65535 is the brightness in 0..1.
+    raw little-endian uint16 in C order, shape (images, planes, height, width). The first planes
+    are the channels; value / 65535 is the brightness in 0..1. Where the target is a mask it is
+    the last plane: the number of each pixel's class.
 ``index.sqlite``
     ``meta`` (what was done, for which classes) and ``image`` (one row an image: pseudonyms,
-    label, SHA-256 of its stored pixels, size of the original, split).
+    label, SHA-256 of its stored pixels, size of the original, split). The label is JSON: a class
+    number, a 0 or 1 for each class, a list of boxes, or 0 where the target is a mask or nothing.
 
 Intake writes it (`client.intake.builder`), everyone else reads it through `Cohort`. Images are
 memory-mapped: a cohort may be many times larger than memory. The index is held in memory, some
@@ -37,12 +39,13 @@ from common.errors import CohortError, SealError
 from common.sealed import OVERHEAD
 from common.spec import Input, RunSpec
 
-FORMAT = 2
-_READ = (1, FORMAT)
+FORMAT = 3
+_READ = (1, 2, FORMAT)
 INDEX_FILE = "index.sqlite"
 IMAGES_FILE = "images.u16"
 PIXEL = np.dtype("<u2")
 PIXEL_MAX = 65535
+BOX_NUMBERS = 5
 SPLITS = ("", "train", "validation", "test")
 SCHEMA_SQL = """
 CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL);
@@ -57,7 +60,9 @@ Unit = Literal["patient", "image"]
 _PLAIN, _SEALED = (INDEX_FILE, IMAGES_FILE), (SEALED_INDEX, SEALED_IMAGES, SEAL_FILE)
 _DIGEST = re.compile(r"([0-9a-f]{64})?")
 Rows = Sequence[int] | NDArray[np.int64]
-_KINDS = ("binary", "multiclass", "multilabel")
+LABELLED = ("binary", "multiclass", "multilabel")
+FEWEST_CLASSES = dict.fromkeys((*LABELLED, "mask"), 2) | {"boxes": 1, "none": 0}
+_AT_ONCE = 64  # masks that are looked through together
 
 
 @dataclass(frozen=True)
@@ -65,6 +70,8 @@ class CohortMeta:
     """What holds for a whole cohort; it is stored as text in the index.
 
     ``unit`` is what one pseudonym stands for: ``image`` where the source names no patients.
+    ``kind`` is what there is to be learned: a label (``binary``, ``multiclass``, ``multilabel``),
+    a ``mask``, ``boxes`` or ``none``. ``shape`` is that of an image, without its mask.
     ``preprocessing`` says in words what intake did to every image; its digest is what a run is
     compared with. ``source`` is the kind of source (``dicom``), ``created`` a date.
     ``deidentification`` is the SHA-256 of profile, table and code of the de-identification; ``""``
@@ -82,12 +89,13 @@ class CohortMeta:
     deidentification: str
 
     def __post_init__(self) -> None:
-        if self.unit not in ("patient", "image") or self.kind not in _KINDS:
+        if self.unit not in ("patient", "image") or self.kind not in FEWEST_CLASSES:
             raise CohortError(
                 f"unit {self.unit!r}, task {self.kind!r}: expected 'patient' or 'image', "
-                f"and one of {', '.join(_KINDS)}"
+                f"and one of {', '.join(FEWEST_CLASSES)}"
             )
-        if len(self.shape) != 3 or min(self.shape) < 1 or len(self.classes) < 2:
+        few = len(self.classes) < FEWEST_CLASSES[self.kind]
+        if len(self.shape) != 3 or min(self.shape) < 1 or few:
             raise CohortError(f"shape {self.shape}, classes {self.classes}: not those of a cohort")
         if not _DIGEST.fullmatch(self.deidentification):
             raise CohortError(
@@ -112,9 +120,15 @@ class CohortMeta:
         )
 
     @property
+    def stored_shape(self) -> tuple[int, int, int]:
+        """(planes, height, width): the channels, and the mask if there is one."""
+        channels, height, width = self.shape
+        return channels + (self.kind == "mask"), height, width
+
+    @property
     def image_bytes(self) -> int:
-        """Bytes of one stored image."""
-        return int(np.prod(self.shape)) * PIXEL.itemsize
+        """Bytes of one stored image, with its mask."""
+        return int(np.prod(self.stored_shape)) * PIXEL.itemsize
 
     def to_rows(self) -> list[tuple[str, str]]:
         """The rows of the table ``meta``."""
@@ -146,7 +160,8 @@ class CohortMeta:
 class _Index(NamedTuple):
     """The table ``image`` as arrays, one entry an image, in the order of the stored images.
 
-    ``digests`` are the SHA-256 of the stored pixels, (images, 32).
+    ``digests`` are the SHA-256 of the stored pixels, (images, 32). ``boxes`` is (images, most, 5),
+    where ``most`` is 0 unless boxes are the target.
     """
 
     patients: tuple[str, ...]
@@ -154,6 +169,7 @@ class _Index(NamedTuple):
     labels: NDArray[Any]
     splits: NDArray[np.str_]
     digests: NDArray[np.uint8]
+    boxes: NDArray[np.float32]
 
 
 class Cohort:
@@ -172,7 +188,7 @@ class Cohort:
             each image has its own.
         patient_index: (images,) for each image the index of its patient.
         labels: (images,) int64 class indices, or (images, classes) float32 of 0 and 1 for a
-            multilabel task.
+            multilabel task; a zero each where images have no label, see `targets`.
         splits: (images,) ``""``, ``"train"``, ``"validation"`` or ``"test"``.
     """
 
@@ -248,7 +264,7 @@ class Cohort:
 
     @property
     def kind(self) -> str:
-        """``binary``, ``multiclass`` or ``multilabel``."""
+        """``binary``, ``multiclass``, ``multilabel``, ``mask``, ``boxes`` or ``none``."""
         return self.meta.kind
 
     @property
@@ -284,7 +300,48 @@ class Cohort:
             CohortError: if a sealed image is not what was sealed for its row.
         """
         stored = self._stored(self._rows[np.asarray(rows, dtype=np.int64)])
-        return np.divide(stored, np.float32(PIXEL_MAX), dtype=np.float32)
+        channels = self.shape[0]
+        return np.divide(stored[:, :channels], np.float32(PIXEL_MAX), dtype=np.float32)
+
+    def targets(self, rows: Rows) -> NDArray[Any]:
+        """What is to be learned of images.
+
+        Args:
+            rows: as `images`.
+
+        Returns:
+            By `kind`: (N,) int64 class numbers; (N, classes) float32 of 0 and 1 for a multilabel
+            task; (N, height, width) int64 class numbers of a mask's pixels; (N, most, 5) float32
+            boxes, left, top, right and bottom in parts of the sides and the class, those that an
+            image has not being zeros of class -1; (N, 0) float32 for none.
+
+        Raises:
+            CohortError: as `images`, and if a mask's pixel is of no class.
+        """
+        wanted = np.asarray(rows, dtype=np.int64)
+        if self.kind == "mask":
+            return self._masks(wanted)
+        if self.kind == "boxes":
+            return np.asarray(self._index.boxes[self._rows[wanted]])
+        if self.kind == "none":
+            return np.zeros((len(wanted), 0), dtype=np.float32)
+        return np.asarray(self.labels[wanted])
+
+    def present(self) -> NDArray[np.bool_]:
+        """(images, classes): which classes each image has; all masks are read for it."""
+        known = np.arange(len(self.classes))
+        if self.kind == "multilabel":
+            return np.asarray(self.labels > 0)
+        if self.kind == "boxes":
+            return np.asarray((self._index.boxes[self._rows, :, 4:] == known).any(axis=1))
+        if self.kind != "mask":
+            return np.asarray(self.labels[:, None] == known)
+        found = np.zeros((len(self), len(known)), dtype=np.bool_)
+        for start in range(0, len(self), _AT_ONCE):
+            masks = self.targets(np.arange(start, min(start + _AT_ONCE, len(self))))
+            for number in known:
+                found[start : start + len(masks), number] = (masks == number).any(axis=(1, 2))
+        return found
 
     def rows_of(self, patient: int) -> NDArray[np.int64]:
         """Image numbers of patient number `patient`, ascending; never empty."""
@@ -329,7 +386,9 @@ class Cohort:
         Raises:
             CohortError: naming everything that differs.
         """
-        differences = [
+        problem = spec.task.problem_with(self.kind, self.classes)
+        differences = [problem] if problem else []
+        differences += [
             f"{name} is {ours}, the run asks for {theirs}"
             for name, ours, theirs in self._comparison(spec)
             if ours != theirs
@@ -368,7 +427,16 @@ class Cohort:
         else:
             opened = b"".join(self._opened(self._seal, row) for row in rows.tolist())
             found = np.frombuffer(opened, dtype=PIXEL)
-        return found.reshape(len(rows), *self.shape)
+        return found.reshape(len(rows), *self.meta.stored_shape)
+
+    def _masks(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        masks = self._stored(self._rows[rows])[:, -1].astype(np.int64)
+        if masks.max(initial=0) >= len(self.classes):
+            raise CohortError(
+                f"{self.path}: a mask has a pixel of class number {masks.max()}; expected one of "
+                f"{len(self.classes)} classes: take in again"
+            )
+        return masks
 
     def _opened(self, seal: CohortSeal, row: int) -> bytes:
         """The pixels of one sealed image."""
@@ -403,8 +471,6 @@ class Cohort:
 
     def _comparison(self, spec: RunSpec) -> Iterator[tuple[str, object, object]]:
         """(what, ours, the run's) for everything that must be equal."""
-        yield "task.kind", self.kind, spec.task.kind
-        yield "task.classes", self.classes, spec.task.classes
         yield "input's shape", self.shape, spec.input.shape
         if self.preprocessing_digest != spec.input.preprocessing_digest:
             yield "input's preprocessing", self.meta.preprocessing, _preprocessing(spec.input)
@@ -482,9 +548,10 @@ def _read_index(database: sqlite3.Connection, meta: CohortMeta) -> _Index:
     splits = np.array([row[3] for row in rows], dtype=np.str_)
     if not np.isin(splits, SPLITS).all():
         raise CohortError(f"a split is not one of {', '.join(map(repr, SPLITS))}")
-    labels = _labels([row[2] for row in rows], meta)
-    digests = _digests([row[4] for row in rows])
-    return _Index(tuple(map(str, names)), index.astype(np.int64), labels, splits, digests)
+    texts, digests = [row[2] for row in rows], _digests([row[4] for row in rows])
+    labels = _labels(texts, meta)
+    boxes = _boxes(texts if meta.kind == "boxes" else (), len(meta.classes))
+    return _Index(tuple(map(str, names)), index.astype(np.int64), labels, splits, digests, boxes)
 
 
 def _digests(texts: Sequence[Any]) -> NDArray[np.uint8]:
@@ -495,6 +562,8 @@ def _digests(texts: Sequence[Any]) -> NDArray[np.uint8]:
 
 def _labels(texts: Sequence[str], meta: CohortMeta) -> NDArray[Any]:
     """Parse labels: a class number each, or for a multilabel task a 0 or 1 for each class."""
+    if meta.kind not in LABELLED:
+        return np.zeros(len(texts), dtype=np.int64)
     classes = len(meta.classes)
     many = meta.kind == "multilabel"
     try:
@@ -505,6 +574,37 @@ def _labels(texts: Sequence[str], meta: CohortMeta) -> NDArray[Any]:
     if not np.isin(labels, np.arange(2 if many else classes)).all():
         raise CohortError(f"a label is not one of its {classes} classes")
     return labels.astype(np.float32 if many else np.int64)
+
+
+def _boxes(texts: Sequence[str], classes: int) -> NDArray[np.float32]:
+    """Parse boxes, padded to those of the image that has most of them."""
+    try:
+        lists = [
+            np.array(json.loads(text), dtype=np.float64).reshape(-1, BOX_NUMBERS) for text in texts
+        ]
+    except (TypeError, ValueError) as error:
+        raise CohortError(f"the boxes of an image cannot be understood ({error})") from error
+    padded = np.zeros((len(lists), max(map(len, lists), default=0), BOX_NUMBERS), dtype=np.float32)
+    padded[..., 4] = -1
+    for row, boxes in zip(padded, lists, strict=True):
+        for box in boxes:
+            if problem := problem_with_box(box, classes):
+                raise CohortError(f"a box {problem}")
+        row[: len(boxes)] = boxes
+    return padded
+
+
+def problem_with_box(box: Sequence[float] | NDArray[np.float64], classes: int) -> str:
+    """What is wrong with left, top, right, bottom (in parts of the sides) and class, or nothing."""
+    left, top, right, bottom, number = map(float, box)
+    shown = f"{left:g}, {top:g}, {right:g}, {bottom:g}"
+    if not (0 <= left <= 1 and 0 <= top <= 1 and 0 <= right <= 1 and 0 <= bottom <= 1):
+        return f"{shown} lies outside of its image; expected parts of its sides, 0 to 1"
+    if not (left < right and top < bottom):
+        return f"{shown} has no area; expected left below right and top below bottom"
+    if number not in range(classes):
+        return f"is of class number {number:g}; expected one of {classes} classes, from 0"
+    return ""
 
 
 def _check_size(file: Path, expected: int) -> None:

@@ -19,12 +19,14 @@ import math
 import re
 import tomllib
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, Self
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
 
 from common.errors import SpecError
+from common.tasks import TASKS, section_for
 
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
@@ -49,25 +51,106 @@ class Section(BaseModel):
     )
 
 
-class Task(Section):
-    """What is learned. ``classes`` names them: for ``binary`` the negative, then the positive."""
+class Metric(NamedTuple):
+    """How a metric is written for people.
 
-    name: Literal["classification"] = "classification"
-    kind: Literal["binary", "multiclass", "multilabel"] = "binary"
-    classes: Annotated[tuple[str, ...], Field(min_length=2)]
+    Attributes:
+        title: such as ``Dice``.
+        lower_is_better: as for an error.
+        unit: such as ``dB``; empty for a plain number.
+        chooses: whether the best model may be chosen by it; not where nonsense reaches the best
+            value, as "always ill" does for sensitivity.
+        note: how it is to be read, in a sentence; empty where its title says it.
+    """
+
+    title: str
+    lower_is_better: bool = False
+    unit: str = ""
+    chooses: bool = True
+    note: str = ""
+
+
+class Task(Section):
+    """What is learned: what the tables of all tasks have in common (`common.task_sections`).
+
+    Attributes:
+        LOSSES: the values of ``loss.name`` that it has.
+        METRICS: its metrics by name, in the order of a report.
+        HEADLINE: the metric on top of a report; empty: that of ``evaluation.metric``.
+        DRAWN: metrics that a report draws by round; empty: the first four.
+        CAVEATS: what a user of such a model must bear in mind, a sentence each.
+        NETWORK: what a network has to give (`common.models.Network.gives`).
+        VIEWS: how many rows of a batch one image becomes in training.
+        COUNTED: whether a site can release it as noised counts (``evaluation.federated``).
+        name: by which the registry (`common.tasks.TASKS`) finds the class of the table.
+        kind: what target a cohort must have for each image: a label of a ``binary``,
+            ``multiclass`` or ``multilabel`` task, a ``mask``, ``boxes``, or ``none``.
+        classes: names of the classes, in the order of their numbers.
+    """
+
+    LOSSES: ClassVar[tuple[str, ...]]
+    METRICS: ClassVar[Mapping[str, Metric]]
+    HEADLINE: ClassVar[str] = ""
+    DRAWN: ClassVar[tuple[str, ...]] = ()
+    CAVEATS: ClassVar[tuple[str, ...]] = ()
+    NETWORK: ClassVar[str]
+    VIEWS: ClassVar[int] = 1
+    COUNTED: ClassVar[bool] = False
+
+    name: str
+    kind: str
+    classes: tuple[str, ...] = ()
 
     @model_validator(mode="after")
-    def _classes_fit(self) -> Self:
+    def _classes_differ(self) -> Self:
         if len(set(self.classes)) != len(self.classes):
             raise ValueError("classes must be different from each other")
-        if self.kind == "binary" and len(self.classes) != 2:
-            raise ValueError("a binary task has exactly two classes: the negative, the positive")
         return self
 
     @property
     def outputs(self) -> int:
-        """Units of the network's last layer: one for a binary task, else one a class."""
-        return 1 if self.kind == "binary" else len(self.classes)
+        """Units or maps of the network's last layer: one a class."""
+        return len(self.classes)
+
+    def problem_with(self, kind: str, classes: tuple[str, ...]) -> str:
+        """Why a cohort of this kind and these classes does not serve; empty if it does."""
+        return "; ".join(
+            f"task.{what} is {theirs}, the run asks for {ours}"
+            for what, theirs, ours in (
+                ("kind", kind, self.kind),
+                ("classes", classes, self.classes),
+            )
+            if theirs != ours
+        )
+
+    def check(self, spec: RunSpec) -> None:
+        """Check that the other tables of a run fit its task.
+
+        Raises:
+            ValueError: beginning with the key at fault.
+        """
+        chosen, loss, weights = spec.evaluation.metric, spec.loss.name, spec.loss.class_weights
+        if loss not in self.LOSSES:
+            raise ValueError(
+                f"loss.name = {_shown(loss)}: expected one of {', '.join(self.LOSSES)} for a task "
+                f"of {self.name}"
+            )
+        if weights is not None and len(weights) != len(self.classes):
+            raise ValueError(
+                f"loss.class_weights has {len(weights)} numbers for {len(self.classes)} "
+                "classes; write one literal for each class"
+            )
+        known = [name for name, metric in self.METRICS.items() if metric.chooses]
+        if chosen not in known:
+            raise ValueError(
+                f"evaluation.metric = {_shown(chosen)}: expected one of {', '.join(known)} for a "
+                f"task of {self.name}"
+            )
+        if spec.evaluation.federated is not None and not self.COUNTED:
+            raise ValueError(
+                f"evaluation.federated: {self.name} has no noised counts that a site could "
+                "release; leave the table out"
+            )
 
 
 class Model(Section):
@@ -137,9 +220,12 @@ class Augmentation(Section):
 
 
 class Loss(Section):
-    """The loss of one patient. ``class_weights`` are literals, one a class, never counted."""
+    """The loss of one patient. ``class_weights`` are literals, one a class, never counted.
 
-    name: Literal["cross-entropy", "mse", "focal"] = "cross-entropy"
+    ``name``: one that the task has (`common.task_sections`).
+    """
+
+    name: str = "cross-entropy"
     class_weights: tuple[Positive, ...] | None = None
     focal_gamma: NonNegative = 2.0
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
@@ -323,22 +409,31 @@ class Evaluation(Section):
 
     The cohort's patients are split once into a validation part, which chooses the best model and
     stops the run early after ``patience`` evaluations without ``min_delta`` of gain (0: never),
-    and a test part, which makes the headline. ``bootstrap`` resamples of patients give the 95 %
-    intervals (0: none).
+    and a test part, which makes the headline. ``metric``: one that the task has
+    (`common.task_sections`). ``bootstrap`` resamples of patients give the 95 % intervals (0: none).
+    ``gallery``: how many images of the test part the report may show, where its hospital permits.
     """
 
     every: Count = 1
     validation_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.3
-    metric: Literal["auroc", "auprc", "accuracy", "f1", "brier"] = "auroc"
+    metric: str = "auroc"
     threshold: OpenFraction = 0.5
     patience: Annotated[int, Field(ge=0)] = 0
     min_delta: NonNegative = 0.0
     bootstrap: Annotated[int, Field(ge=0, le=10_000)] = 500
+    # Left out of the digest where it is 0: specs from before it keep theirs.
+    gallery: Annotated[int, Field(ge=0, le=64, exclude_if=lambda number: number == 0)] = 0
     federated: FederatedEvaluation | None = None
 
 
+_Section = TypeVar("_Section", bound=Task)
+
+
 class RunSpec(Section):
-    """A whole run. Read it with `read_run_file` or `RunSpec.from_json`."""
+    """A whole run. Read it with `read_run_file` or `RunSpec.from_json`.
+
+    What is read is of a class of its own, in which ``task`` is the section of its task.
+    """
 
     schema_version: Literal[1] = 1
     name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9][a-zA-Z0-9-]{0,62}$")]
@@ -361,12 +456,7 @@ class RunSpec(Section):
 
     @model_validator(mode="after")
     def _parts_fit_each_other(self) -> Self:
-        weights = self.loss.class_weights
-        if weights is not None and len(weights) != len(self.task.classes):
-            raise ValueError(
-                f"loss.class_weights has {len(weights)} numbers for {len(self.task.classes)} "
-                "classes; write one literal for each class"
-            )
+        self.task.check(self)
         if isinstance(self.aggregation, Krum):
             _check_krum(self.aggregation, self.federation.quorum)
         elif isinstance(self.aggregation, TrimmedMean) and self.federation.quorum >= 3:
@@ -392,6 +482,10 @@ class RunSpec(Section):
         """
         return _validate(text, source, toml=None)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Its class is made where it is read, and has no name by which it could be found.
+        return RunSpec.from_json, (self.canonical_json,)
+
     @property
     def canonical_json(self) -> str:
         """The one spelling of this spec: sorted keys, no spaces, ASCII."""
@@ -406,6 +500,16 @@ class RunSpec(Section):
     def total_steps(self) -> int:
         """Local steps of a site that takes part in every round."""
         return self.rounds * self.local.steps
+
+    def task_as(self, kind: type[_Section]) -> _Section:
+        """The section of the task, known to be of `kind`.
+
+        Raises:
+            SpecError: if the run has another task.
+        """
+        if not isinstance(self.task, kind):
+            raise SpecError(f"task.name = {self.task.name!r}: expected a run of {kind.__name__}")
+        return self.task
 
     def identified(self, run_id: str) -> RunSpec:
         """The same run under an identity of its own; each launch has one."""
@@ -519,13 +623,47 @@ def _canonical(value: object) -> bytes:
 
 def _validate(text: str, source: str, toml: str | None) -> RunSpec:
     """Strict validation by way of JSON, where a list may become a tuple and nothing else may."""
+    kind = _class_of(text, source, toml)
     try:
-        return RunSpec.model_validate_json(text)
+        return kind.model_validate_json(text)
     except ValidationError as error:
-        lines = [_explain(detail, source, toml) for detail in error.errors()[:_MOST_ERRORS]]
+        lines = [_explain(detail, source, toml, kind) for detail in error.errors()[:_MOST_ERRORS]]
         raise SpecError("\n".join(lines)) from None
 
 
+def _class_of(text: str, source: str, toml: str | None) -> type[RunSpec]:
+    """The class of a spec by its ``task.name``; where there is none, what is amiss is told by it.
+
+    Raises:
+        SpecError: if no task has that name.
+    """
+    try:
+        task = json.loads(text)["task"]
+        name = task.get("name", _USUAL_TASK)
+    except (ValueError, RecursionError, LookupError, TypeError, AttributeError):
+        name = _USUAL_TASK
+    if not isinstance(name, str):
+        name = _USUAL_TASK
+    if name not in TASKS:
+        where = _where(source, toml, ["task", "name"])
+        known = ", ".join(TASKS)
+        raise SpecError(f"{where}: task.name = {_shown(name)}: expected one of {known}")
+    return _run_with(section_for(name))
+
+
+@cache
+def _run_with(section: type[Task]) -> type[RunSpec]:
+    """`RunSpec` with this class of ``[task]``."""
+    return create_model(
+        RunSpec.__name__,
+        __base__=RunSpec,
+        __module__=__name__,
+        __doc__=RunSpec.__doc__,
+        task=(section, ...),
+    )
+
+
+_USUAL_TASK = "classification"
 _KINDS = {
     "optimizer": ("sgd", "adam", "adamw"),
     "privacy": ("dp-sgd", "none"),
@@ -533,7 +671,7 @@ _KINDS = {
 }
 
 
-def _explain(detail: Any, source: str, toml: str | None) -> str:
+def _explain(detail: Any, source: str, toml: str | None, run: type[RunSpec]) -> str:
     """One line for a person: file, line, key, value, what was expected, the way out."""
     location = [str(part) for part in detail["loc"]]
     if len(location) > 1 and location[1] in _KINDS.get(location[0], ()):
@@ -544,7 +682,7 @@ def _explain(detail: Any, source: str, toml: str | None) -> str:
         return _explain_whole(location, message.removeprefix("Value error, "), source, toml)
     where = _where(source, toml, location)
     if kind == "extra_forbidden":
-        return f"{where}: {key} = {_shown(value)}: unknown key; {_nearest(location)}"
+        return f"{where}: {key} = {_shown(value)}: unknown key; {_nearest(location, run)}"
     if kind == "missing":
         return f"{where}: {key} is missing; {_expected(location)}"
     if kind in ("union_tag_not_found", "union_tag_invalid"):
@@ -579,19 +717,19 @@ def _tags(location: list[str]) -> str:
     return "'sgd', 'adam', 'adamw'" if location[:1] == ["optimizer"] else "'dp-sgd', 'none'"
 
 
-def _known_keys(location: list[str]) -> list[str]:
+def _known_keys(location: list[str], run: type[RunSpec]) -> list[str]:
     """The keys that may stand where the last part of `location` stands."""
     if len(location) == 1:
-        return [*RunSpec.model_fields, "simulation"]
-    schema = RunSpec.model_json_schema()
+        return [*run.model_fields, "simulation"]
+    schema = run.model_json_schema()
     node = schema["properties"].get(location[0], {})
     options = node.get("oneOf") or node.get("allOf") or [node]
     names = (option.get("$ref", "").rpartition("/")[2] for option in options)
     return sorted({key for n in names for key in schema["$defs"].get(n, {}).get("properties", {})})
 
 
-def _nearest(location: list[str]) -> str:
-    known = _known_keys(location)
+def _nearest(location: list[str], run: type[RunSpec]) -> str:
+    known = _known_keys(location, run)
     if location[-1] in known:
         return f"this kind of [{location[0]}] has no such key; leave it out"
     close = difflib.get_close_matches(location[-1], known, n=1)

@@ -20,6 +20,7 @@ os.environ.update(QUIET)  # law 8: before anything of Flower is imported
 
 from common.errors import CloisterError  # noqa: E402
 from deploy.cli_coordinator import coordinator_app  # noqa: E402
+from deploy.cli_generate import generate  # noqa: E402
 from deploy.cli_intake import intake_app  # noqa: E402
 from deploy.cli_node import node_app  # noqa: E402
 from deploy.workers import fork_server  # noqa: E402
@@ -39,6 +40,7 @@ app.add_typer(intake_app, name="intake")
 app.add_typer(node_app, name="node")
 app.add_typer(coordinator_app, name="coordinator")
 app.add_typer(spec_app, name="spec")
+app.command()(generate)
 
 console = Console()
 
@@ -163,11 +165,14 @@ def report(
 
 @app.command()
 def models() -> None:
-    """List the networks that a run's file may name."""
-    from common.models import names
+    """List the networks that a run's file may name, with the tasks that take them."""
+    from common.models import NETWORKS, names
+    from common.tasks import TASKS, section_for
 
+    takes = {task: section_for(task).NETWORK for task in TASKS}
     for name in names():
-        console.print(name, highlight=False)
+        tasks = (task for task, gives in takes.items() if gives == NETWORKS[name].gives)
+        console.print(f"{name:<16}{', '.join(tasks)}", highlight=False)
 
 
 @spec_app.command()

@@ -56,6 +56,14 @@ class Part(StrEnum):
     TEST = "test"
 
 
+class Direction(StrEnum):
+    """Which slices of a volume are cut."""
+
+    SAGITTAL = "sagittal"
+    CORONAL = "coronal"
+    AXIAL = "axial"
+
+
 CohortArgument = Annotated[
     Path, typer.Argument(help="The cohort's directory; it must not exist yet.")
 ]
@@ -102,11 +110,18 @@ def pictures(
     site_key: KeyOption = None,
     split: Split = None,
     not_used: NotUsed = None,
+    keep_empty: Annotated[
+        bool, typer.Option("--keep-empty", help="Use pictures whose mask is the background alone.")
+    ] = False,
 ) -> None:
     """Take in a folder of PNG and JPEG pictures.
 
     The CSV has the columns `file` (a path within the folder) and `label`, and optionally
     `patient` and `split`. Without a column `patient` the unit of privacy is the image.
+
+    For a run of masks it has `file` and `mask`, the path of a PNG whose values are class numbers.
+    For one of boxes it has `file`, `left`, `top`, `right`, `bottom` (pixels) and `label`, one line
+    a box; or `--labels` is COCO's JSON, or a folder of VOC's XML.
 
     Example: `cloister intake pictures photos skin.cohort --spec run.toml --labels labels.csv`
     """
@@ -114,8 +129,51 @@ def pictures(
     from common.spec import read_run_file
 
     run = read_run_file(spec).spec
+    source = Pictures.of(folder, labels, run, _key(site_key), split=split or "")
+    source.keep_empty = keep_empty
+    take_in(source, cohort, run, not_used)
+
+
+def nifti(
+    images: Annotated[Path, typer.Argument(help="A folder of NIfTI volumes.")],
+    masks: Annotated[Path, typer.Argument(help="A folder of their masks, under the same names.")],
+    cohort: CohortArgument,
+    *,
+    spec: Spec,
+    direction: Annotated[Direction, typer.Option(help="Which slices are cut.")],
+    patients: Annotated[
+        Path | None, typer.Option(help="A CSV with `file`, `patient` and if wished `split`.")
+    ] = None,
+    each_file_a_patient: Annotated[
+        bool, typer.Option("--each-file-a-patient", help="No two volumes are of one patient.")
+    ] = False,
+    site_key: KeyOption = None,
+    split: Split = None,
+    not_used: NotUsed = None,
+) -> None:
+    """Take in pairs of NIfTI volumes, an image and its mask, slice by slice.
+
+    All slices of a volume are one patient's. Whose it is, the CSV says; or you do, with
+    `--each-file-a-patient`: a patient with two volumes would be protected less than a report says.
+
+    Example: `cloister intake nifti images labels brain.cohort --spec run.toml
+    --direction sagittal --patients patients.csv`
+    """
+    from client.intake.annotations import read_owners
+    from client.intake.nifti import NiftiPairs
+    from common.errors import ConfigError
+    from common.spec import read_run_file
+
+    if (patients is None) != each_file_a_patient:
+        raise ConfigError(
+            "whose are the volumes? Name a CSV with --patients, or say --each-file-a-patient; "
+            "one of the two"
+        )
+    run = read_run_file(spec).spec
+    owners = None if patients is None else read_owners(patients)
     key = _key(site_key)
-    take_in(Pictures.of(folder, labels, run, key, split=split or ""), cohort, run, not_used)
+    source = NiftiPairs(images, masks, run, key, direction.value, owners, split or "")
+    take_in(source, cohort, run, not_used)
 
 
 def show(
@@ -186,7 +244,7 @@ _COMMANDS: dict[str, tuple[Callable[..., None], ...]] = {
     "From DICOM": (run, export, labels, fetch),
     "Look at what was made": (review, verify, show),
     "Keys": (new_key, rotate_key, officer_key, reidentify),
-    "From other files, for research": (pictures, medmnist),
+    "From other files, for research": (pictures, nifti, medmnist),
 }
 for _panel, _commands in _COMMANDS.items():
     for _command in _commands:

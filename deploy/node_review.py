@@ -131,7 +131,8 @@ def examine(home: NodeFolder) -> Iterator[Finding]:
         seen >= least,
         f"{seen} {cohort.unit}s to train on, {compared} {least} of least_patients.",
     )
-    yield _variety(training)
+    if training.classes:
+        yield _variety(training)
 
 
 def _at_rest(cohort: Cohort, policy: Policy) -> Iterator[Finding]:
@@ -158,16 +159,18 @@ def _differences(cohort: Cohort, data: Data | None) -> Iterator[str]:
 
 
 def _variety(training: Cohort) -> Finding:
-    """Whether there is more than one class to tell apart."""
+    """Whether there is enough to tell apart: two classes, or a thing that is not everywhere."""
+    has = training.present()
     if training.kind == "multilabel":
-        rates = training.labels.mean(axis=0) if len(training) else np.zeros(len(training.classes))
-        present = [training.classes[n] for n in np.flatnonzero((rates > 0) & (rates < 1))]
-        what, enough = "Classes that some images have and others have not", len(present) > 0
+        chosen = has.any(axis=0) & ~has.all(axis=0)
+        what, enough = "Classes that some images have and others have not", chosen.any()
     else:
-        present = [training.classes[int(number)] for number in np.unique(training.labels)]
-        what, enough = "Classes with an image to train on", len(present) > 1
+        chosen = has.any(axis=0)
+        what = "Classes with an image to train on"
+        enough = chosen.sum() > (0 if training.kind == "boxes" else 1)
+    present = [training.classes[number] for number in np.flatnonzero(chosen)]
     more = "" if enough else "; expected more"
-    return Finding(enough, f"{what}: {', '.join(present) or 'none'}{more}.")
+    return Finding(bool(enough), f"{what}: {', '.join(present) or 'none'}{more}.")
 
 
 @dataclass(frozen=True)

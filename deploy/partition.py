@@ -49,7 +49,7 @@ def dirichlet(cohort: Cohort, sites: int, seed: int, *, alpha: float) -> Partiti
 
     The patients of each label are dealt out in shares from a symmetric Dirichlet distribution.
     A patient's label is that of the first image; for a multilabel task each combination counts
-    as one.
+    as one. Where images have no labels (masks, boxes) all count as alike: sizes differ then.
 
     Args:
         cohort: whose patients are cut.

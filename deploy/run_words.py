@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from common.spec import ALL_AT_ONCE, DpSgd, RunSpec
+from common.tasks import words
 from deploy.screen import printable
 
 
@@ -16,8 +17,9 @@ def sentences(spec: RunSpec) -> Iterator[str]:
 def _sentences(spec: RunSpec) -> Iterator[str]:
     channels, height, width = spec.input.shape
     task, local, looks = spec.task, spec.local, spec.augmentation
+    classes = f" ({', '.join(task.classes)})" if task.classes else ""
     yield (
-        f"learns a {task.kind} {task.name} ({', '.join(task.classes)}) with {spec.model.name} "
+        f"learns a {words.task(task)}{classes} with {spec.model.name} "
         f"from {channels} x {height} x {width} images"
     )
     yield (
@@ -42,6 +44,8 @@ def _sentences(spec: RunSpec) -> Iterator[str]:
         else ""
     )
     yield f"is evaluated centrally every {evaluation.every} round(s){early}"
+    if evaluation.gallery:
+        yield f"its report shows up to {evaluation.gallery} image(s) of the evaluation cohort"
     if evaluation.federated:
         yield (
             "after the last round every site's held-out patients are counted, once, with a noise "

@@ -51,7 +51,7 @@ from client.policy import Limits, Machine, Policy, Releases
 from client.training import Compute, LocalTrainer, best_device
 from common import models
 from common.accounting import SubsampledGaussian, planned
-from common.cohort import Cohort
+from common.cohort import LABELLED, Cohort
 from common.errors import CohortError, RunError, SpecError
 from common.files import write_durably
 from common.noise import Keystream
@@ -227,9 +227,8 @@ def _check_ordinary(name: str, cohort: Cohort) -> None:
     way_out = "mend its data or labels, or write allow_odd_sites = true in [simulation]"
     if not len(cohort):
         raise CohortError(f"site {name!r} has no training image ({cohort.path}); {way_out}")
-    labels = cohort.labels
-    one = len(np.unique(labels, axis=0)) == 1
-    if one:
+    one = len(np.unique(cohort.labels, axis=0)) == 1
+    if one and cohort.kind in LABELLED:
         raise CohortError(f"site {name!r} has images of one class only ({cohort.path}); {way_out}")
 
 

@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from common.files import write_durably
-from common.tasks.metrics import Estimate
+from common.spec import Metric
+from common.tasks import words
+from common.tasks.estimates import Estimate
 from server import wording
 from server.evaluation import PARTS, PartResult
 from server.record import RunRecord, Spend
@@ -22,6 +24,8 @@ from server.record import RunRecord, Spend
 MARKDOWN_FILE = "model_card.md"
 JSON_FILE = "model_card.json"
 FORMAT = 1
+
+_WITH_THRESHOLD = ("binary", "multilabel", "boxes")
 
 
 class CardFiles(NamedTuple):
@@ -62,6 +66,7 @@ def describe(record: RunRecord) -> dict[str, Any]:
         "data": _data(record),
         "training": _training(record),
         "privacy": _privacy(record),
+        "metrics": {name: _metric(metric) for name, metric in record.spec.task.METRICS.items()},
         "evaluation": {
             name: _part(record.final[name]) if name in record.final else None for name in PARTS
         },
@@ -75,9 +80,9 @@ def _model(record: RunRecord) -> dict[str, Any]:
     spec = record.spec
     return {
         "network": spec.model.name,
-        "task": f"{spec.task.kind} {spec.task.name}",
+        "task": words.task(spec.task),
         "classes": list(spec.task.classes),
-        "threshold": None if spec.task.kind == "multiclass" else spec.evaluation.threshold,
+        "threshold": spec.evaluation.threshold if spec.task.kind in _WITH_THRESHOLD else None,
         "input": spec.input.model_dump(mode="json"),
         "safetensors_sha256": record.model_digest,
         "round": record.environment.model_round,
@@ -128,6 +133,10 @@ def _privacy(record: RunRecord) -> dict[str, Any]:
     }
 
 
+def _metric(metric: Metric) -> dict[str, Any]:
+    return {key: getattr(metric, key) for key in ("title", "lower_is_better", "unit")}
+
+
 def _part(part: PartResult) -> dict[str, Any]:
     return part.to_json() | {"interval": "95 % bootstrap percentile, resampled by " + part.unit}
 
@@ -156,10 +165,10 @@ def _section(title: str, lines: Iterable[str]) -> list[str]:
 
 def _opening(card: Mapping[str, Any]) -> Iterator[str]:
     model = card["model"]
-    classes = ", ".join(map(_safe, model["classes"]))
+    classes = f" ({', '.join(map(_safe, model['classes']))})" if model["classes"] else ""
     yield from (f"# Model card: {_safe(card['name'])}", "")
-    yield f"A {_safe(model['network'])} network for {_safe(model['task'])} ({classes}), trained by"
-    yield f"{wording.counted(len(card['data']['sites']), 'site')} together with Cloister."
+    yield f"A {_safe(model['network'])} network for {_safe(model['task'])}{classes}, trained by"
+    yield f"{words.counted(len(card['data']['sites']), 'site')} together with Cloister."
     yield from ("", f"> **{_safe(card['not_for_clinical_use'])}**", "")
     if card["privacy"]["warning"]:
         yield from (f"> **{_safe(card['privacy']['warning'])}**", "")
@@ -218,42 +227,45 @@ def _performance_lines(card: Mapping[str, Any]) -> Iterator[str]:
     for name, part in parts.items():
         yield f"- {name}: {part['images']:,} images, interval: {part['interval']}"
     yield ""
+    metrics = {name: Metric(**metric) for name, metric in card["metrics"].items()}
     rows = [
-        (title, *(_estimate(part["metrics"][metric]) for part in parts.values()))
-        for metric, title in wording.METRIC_TITLES.items()
+        (metric.title, *(_estimate(part["metrics"][name], metric) for part in parts.values()))
+        for name, metric in metrics.items()
     ]
     yield from _table(("Metric", *parts), rows)
-    yield from _federated_lines(card["federated_evaluation"])
+    yield from _federated_lines(card["federated_evaluation"], metrics)
 
 
-def _federated_lines(federated: Mapping[str, Any] | None) -> Iterator[str]:
+def _federated_lines(
+    federated: Mapping[str, Any] | None, metrics: Mapping[str, Metric]
+) -> Iterator[str]:
     if federated is None:
         return
     answered = sum(status == "ok" for status in federated["sites"].values())
     yield ""
     yield (
-        f"At the own held-out patients of {wording.counted(answered, 'site')}, from noised counts "
+        f"At the own held-out patients of {words.counted(answered, 'site')}, from noised counts "
         f"(about {federated['patients']:.0f}); the intervals are those of the noise alone:"
     )
     yield ""
-    names = wording.METRIC_TITLES
-    yield from _table(
-        ("Metric", "Value"),
-        [(names[metric], _estimate(found)) for metric, found in federated["metrics"].items()],
-    )
+    rows = [
+        (metrics[name].title, _estimate(found, metrics[name]))
+        for name, found in federated["metrics"].items()
+    ]
+    yield from _table(("Metric", "Value"), rows)
 
 
 def _version_lines(card: Mapping[str, Any]) -> Iterator[str]:
     for name, version in sorted(card["versions"].items()):
         yield f"- {_safe(name)} {_safe(version)}"
-    yield f"- run: {_safe(card['run_id']) or wording.NONE}, made {_safe(card['created'])}"
+    yield f"- run: {_safe(card['run_id']) or words.NONE}, made {_safe(card['created'])}"
     yield f"- SHA-256 of the spec: `{card['spec_sha256']}`"
     digest = card["model"]["safetensors_sha256"]
     yield f"- SHA-256 of model.safetensors: `{digest}`" if digest else "- no model.safetensors"
 
 
-def _estimate(found: Mapping[str, float | None]) -> str:
-    return wording.estimate(Estimate(**found))
+def _estimate(found: Mapping[str, float | None], metric: Metric) -> str:
+    return wording.estimate(Estimate(**found), metric)
 
 
 def _listed(settings: Mapping[str, Any]) -> str:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -27,16 +27,16 @@ from common.errors import CohortError, RunError
 from common.files import write_durably
 from common.spec import NoPrivacy, RunSpec
 from common.tasks import task_for
-from common.tasks.metrics import LOWER_IS_BETTER, NAMES, Predictions, Scores, score
-from common.tasks.preprocess import normalise
+from common.tasks.estimates import Estimate
+from common.tasks.task import Evidence
 
 _log = logging.getLogger("cloister.evaluation")
 
 PartName = Literal["validation", "test"]
 PARTS: tuple[PartName, PartName] = ("validation", "test")
-
-_BATCH_PIXELS = 1 << 22  # 16 MB of float32 into the first layer, whatever the image's size
-_BATCH_IMAGES = (8, 512)
+PREFIXES: Mapping[PartName, str] = {"validation": "validation_", "test": ""}
+PATIENTS, UNIT = "patients", "unit"
+GALLERY = "gallery"  # how the names of evidence begin that is kept of some images only
 
 
 @dataclass(frozen=True)
@@ -44,24 +44,26 @@ class PartResult:
     """What a model reached on one part of the central cohort.
 
     Attributes:
-        predictions: what it said of each image, and the truth.
-        scores: the metrics of that.
+        evidence: what the task keeps of the model's answers, by name, a row an image.
+        patient_index: (images,) integers; equal numbers are one patient.
+        metrics: what the evidence is worth.
         unit: what the intervals resample; ``image`` where the cohort knows no patients.
     """
 
-    predictions: Predictions
-    scores: Scores
+    evidence: Evidence
+    patient_index: NDArray[np.int64]
+    metrics: Mapping[str, Estimate]
     unit: Unit
 
     @property
     def images(self) -> int:
         """How many images."""
-        return len(self.predictions)
+        return len(self.patient_index)
 
     @property
     def patients(self) -> int:
         """Of how many patients (each image its own where the unit is the image)."""
-        return len(np.unique(self.predictions.patients))
+        return len(np.unique(self.patient_index))
 
     def to_json(self) -> dict[str, Any]:
         """The form of it in ``metrics.jsonl``: no NaN, None where a metric has no meaning."""
@@ -69,18 +71,12 @@ class PartResult:
             "images": self.images,
             "patients": self.patients,
             "unit": self.unit,
-            "metrics": {name: e.to_json() for name, e in self.scores.metrics.items()},
-            "confusion": self.scores.confusion.tolist(),
+            "metrics": {name: found.to_json() for name, found in self.metrics.items()},
         }
 
     def arrays(self) -> dict[str, NDArray[Any]]:
-        """Probabilities (N, classes) float32, labels, patients (N,) int64 and the unit."""
-        return {
-            "probabilities": self.predictions.probabilities,
-            "labels": self.predictions.labels,
-            "patients": self.predictions.patients,
-            "unit": np.array(self.unit),
-        }
+        """The evidence, the patients (N,) int64 and the unit."""
+        return {**self.evidence, PATIENTS: self.patient_index, UNIT: np.array(self.unit)}
 
 
 @dataclass(frozen=True)
@@ -96,9 +92,8 @@ class EvaluationResult:
 
     def arrays(self) -> dict[str, NDArray[Any]]:
         """What ``evaluation.npz`` holds: the test part's arrays, the others by a prefix."""
-        prefixed = {"validation": "validation_", "test": ""}
         return {
-            prefixed[name] + key: array
+            PREFIXES[name] + key: array
             for name, part in self._parts()
             if part is not None
             for key, array in part.arrays().items()
@@ -114,11 +109,45 @@ class EvaluationResult:
         return ("validation", self.validation), ("test", self.test)
 
 
-def score_part(spec: RunSpec, name: PartName, predictions: Predictions, unit: Unit) -> PartResult:
-    """Score one part; the same predictions give the same intervals, in a round and in a report."""
+def score_part(
+    spec: RunSpec,
+    name: PartName,
+    evidence: Evidence,
+    patients: NDArray[np.int64],
+    unit: Unit,
+) -> PartResult:
+    """Score one part; the same evidence gives the same intervals, in a round and in a report.
+
+    Raises:
+        ValueError: if the evidence is not what a part's can be: an array has not as many rows as
+            there are images, or holds pictures that the run did not ask for.
+    """
+    _check_evidence(evidence, patients, _most_pictures(spec, name))
     generator = np.random.default_rng([spec.seed, PARTS.index(name)])
-    scores = score(predictions, resamples=spec.evaluation.bootstrap, generator=generator)
-    return PartResult(predictions, scores, unit)
+    found = task_for(spec).score(
+        evidence, patients, resamples=spec.evaluation.bootstrap, generator=generator
+    )
+    metrics = {name: found.get(name, Estimate(None)) for name in spec.task.METRICS}
+    return PartResult(evidence, patients, metrics, unit)
+
+
+def _most_pictures(spec: RunSpec, name: PartName) -> int:
+    """Of how many images pictures may be kept: none unless the run's file asks for it."""
+    return spec.evaluation.gallery if name == "test" else 0
+
+
+def _check_evidence(evidence: Evidence, patients: NDArray[np.int64], pictures: int) -> None:
+    if patients.ndim != 1 or patients.dtype.kind not in "iu":
+        raise ValueError(f"{PATIENTS}: {patients.dtype} of shape {patients.shape}, not (images,)")
+    for key, array in evidence.items():
+        if key in (PATIENTS, UNIT) or key.startswith(PREFIXES["validation"]):
+            raise ValueError(f"{key}: a name that evidence cannot have")
+        if array.dtype.kind not in "biuf" or not array.ndim:
+            raise ValueError(f"{key}: {array.dtype} of shape {array.shape}, expected numbers")
+        most, rows = min(pictures, len(patients)), len(array)
+        if rows > most if key.startswith(GALLERY) else rows != len(patients):
+            expected = f"at most {most}" if key.startswith(GALLERY) else str(len(patients))
+            raise ValueError(f"{key}: {rows} rows, expected {expected}")
 
 
 class CentralEvaluator:
@@ -126,7 +155,7 @@ class CentralEvaluator:
 
     A cohort with images marked ``validation`` or ``test`` keeps those parts, and nothing else of
     it is used. Otherwise a permutation of its patients, seeded by the spec, gives
-    ``validation_fraction`` of them to validation, each combination of labels in proportion;
+    ``validation_fraction`` of them to validation, each combination of classes in proportion;
     images marked ``train`` are not used.
 
     Args:
@@ -154,7 +183,7 @@ class CentralEvaluator:
         """Evaluate `model` on both parts.
 
         The model is put into evaluation mode for as long as this takes, and on the evaluator's
-        device for good. Probabilities that are not finite make metrics of None, not an error.
+        device for good. Answers that are not finite make metrics of None, not an error.
         """
         device = self._device or next(model.parameters()).device
         training = model.training
@@ -167,34 +196,17 @@ class CentralEvaluator:
 
     def _evaluate_part(self, model: nn.Module, name: PartName, device: torch.device) -> PartResult:
         cohort = self.parts[name]
-        predictions = Predictions(
-            self._spec.task.kind,
-            self._probabilities(model, cohort, device),
-            cohort.labels,
-            cohort.patient_index,
-            self._spec.evaluation.threshold,
-        )
-        if not predictions.finite:
-            _log.warning("the model's probabilities on the %s part are not finite", name)
-        return score_part(self._spec, name, predictions, cohort.unit)
-
-    @torch.no_grad()
-    def _probabilities(
-        self, model: nn.Module, cohort: Cohort, device: torch.device
-    ) -> NDArray[np.float32]:
-        found = np.empty((len(cohort), len(self._spec.task.classes)), np.float32)
-        for rows in _batches(cohort):
-            images = torch.from_numpy(cohort.images(rows)).to(device)
-            outputs = model(normalise(images, self._spec.input))
-            found[rows] = self._task.probabilities(outputs).float().cpu().numpy()
-        return found
-
-
-def _batches(cohort: Cohort) -> Iterator[NDArray[np.int64]]:
-    smallest, largest = _BATCH_IMAGES
-    size = max(smallest, min(largest, _BATCH_PIXELS // int(np.prod(cohort.shape))))
-    for start in range(0, len(cohort), size):
-        yield np.arange(start, min(start + size, len(cohort)), dtype=np.int64)
+        found = self._task.evidence(model, cohort, device)
+        pictures = _most_pictures(self._spec, name)
+        evidence = {
+            key: array[:pictures] if key.startswith(GALLERY) else array
+            for key, array in found.items()
+            if pictures or not key.startswith(GALLERY)
+        }
+        part = score_part(self._spec, name, evidence, cohort.patient_index, cohort.unit)
+        if all(found.value is None for found in part.metrics.values()):
+            _log.warning("no metric has a value on the %s part: has the model diverged?", name)
+        return part
 
 
 # --- The two parts ----------------------------------------------------------------------------
@@ -234,9 +246,9 @@ def _refuse_shared_patients(cohort: Cohort, parts: Mapping[PartName, Cohort]) ->
 
 
 def _choose(cohort: Cohort, spec: RunSpec) -> NDArray[np.bool_]:
-    """(patients,) True for validation: in a random order, sorted by labels, every so many-th."""
+    """(patients,) True for validation: in a random order, sorted by classes, every so many-th."""
     order = np.random.default_rng(spec.seed).permutation(len(cohort.patients))
-    order = order[np.lexsort(_labels_of_patients(cohort)[order].T)]
+    order = order[np.lexsort(_classes_of_patients(cohort)[order].T)]
     places = np.floor(np.arange(len(order) + 1) * spec.evaluation.validation_fraction + 0.5)
     chosen = np.zeros(len(order), dtype=np.bool_)
     chosen[order] = np.diff(places) > 0
@@ -245,13 +257,11 @@ def _choose(cohort: Cohort, spec: RunSpec) -> NDArray[np.bool_]:
     return chosen
 
 
-def _labels_of_patients(cohort: Cohort) -> NDArray[np.bool_]:
-    """(patients, classes): which labels each patient's images have."""
-    has = np.zeros((len(cohort.patients), len(cohort.classes)), dtype=np.bool_)
-    if cohort.kind == "multilabel":
-        np.logical_or.at(has, cohort.patient_index, cohort.labels > 0)
-    else:
-        has[cohort.patient_index, cohort.labels] = True
+def _classes_of_patients(cohort: Cohort) -> NDArray[np.bool_]:
+    """(patients, 1 + classes): which classes each patient's images have, after a constant."""
+    present = cohort.present()
+    has = np.zeros((len(cohort.patients), 1 + present.shape[1]), dtype=np.bool_)
+    np.logical_or.at(has[:, 1:], cohort.patient_index, present)
     return has
 
 
@@ -267,7 +277,8 @@ class EarlyStopping:
     Without a validation part nothing is best and nothing stops.
 
     Attributes:
-        metric: its name; for the Brier score lower is better.
+        metric: its name.
+        lower_is_better: whether the best is the lowest.
         patience: evaluations without gain until `stop`; 0 means never.
         min_delta: the gain that counts.
         best_round: None until there is one.
@@ -277,6 +288,7 @@ class EarlyStopping:
     """
 
     metric: str
+    lower_is_better: bool
     patience: int
     min_delta: float
     best_round: int | None = None
@@ -288,7 +300,8 @@ class EarlyStopping:
     def of(cls, spec: RunSpec) -> Self:
         """Before the first round of a run."""
         e = spec.evaluation
-        return cls(metric=e.metric, patience=e.patience, min_delta=e.min_delta)
+        lower = spec.task.METRICS[e.metric].lower_is_better
+        return cls(e.metric, lower, e.patience, e.min_delta)
 
     @property
     def stop(self) -> bool:
@@ -299,7 +312,7 @@ class EarlyStopping:
         """What holds after one more evaluation."""
         if evaluation.validation is None:
             return self
-        value = evaluation.validation.scores.metrics[self.metric].value
+        value = evaluation.validation.metrics[self.metric].value
         if value is None:
             return dataclasses.replace(self, waited=self.waited + 1)
         best = self
@@ -311,25 +324,29 @@ class EarlyStopping:
         return dataclasses.replace(best, waited=self.waited + 1)
 
     def to_json(self) -> dict[str, Any]:
-        """All fields, for the checkpoint."""
-        return dataclasses.asdict(self)
+        """For the checkpoint."""
+        fields = dataclasses.asdict(self)
+        del fields["lower_is_better"]
+        return fields
 
     @classmethod
-    def from_json(cls, state: Mapping[str, Any]) -> Self:
-        """What `to_json` wrote.
+    def from_json(cls, state: Mapping[str, Any], spec: RunSpec) -> Self:
+        """What `to_json` wrote in a run of `spec`.
 
         Raises:
             RunError: if it is something else.
         """
-        known = {field.name for field in dataclasses.fields(cls)}
-        if set(state) != known or state["metric"] not in NAMES:
+        start = cls.of(spec)
+        known, asked = start.to_json(), ("metric", "patience", "min_delta")
+        if set(state) != set(known) or any(state[key] != known[key] for key in asked):
             raise RunError(
                 f"early stopping in the checkpoint is {dict(state)!r}, expected the keys "
-                f"{', '.join(sorted(known))}; it is of another version: start the run anew"
+                f"{', '.join(sorted(known))}, and metric {start.metric}; it is of another version "
+                "or run: start the run anew"
             )
-        return cls(**state)
+        return dataclasses.replace(start, **state)
 
     def _gain(self, value: float, before: float | None) -> float:
         if before is None:
             return float("inf")
-        return before - value if self.metric in LOWER_IS_BETTER else value - before
+        return before - value if self.lower_is_better else value - before

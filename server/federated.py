@@ -20,7 +20,7 @@ from common.errors import UpdateError
 from common.messages import Counts, Reply
 from common.spec import RunSpec
 from common.tasks import counts
-from common.tasks.metrics import Estimate
+from common.tasks.estimates import Estimate
 
 FEDERATED_FILE = "federated.json"
 

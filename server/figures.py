@@ -1,8 +1,9 @@
-"""The report's figures: matplotlib, each an SVG inside a data URI, with a text alternative.
+"""The report's figures: charts by matplotlib, each an SVG inside a data URI, and pictures as PNG.
 
 Colours are of Okabe and Ito's set, which people with any colour vision can tell apart; what a
 colour says is also said by a line's style, a letter or a table. Text stays text and takes the
-page's font. Names in a figure are untrusted: they are never parsed as mathematics.
+page's font. Names in a figure are untrusted: they are never parsed as mathematics. Each figure has
+a text alternative.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from __future__ import annotations
 import base64
 import io
 import logging
+import math
+import textwrap
 import unicodedata
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -25,9 +28,10 @@ from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
+from PIL import Image
 
-from common.tasks.metrics import Estimate
-from server.curves import GRID, Calibration, Curve
+from common.tasks.estimates import Estimate
+from common.tasks.exhibits import Bars, Chart, Gallery, Line
 from server.record import STATUSES, Status
 
 BLUE, ORANGE, GREEN, PINK, SKY, VERMILION, YELLOW, BLACK = (
@@ -53,10 +57,14 @@ _INK, _MUTED, _GRID = "#1F2D36", "#56656F", "#E3E6E4"
 _LETTERS = {"ok": "", "late": "L", "failed": "F", "rejected": "X", "refused": "R"}
 _LINES = (BLUE, VERMILION, GREEN, PINK, ORANGE, SKY, BLACK)
 _STYLES = ("-", (0, (5, 2)), (0, (1.5, 1.5)))
+_DOTS = (0, (1, 2))
+_BAR, _GROUND_BAR = "#7FB8D8", "#C9D6DC"
 _LONGEST_NAME = 26
+_LONGEST_LABEL, _TITLE_LINE = 40, 32
 _MOST_LETTERS = 80
 _MOST_KEYS = 10
 _MARGINS = (0.6, 0.52, 0.12, 0.38)
+_WIDER = (0.78, 0.52, 0.12, 0.38)  # for ticks of more digits than a part of 1 has
 _STYLE: dict[Any, Any] = {
     "font.family": ["DejaVu Sans"],
     "font.size": 10.5,
@@ -78,6 +86,9 @@ _STYLE: dict[Any, Any] = {
     "xtick.color": _MUTED,
     "ytick.color": _MUTED,
     "legend.frameon": False,
+    "legend.edgecolor": "none",
+    "legend.facecolor": "white",
+    "legend.framealpha": 0.85,
     "legend.fontsize": 9.5,
     "figure.facecolor": "none",
     "axes.facecolor": "none",
@@ -104,14 +115,6 @@ class Series:
     estimates: Sequence[Estimate]
 
 
-@dataclass(frozen=True)
-class Named:
-    """A curve and what it is of; the empty name where there is only one."""
-
-    name: str
-    curve: Curve
-
-
 def by_round(title: str, series: Sequence[Series], chosen: int | None) -> Picture:
     """A metric by round with its interval bands, and a mark at the `chosen` round."""
     with _figure(4.9, 2.75) as (figure, axes):
@@ -122,67 +125,64 @@ def by_round(title: str, series: Sequence[Series], chosen: int | None) -> Pictur
         for one in series:
             _draw_series(axes, one, *colours[one.name])
         if chosen is not None:
-            axes.axvline(chosen, color=_MUTED, linewidth=1, linestyle=(0, (1, 2)), zorder=1)
+            axes.axvline(chosen, color=_MUTED, linewidth=1, linestyle=_DOTS, zorder=1)
         axes.margins(x=0.02)
         if series:
             axes.legend(loc="best", ncols=2, handlelength=2.2)
         return _picture(figure, f"{title} by round. " + " ".join(map(_in_words, series)))
 
 
-def roc_figure(curves: Sequence[Named]) -> Picture:
-    """Receiver operating curves; a single one has its band."""
-    with _figure(3.9, 3.7) as (figure, axes):
-        axes.set_title("Receiver operating curve")
-        axes.plot([0, 1], [0, 1], color=_MUTED, linewidth=1, linestyle=(0, (1, 2)))
-        _draw_curves(axes, curves, axes.plot)
-        _unit_square(axes, "1 − specificity", "sensitivity")
-        return _picture(
-            figure,
-            "Receiver operating curve: "
-            + _points_in_words(
-                curves, "at a false positive rate of", "the sensitivity is", (0.05, 0.1, 0.2)
-            ),
-        )
+def chart(shown: Chart) -> Picture:
+    """The curves of a task's chart; a single one has its band."""
+    title = textwrap.wrap(_name(shown.title, 2 * _TITLE_LINE), _TITLE_LINE)
+    left, bottom, right, top = _MARGINS if shown.unit_square else _WIDER
+    more = 0.2 * (len(title) - 1)
+    with _figure(3.9, 3.7 + more, (left, bottom, right, top + more)) as (figure, axes):
+        axes.set_title("\n".join(title))
+        if shown.diagonal:
+            axes.axline((0, 0), slope=1, color=_MUTED, linewidth=1, linestyle=_DOTS)
+        if shown.level is not None:
+            axes.axhline(shown.level, color=_MUTED, linewidth=1, linestyle=_DOTS)
+        _draw_lines(axes, shown)
+        if shown.unit_square:
+            _unit_square(axes)
+        if shown.bars is not None:
+            _draw_bars(axes, shown.bars, unit_square=shown.unit_square)
+        axes.set_xlabel(_name(shown.x, _LONGEST_LABEL))
+        y = _name(shown.y, _LONGEST_LABEL)
+        axes.set_ylabel(y, rotation_mode="anchor", ha="center", va="bottom")
+        return _picture(figure, shown.says)
 
 
-def precision_recall_figure(curves: Sequence[Named], prevalence: float | None) -> Picture:
-    """Precision-recall curves; the dotted line is the precision of chance."""
-    with _figure(3.9, 3.7) as (figure, axes):
-        axes.set_title("Precision and recall")
-        if prevalence is not None:
-            axes.axhline(prevalence, color=_MUTED, linewidth=1, linestyle=(0, (1, 2)))
-        _draw_curves(axes, curves, _stepping(axes))
-        _unit_square(axes, "recall (sensitivity)", "precision")
-        return _picture(
-            figure,
-            "Precision-recall curve: "
-            + _points_in_words(curves, "at a recall of", "the precision is", (0.5, 0.8, 0.95)),
-        )
+def tiles(gallery: Gallery, most_bytes: int) -> list[Picture]:
+    """A gallery's pictures, as PNG; a caption is a picture's words.
+
+    Args:
+        gallery: what is shown.
+        most_bytes: of all its pixels together; if they are more, each picture is made smaller.
+
+    Raises:
+        ValueError: if pictures or captions are not what `Gallery` says.
+    """
+    pictures, captions = gallery.pictures, gallery.captions
+    if pictures.ndim != 4 or pictures.shape[-1] != 3 or pictures.dtype != np.uint8:
+        raise ValueError(f"pictures of shape {pictures.shape}, {pictures.dtype}: not (N, H, W, 3)")
+    if len(captions) != len(pictures):
+        raise ValueError(f"{len(captions)} captions of {len(pictures)} pictures")
+    factor = min(1.0, math.sqrt(most_bytes / max(1, pictures.nbytes)))
+    height, width = (max(1, int(side * factor)) for side in pictures.shape[1:3])
+    return [
+        _png(pixels, (width, height), caption or gallery.says)
+        for pixels, caption in zip(pictures, captions, strict=True)
+    ]
 
 
-def calibration_figure(found: Calibration) -> Picture:
-    """The reliability diagram over a histogram of the images in each bin."""
-    with _figure(3.9, 3.7) as (figure, axes):
-        axes.set_title("Calibration")
-        axes.plot([0, 1], [0, 1], color=_MUTED, linewidth=1, linestyle=(0, (1, 2)))
-        width = found.images / found.images.max() * 0.16
-        axes.bar(found.confidence, width, width=0.05, color="#C9D6DC", zorder=1)
-        bars = np.abs(np.stack([found.frequency - found.low, found.high - found.frequency]))
-        axes.errorbar(
-            found.confidence,
-            found.frequency,
-            yerr=bars,
-            color=BLUE,
-            marker="o",
-            markersize=5,
-            linewidth=1.6,
-            elinewidth=1.2,
-            ecolor="#7FB8D8",
-        )
-        _unit_square(axes, "predicted probability", "observed frequency")
-        pairs = zip(found.confidence, found.frequency, found.images, strict=True)
-        words = "; ".join(f"{c:.2f} predicted, {f:.2f} observed, {n} images" for c, f, n in pairs)
-        return _picture(figure, f"Reliability diagram, by bin: {words}.")
+def _png(pixels: NDArray[np.uint8], size: tuple[int, int], alt: str) -> Picture:
+    picture, content = Image.fromarray(pixels), io.BytesIO()
+    if picture.size != size:
+        picture = picture.resize(size, Image.Resampling.BOX)
+    picture.save(content, format="PNG", optimize=True)
+    return Picture("data:image/png;base64," + base64.b64encode(content.getvalue()).decode(), alt)
 
 
 def participation(
@@ -276,35 +276,51 @@ def _draw_series(axes: Axes, series: Series, colour: str, style: Any) -> None:
     )
 
 
-def _draw_curves(axes: Axes, curves: Sequence[Named], draw: Callable[..., Any]) -> None:
-    if len(curves) == 1:
-        axes.fill_between(
-            GRID, curves[0].curve.low, curves[0].curve.high, color=BLUE, alpha=0.16, linewidth=0
-        )
+def _draw_lines(axes: Axes, shown: Chart) -> None:
+    lines = shown.lines
+    if len(lines) == 1:
+        _draw_limits(axes, lines[0])
     styles = ((colour, style) for style in cycle(_STYLES) for colour in _LINES)
-    for (colour, style), one in zip(styles, curves, strict=False):
-        draw(
-            one.curve.x,
-            one.curve.y,
+    for (colour, style), one in zip(styles, lines, strict=False):
+        axes.plot(
+            one.x,
+            one.y,
             color=colour,
             linestyle=style,
-            linewidth=1.8,
+            linewidth=1.6 if one.marks else 1.8,
+            marker="o" if one.marks else None,
+            markersize=5,
+            drawstyle="steps-pre" if one.steps else "default",
             label=_name(one.name),
         )
-    if 1 < len(curves) <= _MOST_KEYS:
-        axes.legend(loc="lower right", handlelength=2.2)
+    if 1 < len(lines) <= _MOST_KEYS and any(one.name for one in lines):
+        axes.legend(loc="best", handlelength=2.2, frameon=True)
 
 
-def _stepping(axes: Axes) -> Callable[..., Any]:
-    def draw(x: NDArray[Any], y: NDArray[Any], **style: Any) -> None:
-        axes.plot(x, y, drawstyle="steps-pre", **style)
+def _draw_limits(axes: Axes, line: Line) -> None:
+    """A band, or a bar at each mark."""
+    if line.low is None or line.high is None:
+        return
+    at = line.x if line.limits_at is None else line.limits_at
+    if line.marks:
+        bars = np.abs(np.stack([line.y - line.low, line.high - line.y]))
+        axes.errorbar(line.x, line.y, yerr=bars, fmt="none", elinewidth=1.2, ecolor=_BAR)
+    else:
+        axes.fill_between(at, line.low, line.high, color=BLUE, alpha=0.16, linewidth=0)
 
-    return draw
+
+def _draw_bars(axes: Axes, bars: Bars, *, unit_square: bool) -> None:
+    """Bars below the curves, the tallest a sixth of the frame."""
+    limits = axes.axis()
+    left, right, ground, top = (0, 1, 0, 1) if unit_square else limits
+    heights = bars.counts / max(1, bars.counts.max(initial=0)) * 0.16 * (top - ground)
+    width = 0.05 * (right - left)
+    axes.bar(bars.x, heights, width=width, bottom=ground, color=_GROUND_BAR, zorder=1)
+    axes.axis(limits)
 
 
-def _unit_square(axes: Axes, x: str, y: str) -> None:
-    axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), aspect="equal", xlabel=x)
-    axes.set_ylabel(y, rotation_mode="anchor", ha="center", va="bottom")
+def _unit_square(axes: Axes) -> None:
+    axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), aspect="equal")
     ticks = [0, 0.25, 0.5, 0.75, 1]
     axes.set_xticks(ticks, ["0", ".25", ".5", ".75", "1"])
     axes.set_yticks(ticks, ["0", ".25", ".5", ".75", "1"])
@@ -334,10 +350,10 @@ def _separate(axes: Axes, codes: NDArray[np.int64]) -> None:
         )
 
 
-def _name(text: str) -> str:
-    """A name from outside, in one short line."""
+def _name(text: str, longest: int = _LONGEST_NAME) -> str:
+    """A text from outside, in one short line."""
     clean = "".join(c if unicodedata.category(c)[0] != "C" else " " for c in text)
-    return clean if len(clean) <= _LONGEST_NAME else clean[: _LONGEST_NAME - 1] + "…"
+    return clean if len(clean) <= longest else clean[: longest - 1] + "…"
 
 
 # --- In words ---------------------------------------------------------------------------------
@@ -353,12 +369,3 @@ def _in_words(series: Series) -> str:
         return f"{series.name.capitalize()}: no value."
     (first, start), (last, end) = known[0], known[-1]
     return f"{series.name.capitalize()}: {start:.3f} in round {first}, {end:.3f} in round {last}."
-
-
-def _points_in_words(curves: Sequence[Named], at: str, reads: str, places: Sequence[float]) -> str:
-    words = []
-    for one in curves:
-        values = np.interp(places, one.curve.x, one.curve.y)
-        pairs = (f"{at} {p:g} {reads} {v:.2f}" for p, v in zip(places, values, strict=True))
-        words.append((f"{_name(one.name)}: " if one.name else "") + ", ".join(pairs))
-    return "; ".join(words) + "."

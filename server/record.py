@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import zipfile
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -22,8 +23,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from common.errors import RunError, SpecError
 from common.spec import RunSpec
-from common.tasks.metrics import Estimate, Predictions
-from server.evaluation import PARTS, PartName, PartResult, score_part
+from common.tasks import task_for
+from common.tasks.estimates import Estimate
+from common.tasks.exhibits import Exhibit, Gallery
+from server.evaluation import PARTS, PATIENTS, PREFIXES, UNIT, PartName, PartResult, score_part
 from server.federated import FEDERATED_FILE
 
 SPEC_FILE = "spec.json"
@@ -36,6 +39,17 @@ MODEL_FILE = "model.safetensors"
 Status = Literal["ok", "late", "failed", "rejected", "refused"]
 STATUSES: tuple[Status, ...] = ("ok", "late", "failed", "rejected", "refused")
 
+_DAMAGE = (
+    OSError,
+    EOFError,
+    MemoryError,
+    ArithmeticError,
+    LookupError,
+    TypeError,
+    ValueError,
+    RuntimeError,
+    zipfile.BadZipFile,
+)
 _WAY_OUT = "expected what the run wrote; restore the file, or resume the run to write it again"
 
 
@@ -72,7 +86,6 @@ class Part(_Read):
     images: int
     patients: int
     metrics: dict[str, Estimate]
-    confusion: list[Any]
 
 
 class Evaluated(_Read):
@@ -142,6 +155,7 @@ class RunRecord:
     """A run directory, read and checked.
 
     Attributes:
+        directory: where it lies.
         spec: the run's description.
         environment: what ran and where.
         rounds: in their order, at least one.
@@ -151,6 +165,7 @@ class RunRecord:
         model_digest: SHA-256 of ``model.safetensors`` in hex; None if there is no such file.
     """
 
+    directory: Path
     spec: RunSpec
     environment: Environment
     rounds: tuple[Round, ...]
@@ -168,17 +183,50 @@ class RunRecord:
         """
         spec = _read_spec(directory / SPEC_FILE)
         record = cls(
+            directory=directory,
             spec=spec,
             environment=_parse(directory / ENVIRONMENT_FILE, Environment),
             rounds=_read_rounds(directory / METRICS_FILE),
             privacy=_parse(directory / PRIVACY_FILE, Privacy),
             final=_read_final(directory / EVALUATION_FILE, spec),
-            federated=_read_federated(directory / FEDERATED_FILE),
+            federated=_read_federated(directory / FEDERATED_FILE, spec),
             model_digest=_digest(directory / MODEL_FILE),
         )
         if not record.sites:
             raise RunError(f"{directory / PRIVACY_FILE}: names no site; {_WAY_OUT}")
         return record
+
+    def exhibits(self) -> Sequence[Exhibit]:
+        """What the task shows of the test part; no picture but where the run's file asks for it.
+
+        Raises:
+            RunError: if the evidence is not what the task wrote.
+        """
+        part = self.final.get("test")
+        if part is None:
+            return ()
+        with self.evidence():
+            shown = task_for(self.spec).exhibits(part.evidence, part.patient_index)
+        pictures = self.spec.evaluation.gallery > 0
+        return [one for one in shown if pictures or not isinstance(one, Gallery)]
+
+    def evidence(self) -> AbstractContextManager[None]:
+        """A context in which errors of reading the evidence become a `RunError` of its file."""
+        return _evidence_of(self.directory / EVALUATION_FILE)
+
+    @property
+    def headline(self) -> str:
+        """The name of the metric on top."""
+        return self.spec.task.HEADLINE or self.spec.evaluation.metric
+
+    def why_no_headline(self) -> str:
+        """Why the headline has no value, in a sentence; empty where it has one."""
+        part = self.final.get("test")
+        if part is None:
+            return "The evaluation cohort has no test part."
+        if part.metrics[self.headline].value is not None:
+            return ""
+        return task_for(self.spec).without_value(part.evidence)
 
     @cached_property
     def sites(self) -> tuple[str, ...]:
@@ -240,35 +288,45 @@ def _read_rounds(path: Path) -> tuple[Round, ...]:
 
 
 def _read_final(path: Path, spec: RunSpec) -> dict[PartName, PartResult]:
-    prefixes: dict[PartName, str] = {"validation": "validation_", "test": ""}
-    try:
-        with np.load(path, allow_pickle=False) as stored:
-            arrays = dict(stored)
-        return {
-            name: _read_part(arrays, prefixes[name], name, spec)
-            for name in PARTS
-            if f"{prefixes[name]}probabilities" in arrays
+    with _evidence_of(path), np.load(path, allow_pickle=False) as stored:
+        arrays: dict[str, NDArray[Any]] = dict(stored)
+    other = tuple(prefix for prefix in PREFIXES.values() if prefix)
+    found: dict[PartName, PartResult] = {}
+    for name in PARTS:
+        prefix = PREFIXES[name]
+        part = {
+            key.removeprefix(prefix): array
+            for key, array in arrays.items()
+            if (key.startswith(prefix) if prefix else not key.startswith(other))
         }
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise RunError(f"{path}: cannot be used ({error}); {_WAY_OUT}") from error
+        if part:
+            with _evidence_of(path):
+                found[name] = _read_part(part, name, spec)
+    return found
 
 
-def _read_part(
-    arrays: Mapping[str, NDArray[Any]], prefix: str, name: PartName, spec: RunSpec
-) -> PartResult:
-    keys = ("probabilities", "labels", "patients")
-    probabilities, labels, patients = (arrays[prefix + key] for key in keys)
-    expected = (len(patients), len(spec.task.classes))
-    if probabilities.shape != expected:
-        raise ValueError(f"{prefix}probabilities have shape {probabilities.shape}, not {expected}")
-    threshold = spec.evaluation.threshold
-    predictions = Predictions(spec.task.kind, probabilities, labels, patients, threshold)
-    unit = str(arrays.get(f"{prefix}unit", np.array("patient")))
-    return score_part(spec, name, predictions, "image" if unit == "image" else "patient")
+def _read_part(arrays: dict[str, NDArray[Any]], name: PartName, spec: RunSpec) -> PartResult:
+    patients, unit = arrays.pop(PATIENTS), str(arrays.pop(UNIT, np.array("patient")))
+    return score_part(spec, name, arrays, patients, "image" if unit == "image" else "patient")
 
 
-def _read_federated(path: Path) -> Federated | None:
-    return _parse(path, Federated) if path.exists() else None
+@contextmanager
+def _evidence_of(path: Path) -> Iterator[None]:
+    """What is raised on evidence of another form, whatever the task: the file is not the run's."""
+    try:
+        yield
+    except _DAMAGE as error:
+        what = str(error) or type(error).__name__
+        raise RunError(f"{path}: cannot be used ({what}); {_WAY_OUT}") from error
+
+
+def _read_federated(path: Path, spec: RunSpec) -> Federated | None:
+    if not path.exists():
+        return None
+    found, known = _parse(path, Federated), spec.task.METRICS
+    for name in sorted(found.metrics.keys() - known.keys()):
+        raise RunError(f"{path}: metric {name!r}: expected one of {', '.join(known)}; {_WAY_OUT}")
+    return found
 
 
 def _digest(path: Path) -> str | None:

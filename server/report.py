@@ -6,8 +6,10 @@ a browser to load anything. Every text that comes from the run directory is esca
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +18,10 @@ from numpy.typing import NDArray
 
 from common.files import write_durably
 from common.spec import RunSpec
-from common.tasks.metrics import NAMES, Estimate, Predictions, Scores, score
-from server import curves, figures, wording
+from common.tasks import words
+from common.tasks.estimates import Estimate
+from common.tasks.exhibits import Chart, Exhibit, Gallery, Matrix, Table
+from server import figures, wording
 from server.evaluation import PARTS, PartName, PartResult
 from server.figures import Picture
 from server.record import STATUSES, RunRecord, Status
@@ -25,10 +29,14 @@ from server.record import STATUSES, RunRecord, Status
 REPORT_FILE = "report.html"
 
 _TEMPLATE = "report.html.j2"
-_CURVES_BY_ROUND = ("auroc", "auprc", "accuracy", "brier")
+_CURVES_BY_ROUND = 4
 _MOST_INCIDENTS = 40
-_MOST_COLUMNS = 24
+_GALLERY_BYTES = 16 << 20  # of pixels; a page of more would not open on a phone
 _DARK = 0.55  # from this share on, a cell of the confusion matrix has white text
+_SHOWN_WIDTH = 210  # of a picture in a gallery, at least, where there is room
+_FIGURE = re.compile(r"–|[-−+]?[0-9][0-9.,]*( ?\S{1,3})?")
+_INTERVAL = re.compile(r"|[-−]?[0-9][0-9.,]* to [-−]?[0-9][0-9.,]*")
+_ESTIMATE = re.compile(r"–|[-−+]?[0-9][0-9.,]*( ?\S{1,3})?( \([-−0-9., to]+\))?")
 
 
 def write_report(run_directory: Path) -> Path:
@@ -47,24 +55,13 @@ def write_report(run_directory: Path) -> Path:
 
 
 def render(record: RunRecord) -> str:
-    """The page of a run."""
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {
-        "number": wording.number,
-        "interval": wording.interval,
-        "epsilon": wording.epsilon,
-        "epsilon_of": wording.epsilon_of,
-        "pacing": wording.pacing,
-        "scientific": wording.scientific,
-        "plain": wording.plain,
-        "duration": wording.duration,
-    }
+    """The page of a run.
+
+    Raises:
+        RunError: if what the task keeps of the evaluation cannot be shown.
+    """
+    beside, shown = _laid_out(record)
+    environment = _environment()
     return environment.get_template(_TEMPLATE).render(
         record=record,
         spec=record.spec,
@@ -75,15 +72,16 @@ def render(record: RunRecord) -> str:
         claim=wording.claim(record),
         timing=wording.timing(record),
         not_for_clinical_use=wording.NOT_FOR_CLINICAL_USE,
-        counted=wording.counted,
+        counted=words.counted,
+        task=words.task(record.spec.task),
         headline=_headline(record),
         largest=wording.largest(record.privacy.sites),
         metrics=_metric_rows(record),
-        confusion=_confusion(record),
-        titles=wording.METRIC_TITLES,
-        by_class=_class_rows(record),
+        metric_notes=wording.metric_notes(record.spec.task),
+        beside=beside,
+        shown=shown,
         federated=record.federated,
-        curve_pictures=_curve_pictures(record),
+        federated_rows=_federated_rows(record),
         round_pictures=_round_pictures(record),
         strip=_strip(record),
         status_colours=figures.STATUS_COLOURS,
@@ -94,72 +92,193 @@ def render(record: RunRecord) -> str:
     )
 
 
+def _environment() -> Environment:
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "epsilon": wording.epsilon,
+        "epsilon_of": wording.epsilon_of,
+        "pacing": wording.pacing,
+        "scientific": wording.scientific,
+        "plain": wording.plain,
+        "duration": wording.duration,
+    }
+    environment.tests |= {
+        "matrix": lambda one: isinstance(one, ShownMatrix),
+        "table": lambda one: isinstance(one, ShownTable),
+        "gallery": lambda one: isinstance(one, ShownGallery),
+    }
+    return environment
+
+
+def _laid_out(record: RunRecord) -> tuple[ShownMatrix | None, list[Shown]]:
+    """The first matrix, which stands beside the metrics, and everything else."""
+    with record.evidence():
+        shown = _shown(record.exhibits(), record.spec.evaluation.gallery)
+    matrices = [one for one in shown if isinstance(one, ShownMatrix)]
+    beside = matrices[0] if matrices else None
+    return beside, [one for one in shown if one is not beside]
+
+
 # --- Headline and metrics ---------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Headline:
-    """What stands on top: the part it is of, its AUROC, and why there is none."""
+    """What stands on top: a metric on the test part, and why it has no value."""
 
-    auroc: Estimate
+    title: str
+    value: str
+    interval: str
     part: PartResult | None
     why_not: str
 
 
 def _headline(record: RunRecord) -> Headline:
-    part = record.final.get("test")
-    if part is None:
-        return Headline(Estimate(None), None, "The evaluation cohort has no test part.")
-    auroc = part.scores.metrics["auroc"]
-    if auroc.value is not None:
-        return Headline(auroc, part, "")
-    if not part.predictions.finite:
-        return Headline(auroc, part, "The model's probabilities are not finite.")
-    return Headline(auroc, part, "The test part has images of one class only.")
+    name, part = record.headline, record.final.get("test")
+    metric = record.spec.task.METRICS[name]
+    found = part.metrics[name] if part else Estimate(None)
+    return Headline(
+        metric.title,
+        wording.figure(found.value, metric),
+        wording.interval(found, metric),
+        part,
+        record.why_no_headline(),
+    )
 
 
 @dataclass(frozen=True)
 class MetricRow:
-    """A metric of the final model on both parts; a part that is missing has no value."""
+    """A metric of the final model on both parts, in words; a part that is missing has a dash.
+
+    `bar` is the test part's where it lies on a scale from 0 to 1.
+    """
 
     title: str
-    test: Estimate
-    validation: Estimate
+    test: str
+    interval: str
+    validation: str
+    bar: Estimate | None
+    strong: bool
 
 
 def _metric_rows(record: RunRecord) -> list[MetricRow]:
     def of(name: str, part: PartName) -> Estimate:
-        return record.final[part].scores.metrics[name] if part in record.final else Estimate(None)
+        return record.final[part].metrics[name] if part in record.final else Estimate(None)
 
     return [
-        MetricRow(wording.METRIC_TITLES[name], of(name, "test"), of(name, "validation"))
-        for name in NAMES
+        MetricRow(
+            metric.title,
+            wording.figure((test := of(name, "test")).value, metric),
+            wording.interval(test, metric),
+            wording.figure(of(name, "validation").value, metric),
+            None if metric.unit or not _within_one(test) else test,
+            name == record.headline,
+        )
+        for name, metric in record.spec.task.METRICS.items()
     ]
+
+
+def _within_one(found: Estimate) -> bool:
+    known = [value for value in (found.value, found.low, found.high) if value is not None]
+    return bool(known) and all(0 <= value <= 1 for value in known)
+
+
+@dataclass(frozen=True)
+class FederatedRow:
+    """A metric of the federated evaluation, in words."""
+
+    title: str
+    value: str
+    interval: str
+
+
+def _federated_rows(record: RunRecord) -> list[FederatedRow]:
+    """Nothing without one."""
+    if record.federated is None:
+        return []
+    return [
+        FederatedRow(
+            (metric := record.spec.task.METRICS[name]).title,
+            wording.figure(found.value, metric),
+            wording.interval(found, metric),
+        )
+        for name, found in record.federated.metrics.items()
+    ]
+
+
+# --- What the task shows ----------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A cell of a confusion matrix: images, their share of the row, and whether text is light."""
+    """A cell of a matrix: how many, their share of the row, and whether text is light."""
 
-    images: int
+    count: int
     share: float
     light: bool
 
 
 @dataclass(frozen=True)
-class Confusion:
-    """A confusion matrix, rows by truth and columns by decision."""
+class ShownMatrix:
+    """A matrix with its cells, rows by truth and columns by decision."""
 
-    names: Sequence[str]
+    matrix: Matrix
     rows: Sequence[Sequence[Cell]]
 
 
-def _confusion(record: RunRecord) -> Confusion | None:
-    """That of the test part; None without one, and where labels do not exclude each other."""
-    part = record.final.get("test")
-    if part is None or record.spec.task.kind == "multilabel":
-        return None
-    return Confusion(record.spec.task.classes, _cells(part.scores.confusion))
+@dataclass(frozen=True)
+class ShownTable:
+    """A table, and how each of its columns is set."""
+
+    table: Table
+    classes: Sequence[str]
+
+
+@dataclass(frozen=True)
+class ShownGallery:
+    """A gallery and its pictures; coarse ones are enlarged by the browser, pixel by pixel."""
+
+    gallery: Gallery
+    pictures: Sequence[Picture]
+    coarse: bool
+
+
+@dataclass(frozen=True)
+class ShownCharts:
+    """Charts that stand side by side, and how they are to be read."""
+
+    pictures: Sequence[Picture]
+    notes: Sequence[str]
+
+
+Shown = ShownMatrix | ShownTable | ShownGallery | ShownCharts
+
+
+def _shown(exhibits: Sequence[Exhibit], most_pictures: int) -> list[Shown]:
+    """What is drawn, in the task's order; neighbouring charts stand side by side."""
+    galleries = sum(isinstance(one, Gallery) for one in exhibits)
+    most_bytes = _GALLERY_BYTES // max(1, galleries)
+    found: list[Shown] = []
+    for kind, group in groupby(exhibits, type):
+        if kind is Chart:
+            charts = [one for one in group if isinstance(one, Chart)]
+            notes = list(dict.fromkeys(one.note for one in charts if one.note))
+            found.append(ShownCharts([figures.chart(one) for one in charts], notes))
+            continue
+        for one in group:
+            if isinstance(one, Matrix):
+                found.append(ShownMatrix(one, _cells(one.counts)))
+            elif isinstance(one, Table):
+                found.append(ShownTable(one, _columns(one)))
+            elif isinstance(one, Gallery):
+                found.append(_gallery(one, most_pictures, most_bytes))
+    return found
 
 
 def _cells(counts: NDArray[np.int64]) -> list[list[Cell]]:
@@ -168,75 +287,35 @@ def _cells(counts: NDArray[np.int64]) -> list[list[Cell]]:
     return [[Cell(n, share, share > _DARK) for n, share in zip(*row, strict=True)] for row in pairs]
 
 
-@dataclass(frozen=True)
-class ClassRow:
-    """One class (against the rest) or label on the test part."""
-
-    name: str
-    images: int
-    scores: Scores
-    shown: Sequence[str]
+def _columns(table: Table) -> list[str]:
+    """Figures are set to the right, intervals quietly; the first column names the row."""
+    return ["", *(_column([row[n] for row in table.rows]) for n in range(1, len(table.head)))]
 
 
-def _class_rows(record: RunRecord) -> list[ClassRow]:
-    part = record.final.get("test")
-    if part is None or record.spec.task.kind == "binary" or not part.predictions.finite:
-        return []
-    decided = ("sensitivity", "specificity") if record.spec.task.kind == "multilabel" else ()
-    shown = ("auroc", "auprc", *decided)
-    return [
-        ClassRow(name, int(column.truths.sum()), _score_column(column, record.spec), shown)
-        for name, column in _columns(part, record.spec)
-    ]
+def _column(texts: Sequence[str]) -> str:
+    if all(_FIGURE.fullmatch(text) for text in texts):
+        return "n"
+    if all(_INTERVAL.fullmatch(text) for text in texts):
+        return "quiet nowrap"
+    return "nowrap" if all(_ESTIMATE.fullmatch(text) for text in texts) else ""
 
 
-def _score_column(column: curves.Column, spec: RunSpec) -> Scores:
-    both = np.stack([1 - column.scores, column.scores], axis=1)
-    labels, settings = column.truths.astype(np.int64), spec.evaluation
-    alone = Predictions("binary", both, labels, column.patients, settings.threshold)
-    generator = np.random.default_rng(spec.seed)
-    return score(alone, resamples=settings.bootstrap, generator=generator)
+def _gallery(gallery: Gallery, most: int, most_bytes: int) -> ShownGallery:
+    kept = replace(gallery, pictures=gallery.pictures[:most], captions=gallery.captions[:most])
+    coarse = gallery.pictures.shape[2] < _SHOWN_WIDTH
+    return ShownGallery(kept, figures.tiles(kept, most_bytes), coarse)
 
 
-# --- Figures ----------------------------------------------------------------------------------
-
-
-def _columns(part: PartResult, spec: RunSpec) -> Iterator[tuple[str, curves.Column]]:
-    p = part.predictions
-    names = ("",) if spec.task.kind == "binary" else spec.task.classes
-    for name, scores, truths in zip(names, p.scores.T, p.truths.T, strict=True):
-        yield name, curves.Column(scores, truths, p.patients, spec.seed)
-
-
-def _curve_pictures(record: RunRecord) -> list[Picture]:
-    part = record.final.get("test")
-    if part is None:
-        return []
-    drawn = [(name, c) for name, c in _columns(part, record.spec) if c.drawable][:_MOST_COLUMNS]
-    if not drawn:
-        return []
-    chance = drawn[0][1].prevalence if len(drawn) == 1 else None
-    return [
-        figures.roc_figure([figures.Named(name, curves.roc(c)) for name, c in drawn]),
-        figures.precision_recall_figure(
-            [figures.Named(name, curves.precision_recall(c)) for name, c in drawn], chance
-        ),
-        figures.calibration_figure(curves.calibration(_calibrated(part, record.spec))),
-    ]
-
-
-def _calibrated(part: PartResult, spec: RunSpec) -> curves.Column:
-    """What the calibration error is of; the labels of a multilabel task are taken together."""
-    confidences, outcomes = part.predictions.calibrated
-    patients = np.repeat(part.predictions.patients, confidences.shape[1])
-    return curves.Column(confidences.ravel(), outcomes.ravel(), patients, spec.seed)
+# --- Rounds and sites -------------------------------------------------------------------------
 
 
 def _round_pictures(record: RunRecord) -> list[Picture]:
-    names = dict.fromkeys((record.spec.evaluation.metric, *_CURVES_BY_ROUND))
+    task = record.spec.task
+    drawn = task.DRAWN or tuple(task.METRICS)[:_CURVES_BY_ROUND]
+    names = dict.fromkeys((record.spec.evaluation.metric, *drawn))
     chosen = record.environment.model_round
     return [
-        figures.by_round(wording.METRIC_TITLES[name], series, chosen)
+        figures.by_round(wording.titled(task.METRICS[name]), series, chosen)
         for name in names
         if (series := list(_series(record, name)))
     ]

@@ -742,6 +742,6 @@ def _restored(spec: RunSpec, start: Arrays, found: Checkpoint | None) -> RunStat
     return RunState(
         model=GlobalModel(spec, weights, groups),
         best=best,
-        stopping=EarlyStopping.from_json(found.notes["stopping"]),
+        stopping=EarlyStopping.from_json(found.notes["stopping"], spec),
         history=[dict(row) for row in found.history],
     )

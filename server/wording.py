@@ -10,20 +10,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from common.tasks.metrics import Estimate
+from common.spec import Metric, Task
+from common.tasks import words
+from common.tasks.estimates import Estimate
 from server.record import RunRecord, Spend
 
-NONE = "–"
-METRIC_TITLES = {
-    "auroc": "AUROC",
-    "auprc": "AUPRC",
-    "accuracy": "Accuracy",
-    "sensitivity": "Sensitivity",
-    "specificity": "Specificity",
-    "f1": "F1",
-    "brier": "Brier score",
-    "ece": "Calibration error",
-}
+_DIGITS, _DIGITS_OF_A_UNIT = 3, 2
 INTENDED_USE = (
     "Research on federated learning for medical imaging, and evaluation by the hospitals that "
     "took part, on images like those they trained with."
@@ -36,28 +28,44 @@ NOT_FOR_CLINICAL_USE = (
 _SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
-def number(value: float | None, digits: int = 3) -> str:
-    """A figure with so many digits after the point; a dash for None."""
-    return NONE if value is None else f"{value:.{digits}f}"
+def digits(metric: Metric) -> int:
+    """How many digits of a metric stand after the point."""
+    return _DIGITS_OF_A_UNIT if metric.unit else _DIGITS
 
 
-def interval(estimate: Estimate, digits: int = 3) -> str:
-    """The interval alone, or nothing."""
-    if estimate.low is None or estimate.high is None:
-        return ""
-    return f"{estimate.low:.{digits}f} to {estimate.high:.{digits}f}"
+def figure(value: float | None, metric: Metric) -> str:
+    """A metric's value with its unit, ``0.912`` or ``27.31 dB``."""
+    unit = f" {metric.unit}" if metric.unit and value is not None else ""
+    return words.number(value, digits(metric)) + unit
 
 
-def estimate(found: Estimate, digits: int = 3) -> str:
-    """A value and its interval, ``0.912 (0.871 to 0.946)``."""
-    limits = interval(found, digits)
-    return number(found.value, digits) + (f" ({limits})" if limits else "")
+def titled(metric: Metric) -> str:
+    """A metric's title with its unit, ``PSNR (dB)``."""
+    return f"{metric.title} ({metric.unit})" if metric.unit else metric.title
+
+
+def interval(estimate: Estimate, metric: Metric) -> str:
+    """A metric's interval alone, or nothing."""
+    return words.interval(estimate, digits(metric))
+
+
+def estimate(found: Estimate, metric: Metric) -> str:
+    """A metric's value and its interval, ``0.912 (0.871 to 0.946)``."""
+    limits = interval(found, metric)
+    return figure(found.value, metric) + (f" ({limits})" if limits else "")
+
+
+def metric_notes(section: Task) -> str:
+    """How the metrics are to be read: where lower is better, and what each has to say."""
+    lower = [metric.title for metric in section.METRICS.values() if metric.lower_is_better]
+    said = [f"Lower is better: {listed(lower)}."] if lower else []
+    return " ".join([*said, *(metric.note for metric in section.METRICS.values() if metric.note)])
 
 
 def epsilon(value: float | None) -> str:
     """An epsilon, rounded *up* to two digits: what is printed is never less than what was spent."""
     if value is None:
-        return NONE
+        return words.NONE
     return f"{math.ceil(value * 100 - 1e-9) / 100:.2f}"
 
 
@@ -82,7 +90,7 @@ def largest(sites: Mapping[str, Spend]) -> tuple[Spend, str] | None:
 def scientific(value: float | None) -> str:
     """A small number such as a delta, ``1 × 10⁻⁵``."""
     if value is None:
-        return NONE
+        return words.NONE
     if value == 0:
         return "0"
     mantissa, exponent = f"{value:.2e}".split("e")
@@ -92,7 +100,7 @@ def scientific(value: float | None) -> str:
 
 def plain(value: float | None, digits: int = 4) -> str:
     """A figure with so many significant digits, without zeros behind; a dash for None."""
-    return NONE if value is None else f"{value:.{digits}g}"
+    return words.NONE if value is None else f"{value:.{digits}g}"
 
 
 def duration(seconds: float) -> str:
@@ -108,7 +116,7 @@ def setting(value: Any) -> str:
     """A value of a spec in words: no brackets, no quotes, a dash where there is none."""
     match value:
         case None:
-            return NONE
+            return words.NONE
         case bool():
             return "yes" if value else "no"
         case list() | tuple():
@@ -118,11 +126,6 @@ def setting(value: Any) -> str:
         case float():
             return f"{value:g}"
     return str(value)
-
-
-def counted(count: int, noun: str) -> str:
-    """``1 site``, ``4 sites``."""
-    return f"{count:,} {noun}" + ("" if count == 1 else "s")
 
 
 def listed(names: Sequence[str]) -> str:
@@ -180,6 +183,7 @@ def claim(record: RunRecord) -> tuple[str, ...]:
         *_composition(record),
         "Patients of the central evaluation cohort are not covered: their hospital permits that "
         "use.",
+        *_pictures(record.spec.evaluation.gallery),
     )
 
 
@@ -212,7 +216,7 @@ def limitations(record: RunRecord) -> tuple[str, ...]:
         f"It was tested on {tested}; other scanners, populations and prevalences may give "
         "other results. Test it on local images first.",
         "Nothing here says how it does in subgroups (age, sex, device, site).",
-        "Its probabilities are calibrated to the prevalence of its training data at best.",
+        *record.spec.task.CAVEATS,
         "Intervals show the chance of the sample of patients, not of training.",
     )
 
@@ -223,6 +227,15 @@ def _unit_sentence(unit: str) -> tuple[str, ...]:
     return (
         "The unit is the image, because the source names no patients: someone with several images "
         "is protected less, by the composition of them.",
+    )
+
+
+def _pictures(most: int) -> tuple[str, ...]:
+    if not most:
+        return ()
+    return (
+        f"The run's description asked for up to {words.counted(most, 'picture')} of that cohort: "
+        "they lie in the run's folder and its report.",
     )
 
 

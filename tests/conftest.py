@@ -195,6 +195,8 @@ def open_ledger(tmp_path: Path) -> Callable[..., Ledger]:
 class ArrayCohort(Cohort):
     """A cohort in memory, for what no file can hold: an infinite pixel, an order of patients.
 
+    Its `labels` are its targets, whatever they are: numbers, masks, boxes.
+
     Attributes:
         reads: the image numbers of every call of `images`, in order.
     """
@@ -226,6 +228,10 @@ class ArrayCohort(Cohort):
     def images(self, rows: Sequence[int] | NDArray[np.int64]) -> NDArray[np.float32]:
         self.reads.append([int(row) for row in rows])
         return self._pixels[np.asarray(rows, dtype=np.int64)]
+
+    def targets(self, rows: Sequence[int] | NDArray[np.int64]) -> NDArray[Any]:
+        found: NDArray[Any] = self.labels[np.asarray(rows, dtype=np.int64)]
+        return found
 
     def rows_of(self, patient: int) -> NDArray[np.int64]:
         return np.array(self._owned[patient], dtype=np.int64)

@@ -23,19 +23,31 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from common.cohort import IMAGES_FILE, INDEX_FILE, PIXEL, SCHEMA_SQL, CohortMeta
+from common.cohort import (
+    BOX_NUMBERS,
+    IMAGES_FILE,
+    INDEX_FILE,
+    PIXEL,
+    SCHEMA_SQL,
+    CohortMeta,
+    problem_with_box,
+)
 from common.cohort_seal import SEAL_FILE, SEALED_IMAGES, SEALED_INDEX, CohortSeal
 from common.errors import CohortError
 from common.files import flush_folder
 from common.sealed import OVERHEAD
+from common.spec import Task
 
-Label = int | tuple[int, ...]
-"""A class number; for a multilabel task a 0 or 1 for each class."""
+Box = tuple[float, float, float, float, int]
+"""Left, top, right and bottom in parts of the image's sides, and a class number."""
+
+Label = int | tuple[int, ...] | tuple[Box, ...]
+"""A class number; for a multilabel task a 0 or 1 for each class; boxes; 0 beside a mask."""
 
 
 @dataclass(frozen=True)
@@ -227,14 +239,22 @@ class CohortBuilder:
         path: the cohort's directory, which must not exist.
         shape: (channels, height, width) of every image.
         key: of 32 bytes, seals it; None leaves it plain.
+        task: that the cohort is for; without one there are neither masks nor boxes.
 
     Raises:
         CohortError: if `path` exists, cannot be written, or is being written by another process.
     """
 
-    def __init__(self, path: Path, shape: tuple[int, int, int], key: bytes | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        shape: tuple[int, int, int],
+        key: bytes | None = None,
+        task: Task | None = None,
+    ) -> None:
         self._path = path
         self._shape = shape
+        self._task = task
         self._finished = False
         if path.exists() or path.is_symlink():
             raise CohortError(
@@ -246,7 +266,8 @@ class CohortBuilder:
         with _writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             self._lock = _claim(self._work)
-            self._images = ImageFile(self._work, math.prod(shape) * PIXEL.itemsize, seal)
+            masks = math.prod(shape[1:]) if task is not None and task.kind == "mask" else 0
+            self._images = ImageFile(self._work, (math.prod(shape) + masks) * PIXEL.itemsize, seal)
             self._index = _IndexFile(self._work, seal)
 
     def __enter__(self) -> Self:
@@ -267,18 +288,31 @@ class CohortBuilder:
     def __len__(self) -> int:
         return len(self._images)
 
-    def add(self, record: ImageRecord, pixels: NDArray[np.uint16]) -> None:
-        """Append one image; `pixels` has the cohort's shape.
+    def add(
+        self,
+        record: ImageRecord,
+        pixels: NDArray[np.uint16],
+        mask: NDArray[np.uint16] | None = None,
+    ) -> None:
+        """Append one image.
+
+        Args:
+            record: its names and its label.
+            pixels: of the cohort's shape.
+            mask: (height, width) class numbers, where the task has masks.
 
         Raises:
-            CohortError: if the shape or type differ, or the disk refuses.
+            CohortError: if a shape or type differs, the target is none of the task's, or the disk
+                refuses.
         """
         if pixels.shape != self._shape or pixels.dtype != np.uint16:
             raise CohortError(
                 f"{self._path}: an image of shape {pixels.shape} and type {pixels.dtype}; "
                 f"expected {self._shape} of uint16"
             )
-        sha256 = self._images.append(pixels.astype(PIXEL, copy=False).tobytes())
+        if problem := problem_with_target(self._task, record.label, mask, pixels.shape[1:]):
+            raise CohortError(f"{self._path}: image {record.instance}: {problem}")
+        sha256 = self._images.append(stored(pixels, mask))
         with _writing(self._path):
             self._index.add(record, sha256)
 
@@ -291,12 +325,58 @@ class CohortBuilder:
         """
         if meta.shape != self._shape:
             raise CohortError(f"{self._path}: shape {meta.shape}; the images have {self._shape}")
+        kind = "" if self._task is None else self._task.kind
+        if (meta.kind == "mask") != (kind == "mask"):
+            raise CohortError(f"{self._path}: described as {meta.kind}, written for {kind or None}")
         with _writing(self._path):
             self._images.flush()
             self._index.finish(meta)
             os.rename(self._work, self._path)
             self._finished = True
             flush_folder(self._path.parent)
+
+
+def problem_with_target(
+    task: Task | None, label: Label, mask: NDArray[Any] | None, size: tuple[int, ...]
+) -> str:
+    """Why a mask or boxes do not serve a task, or nothing.
+
+    Args:
+        task: that the cohort is for; None: one with labels.
+        label: the image's.
+        mask: the image's.
+        size: (height, width) of the image.
+    """
+    kind, classes = ("", 0) if task is None else (task.kind, len(task.classes))
+    if (mask is not None) != (kind == "mask"):
+        return "a mask for a task without masks" if mask is not None else "its mask is missing"
+    if mask is not None:
+        return _problem_with_mask(mask, classes, size)
+    if kind == "boxes":
+        if not isinstance(label, tuple):
+            return f"{label!r}: expected boxes, of which there may be none"
+        return next((f"box {p}" for box in label if (p := _problem_with_box(box, classes))), "")
+    return ""
+
+
+def _problem_with_mask(mask: NDArray[Any], classes: int, size: tuple[int, ...]) -> str:
+    if mask.shape != size or mask.dtype != np.uint16:
+        return f"a mask of shape {mask.shape} and type {mask.dtype}; expected {size} of uint16"
+    if mask.max(initial=0) >= classes:
+        return f"its mask has the value {mask.max()}; expected class numbers of {classes} classes"
+    return ""
+
+
+def _problem_with_box(box: Any, classes: int) -> str:
+    if not isinstance(box, tuple) or len(box) != BOX_NUMBERS:
+        return f"{box!r}: expected left, top, right, bottom and class"
+    return problem_with_box(box, classes)
+
+
+def stored(pixels: NDArray[np.uint16], mask: NDArray[np.uint16] | None = None) -> bytes:
+    """An image, and its mask behind it, as a cohort stores them."""
+    planes = pixels.astype(PIXEL, copy=False).tobytes()
+    return planes if mask is None else planes + mask.astype(PIXEL, copy=False).tobytes()
 
 
 def _columns(record: ImageRecord, sha256: str) -> tuple[str | int, ...]:

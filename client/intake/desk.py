@@ -428,7 +428,9 @@ class Desk:
     def _opened(self, instance: str, sealed: bytes) -> Row:
         values = json.loads(self._seal.open(sealed, f"image {instance}"))
         if isinstance(values["label"], list):
-            values["label"] = tuple(values["label"])
+            values["label"] = tuple(
+                tuple(part) if isinstance(part, list) else part for part in values["label"]
+            )
         sha256 = values.pop("sha256")
         return Row(ImageRecord(**values), sha256)
 

@@ -2,8 +2,8 @@
 
 One column names what a line is about; its header says which identifier it is. A binary or
 multiclass task has a column ``label`` with the name of a class; a multilabel task has one column
-for each class, holding 0 or 1. An optional column ``split`` holds ``train``, ``validation``,
-``test`` or nothing. Other columns are not read.
+for each class, holding 0 or 1; a task whose target is no label has neither. An optional column
+``split`` holds ``train``, ``validation``, ``test`` or nothing. Other columns are not read.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 
 from client.intake.builder import Label
 from client.intake.source import NotUsed
-from common.cohort import SPLITS
+from common.cohort import LABELLED, SPLITS
 from common.errors import ConfigError
 from common.spec import Task
 
@@ -53,6 +53,10 @@ class LabelTable:
         """Whether any line names its patient."""
         return any(entry.patient for entry in self.entries.values())
 
+    def place(self, entry: LabelEntry) -> str:
+        """Where an entry of it stands."""
+        return f"{self.source}:{entry.line}" if entry.line else self.source
+
 
 def read_labels(path: Path, task: Task, keys: Sequence[str] = DICOM_KEYS) -> LabelTable:
     """Read a label table for `task`.
@@ -87,7 +91,7 @@ def _read(source: str, reader: csv.DictReader[str], task: Task, keys: Sequence[s
     reader.fieldnames = header
     key = _check_header(source, header, task, keys)
     entries: dict[str, LabelEntry] = {}
-    for line, row in _rows(source, reader):
+    for line, row in read_rows(source, reader):
         name = row[key]
         if not name:
             raise ConfigError(f"{source}:{line}: {key} is empty; write one or drop the line")
@@ -98,8 +102,12 @@ def _read(source: str, reader: csv.DictReader[str], task: Task, keys: Sequence[s
     return LabelTable(source, key, entries)
 
 
-def _rows(source: str, reader: csv.DictReader[str]) -> Iterator[tuple[int, dict[str, str]]]:
-    """(line number, stripped values) of every line that is not blank."""
+def read_rows(source: str, reader: csv.DictReader[str]) -> Iterator[tuple[int, dict[str, str]]]:
+    """(line number, stripped values) of every line of a CSV that is not blank.
+
+    Raises:
+        ConfigError: for a line that has not as many values as the header.
+    """
     for row in reader:
         if None in row or None in row.values():
             raise ConfigError(
@@ -123,7 +131,7 @@ def _check_header(source: str, header: list[str], task: Task, keys: Sequence[str
     twice = sorted({name for name in header if header.count(name) > 1})
     if twice:
         raise ConfigError(f"{source}:1: column {twice[0]!r} stands there twice")
-    needed = task.classes if task.kind == "multilabel" else ("label",)
+    needed = _label_columns(task)
     for name in needed:
         if name not in header:
             raise ConfigError(
@@ -131,6 +139,12 @@ def _check_header(source: str, header: list[str], task: Task, keys: Sequence[str
                 f"{', '.join(map(repr, needed))}, the header has {', '.join(map(repr, header))}"
             )
     return found[0]
+
+
+def _label_columns(task: Task) -> tuple[str, ...]:
+    if task.kind not in LABELLED:
+        return ()
+    return task.classes if task.kind == "multilabel" else ("label",)
 
 
 def _entry(where: str, line: int, row: Mapping[str, str], task: Task) -> LabelEntry:
@@ -142,6 +156,8 @@ def _entry(where: str, line: int, row: Mapping[str, str], task: Task) -> LabelEn
 
 
 def _label(where: str, row: Mapping[str, str], task: Task) -> Label:
+    if task.kind not in LABELLED:
+        return () if task.kind == "boxes" else 0
     if task.kind == "multilabel":
         return tuple(_flag(where, name, row[name]) for name in task.classes)
     name = row["label"]

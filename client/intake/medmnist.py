@@ -99,6 +99,8 @@ class MedMnist:
     def _label(self, where: str, values: NDArray[Any]) -> Label:
         numbers = tuple(int(value) for value in values.reshape(-1))
         task = self.spec.task
+        if task.kind == "none":
+            return 0
         if task.kind == "multilabel":
             if len(numbers) == len(task.classes) and set(numbers) <= {0, 1}:
                 return numbers

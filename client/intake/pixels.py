@@ -6,7 +6,7 @@ here tells of other patients (docs/privacy.md 3).
 
 from __future__ import annotations
 
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,7 @@ Floats: TypeAlias = NDArray[np.floating[Any]]
 # ITU-R BT.601 luma: what PIL calls "L" and a viewer shows for colour in grey.
 _LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)
 _PERCENTILES = (1, 99)
+_LEAST_SEEN = 0.25  # as in `common.tasks.augment`
 
 
 def clipped(values: Floats) -> Floats:
@@ -98,19 +99,100 @@ def _planes(image: Floats, channels: int) -> list[Floats]:
     return [image[..., plane] for plane in range(3)]
 
 
-def _fit(plane: NDArray[np.float32], settings: Input) -> NDArray[np.float32]:
+def mask_to_shape(mask: NDArray[np.integer[Any]], settings: Input) -> NDArray[np.uint16]:
+    """Bring a mask to where `to_shape` brings its image: each pixel takes the nearest's class.
+
+    Args:
+        mask: (height, width) class numbers of its image's size; what is padded becomes 0.
+        settings: the run's `Input`.
+
+    Returns:
+        (height, width) of the run.
+    """
+    placed = placement(mask.shape[0], mask.shape[1], settings)
+    picture = Image.fromarray(np.ascontiguousarray(mask, dtype=np.int32))
+    inner = picture.resize(placed.size, Image.Resampling.NEAREST, box=placed.box)
+    canvas = np.zeros((settings.height, settings.width), dtype=np.uint16)
+    canvas[placed.rows, placed.columns] = np.asarray(inner)
+    return canvas
+
+
+def box_to_shape(
+    box: tuple[float, float, float, float], size: tuple[int, int], settings: Input
+) -> tuple[float, float, float, float] | None:
+    """Bring a box to where `to_shape` brings its image, cut at what is cut off.
+
+    Args:
+        box: left, top, right and bottom in pixels of the image.
+        size: (height, width) of the image.
+        settings: the run's `Input`.
+
+    Returns:
+        Left, top, right and bottom in parts of the run's sides; None where less than a quarter of
+        the box is left, which shows too little of the thing.
+    """
+    placed = placement(*size, settings)
+    source = placed.box or (0, 0, size[1], size[0])
+    left, top, right, bottom = (
+        (
+            (value - source[side]) / (source[side + 2] - source[side]) * placed.size[side]
+            + (placed.left, placed.top)[side]
+        )
+        / (settings.width, settings.height)[side]
+        for value, side in zip(box, (0, 1, 0, 1), strict=True)
+    )
+    cut = [min(max(value, 0.0), 1.0) for value in (left, top, right, bottom)]
+    seen = (cut[2] - cut[0]) * (cut[3] - cut[1])
+    if seen <= 0 or seen < _LEAST_SEEN * (right - left) * (bottom - top):
+        return None
+    return cut[0], cut[1], cut[2], cut[3]
+
+
+class Placement(NamedTuple):
+    """Where an image comes to lie in the run's height and width.
+
+    Attributes:
+        box: the part of the image that is used, as left, top, right and bottom; None: all of it.
+        size: the (width, height) that it is brought to.
+        left: of its first column in the run's.
+        top: of its first row in the run's.
+    """
+
+    box: tuple[float, float, float, float] | None
+    size: tuple[int, int]
+    left: int = 0
+    top: int = 0
+
+    @property
+    def rows(self) -> slice:
+        """The run's rows that it fills."""
+        return slice(self.top, self.top + self.size[1])
+
+    @property
+    def columns(self) -> slice:
+        """The run's columns that it fills."""
+        return slice(self.left, self.left + self.size[0])
+
+
+def placement(rows: int, columns: int, settings: Input) -> Placement:
+    """How `Input.fit` brings an image of so many rows and columns to the run's."""
     height, width = settings.height, settings.width
-    picture = Image.fromarray(plane)
     if settings.fit == "stretch":
-        return _resized(picture, (width, height), None)
+        return Placement(None, (width, height))
     if settings.fit == "crop":
-        return _resized(picture, (width, height), _central_box(picture.size, width / height))
-    scale = min(height / picture.height, width / picture.width)
-    size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
-    inner = _resized(picture, size, None)
-    canvas = np.zeros((height, width), dtype=np.float32)
-    top, left = (height - size[1]) // 2, (width - size[0]) // 2
-    canvas[top : top + size[1], left : left + size[0]] = inner
+        return Placement(_central_box((columns, rows), width / height), (width, height))
+    scale = min(height / rows, width / columns)
+    size = (max(1, round(columns * scale)), max(1, round(rows * scale)))
+    return Placement(None, size, (width - size[0]) // 2, (height - size[1]) // 2)
+
+
+def _fit(plane: NDArray[np.float32], settings: Input) -> NDArray[np.float32]:
+    placed = placement(plane.shape[0], plane.shape[1], settings)
+    inner = _resized(Image.fromarray(plane), placed.size, placed.box)
+    if settings.fit != "pad":
+        return inner
+    canvas = np.zeros((settings.height, settings.width), dtype=np.float32)
+    canvas[placed.rows, placed.columns] = inner
     return canvas
 
 

@@ -59,12 +59,12 @@ def intake(
     """
     not_used: list[NotUsed] = []
     seen: set[bytes] = set()
-    with CohortBuilder(cohort_path, spec.input.shape) as builder:
+    with CohortBuilder(cohort_path, spec.input.shape, task=spec.task) as builder:
         for done, step in enumerate(source.steps(), start=1):
             not_used += step.not_used
             for image in step.images:
                 if _is_new(image, seen):
-                    builder.add(image.record, image.pixels)
+                    builder.add(image.record, image.pixels, image.mask)
                 else:
                     not_used.append(NotUsed(step.what, "a copy of an image already taken in"))
             if progress is not None:

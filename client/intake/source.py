@@ -10,24 +10,26 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from client.intake.builder import ImageRecord
-from common.cohort import PIXEL, Unit
+from client.intake.builder import ImageRecord, stored
+from common.cohort import Unit
 
 
 @dataclass(frozen=True)
 class Kept:
     """One image, ready for a cohort: all that is carried over from the source.
 
-    ``pixels`` has the run's shape, 0..65535.
+    ``pixels`` has the run's shape, 0..65535; ``mask`` is (height, width) class numbers, where the
+    run's task has masks.
     """
 
     record: ImageRecord
     pixels: NDArray[np.uint16]
+    mask: NDArray[np.uint16] | None = None
 
     @property
     def stored(self) -> bytes:
-        """The pixels as a cohort stores them."""
-        return self.pixels.astype(PIXEL, copy=False).tobytes()
+        """The pixels as a cohort stores them, and the mask behind them."""
+        return stored(self.pixels, self.mask)
 
     @property
     def sha256(self) -> str:

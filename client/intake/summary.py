@@ -15,7 +15,7 @@ _LARGE_SHARE = 0.5
 
 @dataclass(frozen=True)
 class ClassCount:
-    """A class (for a multilabel task: those who have it), its images and its patients."""
+    """A class, the images that have it and their patients."""
 
     name: str
     images: int
@@ -60,11 +60,7 @@ def summarise(cohort: Cohort) -> CohortSummary:
 
 
 def _classes(cohort: Cohort) -> Iterator[ClassCount]:
-    for number, name in enumerate(cohort.classes):
-        if cohort.kind == "multilabel":
-            has = cohort.labels[:, number] > 0
-        else:
-            has = cohort.labels == number
+    for name, has in zip(cohort.classes, cohort.present().T, strict=True):
         yield ClassCount(name, int(has.sum()), len(np.unique(cohort.patient_index[has])))
 
 
@@ -81,10 +77,10 @@ def _warnings(
         yield "The cohort is empty: a node with it would train on nothing and release noise."
         return
     present = [count.name for count in classes if count.images]
-    if cohort.kind != "multilabel" and len(present) == 1:
+    if cohort.kind in ("binary", "multiclass") and len(present) == 1:
         yield f"All images are of one class, {present[0]!r}: nothing can be learned from them."
     absent = [count.name for count in classes if not count.images]
-    if absent and len(present) != 1:
+    if absent and (len(present) != 1 or cohort.kind not in ("binary", "multiclass")):
         yield f"No image of {', '.join(map(repr, absent))}."
     if cohort.unit == "image":
         yield (

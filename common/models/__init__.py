@@ -1,9 +1,19 @@
 """The registry of networks.
 
-A new network is one function, ``RunSpec -> nn.Module``, and one line in the table below. It
-returns one row of ``spec.task.outputs`` logits an image, computed from that image alone, so it
-holds no BatchNorm and no statistics of a batch (PRIVACY.md 2). The table names functions instead
-of importing them: MONAI takes seconds to import, and a run uses one network.
+A new network is one function, ``RunSpec -> nn.Module``, and one line in the table below. What it
+returns of an image is computed from that image alone, so it holds no BatchNorm and no statistics
+of a batch (PRIVACY.md 2). The table names functions instead of importing them: MONAI takes
+seconds to import, and a run uses one network.
+
+What networks give, for B images, is what a task asks for (``NETWORK`` of its section):
+
+==========  ======================================================================================
+``vector``  (B, outputs) logits
+``map``     (B, outputs, H, W) logits of every pixel
+``boxes``   (B, outputs, H / 4, W / 4) maps of centres, sizes and offsets
+``image``   (B, channels, H, W), or a row an image where a code's numbers stand behind the pixels
+``pair``    a generator and a discriminator, of which the task knows the use
+==========  ======================================================================================
 """
 
 from __future__ import annotations
@@ -11,7 +21,7 @@ from __future__ import annotations
 import pkgutil
 from collections.abc import Mapping
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import nn
@@ -19,6 +29,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from common.errors import ModelError
 from common.spec import RunSpec
+
+Gives = Literal["vector", "map", "boxes", "image", "pair"]
 
 
 class Network(NamedTuple):
@@ -28,26 +40,33 @@ class Network(NamedTuple):
         factory: where the function stands, as ``module:function``.
         smallest_side: the least height and width of an image, in pixels.
         takes_width: whether ``spec.model.width`` means something to it.
+        gives: what it returns; see the table of this module.
     """
 
     factory: str
     smallest_side: int
     takes_width: bool = False
+    gives: Gives = "vector"
 
 
 NETWORKS = {
+    "autoencoder": Network("common.models.autoencoder:autoencoder", 16, True, "image"),
+    "centernet": Network("common.models.centernet:centernet", 32, True, "boxes"),
     "compact-cnn": Network("common.models.cnn:compact_cnn", smallest_side=16, takes_width=True),
+    "dcgan": Network("common.models.gan:dcgan", 16, True, "pair"),
     "densenet121": Network("common.models.monai:densenet121", smallest_side=32),
     "pooled-cnn": Network("common.models.cnn:pooled_cnn", smallest_side=16, takes_width=True),
     "reference-cnn": Network("common.models.cnn:reference_cnn", smallest_side=46),
     "resnet18": Network("common.models.monai:resnet18", smallest_side=16),
     "small-cnn": Network("common.models.cnn:small_cnn", smallest_side=16, takes_width=True),
+    "unet": Network("common.models.unet:unet", 32, True, "map"),
+    "vae": Network("common.models.autoencoder:vae", 16, True, "image"),
 }
 
 
-def names() -> tuple[str, ...]:
-    """The names that ``spec.model.name`` may have, sorted."""
-    return tuple(sorted(NETWORKS))
+def names(gives: str | None = None) -> tuple[str, ...]:
+    """The names that ``spec.model.name`` may have, sorted; of those alone that give `gives`."""
+    return tuple(sorted(name for name, n in NETWORKS.items() if gives in (None, n.gives)))
 
 
 def build(spec: RunSpec) -> nn.Module:
@@ -57,8 +76,9 @@ def build(spec: RunSpec) -> nn.Module:
     the state of the global random generators is left as it was.
 
     Raises:
-        ModelError: if the name is not in the registry, the images are too small for the network,
-            or the spec sets an option that the network does not have.
+        ModelError: if the name is not in the registry, the network does not give what the task
+            takes, the images are too small for it, or the spec sets an option that it does not
+            have.
     """
     network = _network_for(spec)
     factory = pkgutil.resolve_name(network.factory)
@@ -120,9 +140,16 @@ def _check_layer(name: str, module: nn.Module) -> None:
 def _network_for(spec: RunSpec) -> Network:
     """The line of the registry that the spec asks for, if it fits the spec."""
     name, (_, height, width) = spec.model.name, spec.input.shape
+    asked = spec.task.NETWORK
+    fitting = ", ".join(names(asked)) or "none, for there is no such network"
     if name not in NETWORKS:
-        raise ModelError(f"model.name = {name!r}: expected one of {', '.join(names())}")
+        raise ModelError(f"model.name = {name!r}: expected one of {fitting}")
     network = NETWORKS[name]
+    if network.gives != asked:
+        raise ModelError(
+            f"model.name = {name!r}: it gives {network.gives!r}, and {spec.task.name} takes "
+            f"{asked!r}; expected one of {fitting}"
+        )
     if min(height, width) < network.smallest_side:
         raise ModelError(
             f"input.height x input.width = {height} x {width}: {name} needs at least "

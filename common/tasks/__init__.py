@@ -1,36 +1,57 @@
-"""What is learned: how a task turns a network's outputs into losses and probabilities."""
+"""The registry of tasks.
+
+A new task is one file with two classes, and one line in the table below: its *section*, which
+says what may stand in a run's file and is read without torch by policy, ledger and intake, and
+its *behaviour* (`common.tasks.task.Task`). The table names classes instead of importing them:
+a run has one task, and torch takes seconds to import.
+"""
 
 from __future__ import annotations
 
-from typing import Protocol
+import pkgutil
+from typing import TYPE_CHECKING, NamedTuple
 
-from torch import Tensor
-
-from common.spec import RunSpec
-from common.tasks.classification import Classification
-
-
-class ImageTask(Protocol):
-    """A task on whole images; B images, ``spec.task.outputs`` outputs each."""
-
-    def losses(self, outputs: Tensor, labels: Tensor) -> Tensor:
-        """One loss an image, never reduced over the batch (PRIVACY.md 2).
-
-        Args:
-            outputs: (B, outputs), logits of any floating type.
-            labels: (B,) int64, or (B, classes) for a multilabel task.
-
-        Returns:
-            (B,) float32; value i is a function of image i alone.
-        """
-
-    def probabilities(self, outputs: Tensor) -> Tensor:
-        """(B, classes) float32 in 0..1; for a binary task 1 - p in column 0, p in column 1."""
+if TYPE_CHECKING:
+    from common import spec as specs
+    from common.tasks.task import Task
 
 
-_TASKS = {"classification": Classification.from_spec}
+class TaskEntry(NamedTuple):
+    """One line of the registry, each as ``module:class``.
+
+    Attributes:
+        section: a `common.spec.Task`, found without importing torch.
+        behaviour: a `common.tasks.task.Task`.
+    """
+
+    section: str
+    behaviour: str
 
 
-def task_for(spec: RunSpec) -> ImageTask:
+TASKS = {
+    "classification": TaskEntry(
+        "common.task_sections:Classification", "common.tasks.classification:Classification"
+    ),
+    "segmentation": TaskEntry(
+        "common.task_sections:Segmentation", "common.tasks.segmentation:Segmentation"
+    ),
+    "detection": TaskEntry("common.task_sections:Detection", "common.tasks.detection:Detection"),
+    "reconstruction": TaskEntry(
+        "common.task_sections:Reconstruction", "common.tasks.reconstruction:Reconstruction"
+    ),
+    "generation": TaskEntry(
+        "common.task_sections:Generation", "common.tasks.generation:Generation"
+    ),
+}
+
+
+def section_for(name: str) -> type[specs.Task]:
+    """The class of ``[task]`` in a run's file whose ``task.name`` is `name`, one of `TASKS`."""
+    section: type[specs.Task] = pkgutil.resolve_name(TASKS[name].section)
+    return section
+
+
+def task_for(spec: specs.RunSpec) -> Task:
     """The task that a run's spec describes."""
-    return _TASKS[spec.task.name](spec)
+    task: Task = pkgutil.resolve_name(TASKS[spec.task.name].behaviour)(spec)
+    return task

@@ -7,60 +7,101 @@ a multilabel one. A formula stands here once and serves all three kinds.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal, Self
+from collections.abc import Callable, Mapping, Sequence
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
+from common import task_sections
 from common.errors import ModelError
 from common.spec import Loss, RunSpec
+from common.tasks.classification_exhibits import exhibits
+from common.tasks.estimates import Estimate
+from common.tasks.exhibits import Exhibit
+from common.tasks.metrics import Predictions, score
+from common.tasks.task import Evidence, Task
 
 _TINY = 1e-12
 
 
-@dataclass(frozen=True)
-class Classification:
+class Classification(Task):
     """Losses and probabilities of a classification task.
+
+    Its evidence is ``probabilities``, (N, classes) float32, and ``labels``, as in the cohort.
 
     An image's loss is multiplied by the weight of its class, a literal of the spec; a multilabel
     image's loss is the mean over its labels, each multiplied by its own weight. Label smoothing s
     moves s of the target evenly onto all choices, as in torch.
     """
 
-    kind: Literal["binary", "multiclass", "multilabel"]
-    classes: int
-    loss: Loss
+    def __init__(self, spec: RunSpec) -> None:
+        super().__init__(spec)
+        section = spec.task_as(task_sections.Classification)
+        self.kind = section.kind
+        self.classes = len(section.classes)
+        self.loss = spec.loss
 
-    @classmethod
-    def from_spec(cls, spec: RunSpec) -> Self:
-        """The task of a run."""
-        return cls(spec.task.kind, len(spec.task.classes), spec.loss)
-
-    def losses(self, outputs: Tensor, labels: Tensor) -> Tensor:
-        """One loss an image: (B, outputs) logits and labels to (B,) float32.
+    def losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """One loss an image: (B, outputs) logits and targets to (B,) float32.
 
         Args:
             outputs: (B, 1) for a binary task, else (B, classes).
-            labels: (B,) int64, or (B, classes) of 0 and 1 for a multilabel task.
+            targets: (B,) int64, or (B, classes) of 0 and 1 for a multilabel task.
 
         Raises:
             ModelError: if a shape is another; a loss of shape (B, 1) would void the clipping.
         """
-        self._check_shapes(outputs, labels)
+        self._check_shapes(outputs, targets)
         log_p = self._log_probabilities(outputs)
-        losses = _FORMULAS[self.loss.name](log_p, self._targets(log_p, labels), self.loss)
+        losses = _FORMULAS[self.loss.name](log_p, self._targets(log_p, targets), self.loss)
         weights = self._weights(outputs.device)
         if self.kind == "multilabel":
             return (losses * weights).mean(dim=1)
-        return losses * weights[labels]
+        return losses * weights[targets]
 
     def probabilities(self, outputs: Tensor) -> Tensor:
-        """(B, outputs) logits to (B, classes) float32; see `ImageTask.probabilities`."""
+        """(B, outputs) logits to (B, classes) float32 in 0..1.
+
+        For a binary task 1 - p stands in column 0, p in column 1.
+        """
         probabilities = self._log_probabilities(outputs).exp()
         return probabilities[..., 1] if self.kind == "multilabel" else probabilities
+
+    def measured(self, outputs: Tensor, images: Tensor, targets: Tensor, first: int) -> Evidence:
+        """Probabilities and labels of one batch."""
+        probabilities = self.probabilities(outputs).float().cpu().numpy()
+        return {"probabilities": probabilities, "labels": targets.cpu().numpy()}
+
+    def score(
+        self,
+        evidence: Evidence,
+        patients: NDArray[np.int64],
+        *,
+        resamples: int,
+        generator: np.random.Generator,
+    ) -> Mapping[str, Estimate]:
+        """Every metric with its interval; see `common.tasks.metrics`."""
+        predictions = self.predictions(evidence, patients)
+        return score(predictions, resamples=resamples, generator=generator).metrics
+
+    def exhibits(self, evidence: Evidence, patients: NDArray[np.int64]) -> Sequence[Exhibit]:
+        """See `common.tasks.classification_exhibits`."""
+        return exhibits(self.predictions(evidence, patients), self.spec)
+
+    def without_value(self, evidence: Evidence) -> str:
+        """Why there is no AUROC."""
+        if not np.isfinite(evidence["probabilities"]).all():
+            return "The model's probabilities are not finite."
+        return "The test part has images of one class only."
+
+    def predictions(self, evidence: Evidence, patients: NDArray[np.int64]) -> Predictions:
+        """The evidence, with the threshold of the run, as the metrics take it."""
+        probabilities, labels = evidence["probabilities"], evidence["labels"]
+        threshold = self.spec.evaluation.threshold
+        return Predictions(self.kind, probabilities, labels, patients, threshold)
 
     def _log_probabilities(self, outputs: Tensor) -> Tensor:
         """(B, choices), or (B, classes, 2) for a multilabel task, in float32."""

@@ -21,18 +21,17 @@ A decision is positive when its probability is *above* the threshold; a multicla
 most probable class. A column where a metric has no meaning (AUROC with one class only) is left
 out of the mean; where no column is left, or a probability is not finite, the value is None.
 
-Point estimates are torchmetrics'. An interval is the 2.5th to 97.5th percentile over resamples of
-*patients* with replacement (the images of one patient are not independent). A resample is a row
-of weights, how often each image's patient was drawn, so that all resamples are computed together
-by weighted formulas; tests hold them against the same metrics on rows that are really resampled.
+Point estimates are torchmetrics'. Intervals come from weighted formulas over resampled patients
+(`common.tasks.estimates`); tests hold them against the same metrics on rows that are really
+resampled.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Any, Literal, NamedTuple
+from functools import cached_property, partial
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -40,29 +39,12 @@ from numpy.typing import NDArray
 from torchmetrics.functional import classification as tm
 from torchmetrics.functional.regression import mean_squared_error
 
-Kind = Literal["binary", "multiclass", "multilabel"]
-Floats = NDArray[np.float64]
+from common.task_sections import Classification
+from common.tasks.estimates import Estimate, Floats, intervals, ratio
 
-NAMES = ("auroc", "auprc", "accuracy", "sensitivity", "specificity", "f1", "brier", "ece")
-LOWER_IS_BETTER = frozenset({"brier", "ece"})
+NAMES = tuple(Classification.METRICS)
+LOWER_IS_BETTER = frozenset(n for n, m in Classification.METRICS.items() if m.lower_is_better)
 CALIBRATION_BINS = 10
-
-_INTERVAL = (2.5, 97.5)
-_CHUNK = 1 << 20  # weights at a time: what is computed together stays in the cache
-_FEWEST_PATIENTS = 2  # one patient resampled is always the same patient
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A metric's value and its 95 % interval; None where it has no meaning."""
-
-    value: float | None
-    low: float | None = None
-    high: float | None = None
-
-    def to_json(self) -> dict[str, float | None]:
-        """The form of it in ``metrics.jsonl``."""
-        return {"value": self.value, "low": self.low, "high": self.high}
 
 
 @dataclass(frozen=True)
@@ -92,7 +74,7 @@ class Predictions:
         ValueError: if the shapes do not fit each other.
     """
 
-    kind: Kind
+    kind: str
     probabilities: NDArray[Any]
     labels: NDArray[Any]
     patients: NDArray[np.int64]
@@ -173,11 +155,16 @@ def score(
     if not len(predictions) or not predictions.finite:
         return Scores({name: Estimate(None) for name in NAMES}, confusion)
     values = point_estimates(predictions)
-    intervals: dict[str, tuple[float, float]] = {}
-    if resamples and generator is not None:
-        intervals = _intervals(predictions, resamples, generator)
+    limits: dict[str, tuple[float, float]] = {}
+    if generator is not None:
+        limits = intervals(
+            partial(weighted_metrics, predictions),
+            predictions.patients,
+            resamples=resamples,
+            generator=generator,
+        )
     metrics = {
-        name: Estimate(value, *intervals.get(name, ())) if value is not None else Estimate(None)
+        name: Estimate(value, *limits.get(name, ())) if value is not None else Estimate(None)
         for name, value in values.items()
     }
     return Scores(metrics, confusion)
@@ -287,29 +274,6 @@ def _mean(values: Iterator[float | None] | list[float]) -> float | None:
 # --- Resamples: weighted formulas -------------------------------------------------------------
 
 
-def patient_weights(
-    patients: NDArray[np.int64], resamples: int, generator: np.random.Generator
-) -> Floats:
-    """Bootstrap weights: how often each image's patient is drawn.
-
-    Each row draws as many patients as there are, with replacement.
-
-    Args:
-        patients: (N,) one number a patient.
-        resamples: R.
-        generator: where the draws come from.
-
-    Returns:
-        (R, N) whole numbers as float64; the images of one patient have the same weight.
-    """
-    _, index = np.unique(patients, return_inverse=True)
-    count = int(index.max(initial=-1)) + 1
-    drawn = generator.integers(0, count, size=(resamples, count))
-    drawn += count * np.arange(resamples)[:, None]
-    times = np.bincount(drawn.ravel(), minlength=resamples * count)
-    return times.reshape(resamples, count).astype(np.float64)[:, index]
-
-
 def weighted_metrics(predictions: Predictions, weights: Floats) -> dict[str, Floats]:
     """Each metric under each row of (R, N) `weights`: (R,), NaN where it has no meaning."""
     total = weights.sum(axis=1)
@@ -317,9 +281,9 @@ def weighted_metrics(predictions: Predictions, weights: Floats) -> dict[str, Flo
     return {
         "auroc": _row_mean([auroc(curve) for curve in ranked]),
         "auprc": _row_mean([average_precision(curve) for curve in ranked]),
-        "accuracy": _ratio(weights @ predictions.correct, total),
+        "accuracy": ratio(weights @ predictions.correct, total),
         **_weighted_decisions(predictions, weights),
-        "brier": _ratio(weights @ predictions.squared_error, total),
+        "brier": ratio(weights @ predictions.squared_error, total),
         "ece": _weighted_calibration(predictions, weights),
     }
 
@@ -353,20 +317,14 @@ def auroc(curve: Ranking) -> Floats:
     """(R,) the trapezoids under true against false positives; NaN with one class only."""
     tp, fp = curve.true_positives, curve.false_positives
     doubled = np.einsum("rg,rg->r", _steps(fp), 2 * tp - _steps(tp))
-    return _ratio(doubled, 2 * tp[:, -1] * fp[:, -1])
+    return ratio(doubled, 2 * tp[:, -1] * fp[:, -1])
 
 
 def average_precision(curve: Ranking) -> Floats:
     """(R,) the sum of (R_n - R_{n-1}) P_n; NaN without a positive."""
     tp, fp = curve.true_positives, curve.false_positives
     precision = tp / np.maximum(tp + fp, 1)  # a weight is a whole number: below 1 is none
-    return _ratio(np.einsum("rg,rg->r", _steps(tp), precision), tp[:, -1])
-
-
-def _ratio(numerator: Floats, denominator: Floats) -> Floats:
-    """The quotient; NaN where nothing is divided."""
-    nothing = np.full(denominator.shape, np.nan)
-    return np.asarray(np.divide(numerator, denominator, out=nothing, where=denominator > 0))
+    return ratio(np.einsum("rg,rg->r", _steps(tp), precision), tp[:, -1])
 
 
 def _steps(values: Floats) -> Floats:
@@ -381,9 +339,9 @@ def _weighted_decisions(predictions: Predictions, weights: Floats) -> dict[str, 
     )
     clear = images - holds - decided + hits
     return {
-        "sensitivity": _row_mean(list(_ratio(hits, holds).T)),
-        "specificity": _row_mean(list(_ratio(clear, images - holds).T)),
-        "f1": _row_mean(list(_ratio(2 * hits, holds + decided).T)),
+        "sensitivity": _row_mean(list(ratio(hits, holds).T)),
+        "specificity": _row_mean(list(ratio(clear, images - holds).T)),
+        "f1": _row_mean(list(ratio(2 * hits, holds + decided).T)),
     }
 
 
@@ -394,7 +352,7 @@ def _weighted_calibration(predictions: Predictions, weights: Floats) -> Floats:
     for confidence, outcome in zip(confidences.T, outcomes.T, strict=True):
         gap = np.zeros((len(confidence), CALIBRATION_BINS + 1))
         gap[np.arange(len(gap)), calibration_bin(confidence)] = confidence - outcome
-        columns.append(_ratio(np.abs(weights @ gap).sum(axis=1), weights.sum(axis=1)))
+        columns.append(ratio(np.abs(weights @ gap).sum(axis=1), weights.sum(axis=1)))
     return _row_mean(columns)
 
 
@@ -410,29 +368,4 @@ def _row_mean(columns: list[Floats]) -> Floats:
         return columns[0]
     stacked = np.stack(columns)
     defined = np.isfinite(stacked)
-    return _ratio(np.where(defined, stacked, 0).sum(axis=0), defined.sum(axis=0))
-
-
-def _intervals(
-    predictions: Predictions, resamples: int, generator: np.random.Generator
-) -> dict[str, tuple[float, float]]:
-    if len(np.unique(predictions.patients)) < _FEWEST_PATIENTS:
-        return {}
-    at_once = max(1, _CHUNK // len(predictions))
-    chunks = [
-        weighted_metrics(
-            predictions,
-            patient_weights(predictions.patients, min(at_once, resamples - start), generator),
-        )
-        for start in range(0, resamples, at_once)
-    ]
-    replicates = {name: np.concatenate([chunk[name] for chunk in chunks]) for name in NAMES}
-    return {name: limits for name, r in replicates.items() if (limits := _percentiles(r))}
-
-
-def _percentiles(replicates: Floats) -> tuple[float, float] | None:
-    defined = replicates[np.isfinite(replicates)]
-    if not len(defined):
-        return None
-    low, high = np.percentile(defined, _INTERVAL)
-    return float(low), float(high)
+    return ratio(np.where(defined, stacked, 0).sum(axis=0), defined.sum(axis=0))

@@ -140,13 +140,14 @@ LIMITS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any], str]] = 
         {"data": {"kind": "multilabel"}},
         {"task": {"kind": "multilabel"}},
         {"task": {"kind": "multiclass"}},
-        r"kind of task: multiclass, this site's data are multilabel",
+        r"this site's data: task.kind is multilabel, the run asks for multiclass",
     ),
     "classes": (
         {},
         {},
         {"task": {"classes": ["finding", "normal"]}},  # the other way round is another task
-        r"classes: \('finding', 'normal'\), this site's data are \('normal', 'finding'\)",
+        r"this site's data: task.classes is \('normal', 'finding'\), "
+        r"the run asks for \('finding', 'normal'\)",
     ),
     "shape": (
         {},
@@ -179,6 +180,72 @@ def test_each_limit_takes_what_is_just_within_and_names_what_is_just_beyond(
     no = refusal(policy.judge, make_spec(**beyond), PARAMETERS)
     assert no.code is RefusalCode.POLICY
     assert re.fullmatch(named, no.detail)
+
+
+SEGMENTATION = {
+    "task": {"name": "segmentation", "classes": ["background", "organ"]},
+    "loss": {"name": "dice"},
+    "evaluation": {"metric": "dice"},
+    "model": {"name": "unet"},
+}
+RECONSTRUCTION = {
+    "task": {"name": "reconstruction"},
+    "loss": {"name": "l1"},
+    "evaluation": {"metric": "psnr"},
+    "model": {"name": "vae"},
+}
+
+
+def test_a_site_with_masks_takes_a_segmentation_if_its_list_has_it(make_policy, make_spec: Spec):
+    data = {"kind": "mask", "classes": ["background", "organ"]}
+    listed = {"tasks": ["segmentation"], "models": "any"}
+    assert make_policy(data=data, limits=listed).judge(make_spec(**SEGMENTATION), PARAMETERS)
+    usual = make_policy(data=data, limits={"models": "any"})
+    no = refusal(usual.judge, make_spec(**SEGMENTATION), PARAMETERS)
+    assert no.detail == "task 'segmentation' is not on this site's list (classification)"
+    no = refusal(make_policy(data=data, limits=listed).judge, make_spec(), PARAMETERS)
+    assert "task.kind is mask, the run asks for binary" in no.detail
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        {"kind": "mask", "classes": ["background", "organ"]},
+        {"kind": "boxes", "classes": ["lesion"]},
+        {"kind": "none", "classes": []},
+        {},
+    ],
+)
+def test_whatever_its_data_a_site_can_take_what_looks_at_no_target(
+    make_policy, make_spec: Spec, data: dict[str, Any]
+):
+    policy = make_policy(data=data, limits={"tasks": "any", "models": "any"})
+    assert policy.judge(make_spec(**RECONSTRUCTION), PARAMETERS)
+
+
+@pytest.mark.parametrize(
+    ("kind", "classes", "fewest"), [("mask", ["one"], 2), ("boxes", [], 1), ("binary", [], 2)]
+)
+def test_data_of_too_few_classes_are_none(make_policy, kind: str, classes: list[str], fewest: int):
+    with pytest.raises(ValidationError, match=f"expected at least {fewest}"):
+        make_policy(data={"kind": kind, "classes": classes})
+
+
+def test_the_rows_that_a_task_makes_of_an_image_need_memory_as_its_copies_do(
+    make_policy, make_spec: Spec
+):
+    generation = {
+        "task": {"name": "generation", "classes": ["normal", "finding"]},
+        "loss": {"name": "adversarial"},
+        "evaluation": {"metric": "tstr-auroc"},
+        "model": {"name": "dcgan"},
+        "augmentation": {"multiplicity": 4},
+    }
+    policy = make_policy(machine={"gradient_memory": 16}, limits={"tasks": "any", "models": "any"})
+    fits = 16 * 2**20 // 4 // 4 // 2  # four copies, of which each is a real and a made row
+    assert policy.judge(make_spec(**generation), fits)
+    no = refusal(policy.judge, make_spec(**generation), fits + 1)
+    assert f"{fits + 1} parameters x 8 copies" in no.detail
 
 
 def test_a_network_is_measured_by_its_parameters(make_policy, make_spec: Spec):

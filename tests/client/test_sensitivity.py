@@ -27,7 +27,8 @@ from client import training
 from client.training import LocalTrainer, PatientOptimizer
 from common import models
 from common.spec import RunSpec
-from common.tasks import ImageTask, task_for
+from common.tasks import task_for
+from common.tasks.classification import Classification
 
 PATIENTS = 5
 POISONED = 2
@@ -37,7 +38,7 @@ TOLERANCE = 1e-5  # of C, for float32
 EDGES = 2e-3
 
 HEAVY = ("resnet18", "densenet121")
-LIGHT = tuple(name for name in models.names() if name not in HEAVY)
+LIGHT = tuple(name for name in models.names("vector") if name not in HEAVY)
 LOSSES = ("cross-entropy", "mse", "focal")
 LOADED = {"class_weights": [0.5, 3.0], "label_smoothing": 0.1}
 # Far below every patient's norm, and near it, where a change of the norm would show.
@@ -249,7 +250,7 @@ def clipped_alone(gradients: Tensor, clip_norm: float) -> Tensor:
     )
     optimizer.begin()
     parameter.grad_sample = gradients[:1]  # type: ignore[attr-defined]
-    optimizer.accumulate(copies=1)
+    optimizer.accumulate(rows=1)
     return parameter.summed_grad  # type: ignore[attr-defined,no-any-return]
 
 
@@ -356,17 +357,12 @@ def test_the_copies_of_a_patient_differ_and_count_as_one(make_bench):
 # --- planted faults, which the same check finds --------------------------------------------------
 
 
-class ReducedOverTheBatch:
+class ReducedOverTheBatch(Classification):
     """Weighted cross-entropy with reduction="mean": each loss over the weights of the batch."""
 
-    def __init__(self, right: ImageTask, weights: Tensor) -> None:
-        self._right, self._weights = right, weights
-
-    def losses(self, outputs: Tensor, labels: Tensor) -> Tensor:
-        return self._right.losses(outputs, labels) / self._weights[labels].sum()
-
-    def probabilities(self, outputs: Tensor) -> Tensor:
-        return self._right.probabilities(outputs)
+    def losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        weights = torch.tensor(self.loss.class_weights)
+        return super().losses(outputs, targets) / weights[targets].sum()
 
 
 def test_a_loss_reduced_over_the_batch_is_found(make_bench, monkeypatch):
@@ -376,8 +372,7 @@ def test_a_loss_reduced_over_the_batch_is_found(make_bench, monkeypatch):
     right.cohort.labels = np.array([0, 0, 1, 0, 0])
     assert is_bounded(moves(right.sum_of, right.clip_norm))
 
-    planted = ReducedOverTheBatch(task_for(right.spec), torch.tensor(weights))
-    monkeypatch.setattr(training, "task_for", lambda spec: planted)
+    monkeypatch.setattr(training, "task_for", ReducedOverTheBatch)
     wrong = make_bench(loss=loss, physical=PATIENTS, clip_norm=0.05)
     wrong.cohort.labels = right.cohort.labels
     assert moves(wrong.sum_of, wrong.clip_norm).max() > 2
@@ -407,8 +402,8 @@ def test_a_network_that_mixes_patients_is_found(make_bench, monkeypatch):
 class ClippedByImage(PatientOptimizer):
     """The image as unit where the patient was promised."""
 
-    def accumulate(self, copies: int) -> None:
-        super().accumulate(copies=1)
+    def accumulate(self, rows: int) -> None:
+        super().accumulate(rows=1)
 
 
 class ClippedByLayer(PatientOptimizer):

@@ -13,6 +13,7 @@ from contextlib import closing
 from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ from common.cohort import IMAGES_FILE, INDEX_FILE, Cohort, CohortMeta
 from common.cohort_seal import SEAL_FILE, SEALED_IMAGES, SEALED_INDEX, CohortSeal, key_id
 from common.errors import CohortError, SealError
 from common.sealed import OVERHEAD
-from common.spec import RunSpec, parse_run_text
+from common.spec import RunSpec, Task, parse_run_text
 
 SPEC = """
 name = "test"
@@ -48,6 +49,7 @@ mechanism = "none"
 strategy = "fedavg"
 """
 
+KEY, OTHER_KEY = bytes(range(32)), bytes(range(1, 33))
 Write = Callable[..., Path]
 
 
@@ -74,6 +76,20 @@ def pixels_of(number: int, shape: tuple[int, int, int] = (1, 8, 10)) -> NDArray[
 META = CohortMeta.of(spec_of(), unit="patient", source="test", created="2026-01-01")
 
 
+MASKS = replace(META, kind="mask", classes=("background", "organ", "lesion"))
+BOXES = replace(META, kind="boxes", classes=("red", "white"))
+NOTHING = replace(META, kind="none", classes=())
+
+
+def task_of(meta: CohortMeta) -> Task:
+    """The section of a task with the target that `meta` describes."""
+    return Task(name="test", kind=meta.kind, classes=meta.classes)
+
+
+def mask_of(number: int) -> NDArray[np.uint16]:
+    return np.random.default_rng([number, 1]).integers(0, 3, (8, 10)).astype(np.uint16)
+
+
 @pytest.fixture
 def write(tmp_path: Path) -> Write:
     def _write(
@@ -84,11 +100,12 @@ def write(tmp_path: Path) -> Write:
         key: bytes | None = None,
     ) -> Path:
         path = tmp_path / f"cohort{len(list(tmp_path.iterdir()))}"
-        with CohortBuilder(path, meta.shape, key) as builder:
+        with CohortBuilder(path, meta.shape, key, task_of(meta)) as builder:
             for number, (patient, label) in enumerate(zip(patients, labels, strict=True)):
                 split = splits[number] if splits else ""
                 record = ImageRecord(patient, "st", "se", str(number), label, 20, 30, split)
-                builder.add(record, pixels_of(number, meta.shape))
+                mask = mask_of(number) if meta.kind == "mask" else None
+                builder.add(record, pixels_of(number, meta.shape), mask)
             builder.finish(meta)
         return path
 
@@ -134,7 +151,170 @@ def test_multilabel_labels_are_vectors(write: Write) -> None:
     assert cohort.labels.tolist() == [[0, 1], [1, 1]]
 
 
-@pytest.mark.parametrize("kind", ["binary", "multilabel"])
+@pytest.mark.parametrize("key", [None, KEY], ids=["plain", "sealed"])
+def test_a_mask_is_kept_behind_its_image(write: Write, key: bytes | None) -> None:
+    path = write(["p2", "p1", "p2"], [0, 0, 0], meta=MASKS, key=key)
+    cohort = Cohort.open(path, key)
+
+    assert (cohort.kind, cohort.shape) == ("mask", (1, 8, 10))
+    masks = cohort.targets([2, 0, 2])
+    assert masks.dtype == np.int64
+    for mask, number in zip(masks, (2, 0, 2), strict=True):
+        np.testing.assert_array_equal(mask, mask_of(number))
+    np.testing.assert_array_equal(
+        cohort.images([1])[0], pixels_of(1).astype(np.float32) / np.float32(65535)
+    )
+    of_second = cohort.subset([1])  # views count by themselves
+    np.testing.assert_array_equal(of_second.targets([0, 1]), np.stack([mask_of(0), mask_of(2)]))
+    assert cohort.labels.tolist() == [0, 0, 0]
+    assert cohort.targets([]).shape == (0, 8, 10)
+    cohort.verify()
+
+
+def test_a_changed_mask_is_seen_and_one_of_no_class_never_reaches_a_loss(write: Write) -> None:
+    path = write(["a", "b"], [0, 0], meta=MASKS)
+    data = bytearray((path / IMAGES_FILE).read_bytes())
+    data[-2] = 3  # the last pixel of the last mask
+    (path / IMAGES_FILE).write_bytes(data)
+
+    cohort = Cohort.open(path)
+    with pytest.raises(CohortError, match="image 1 has SHA-256"):
+        cohort.verify()
+    cohort.images([0, 1])
+    cohort.targets([0])
+    with pytest.raises(CohortError, match="class number 3; expected one of 3 classes"):
+        cohort.targets([0, 1])
+
+
+@pytest.mark.parametrize("key", [None, KEY], ids=["plain", "sealed"])
+def test_boxes_are_padded_to_the_image_that_has_most(write: Write, key: bytes | None) -> None:
+    first, second = (0.0, 0.25, 0.5, 1.0, 1), (0.1, 0.2, 0.3, 0.4, 0)
+    path = write(["b", "a", "c"], [(first, second), (), (second,)], meta=BOXES, key=key)
+    cohort = Cohort.open(path, key)
+
+    boxes = cohort.targets([1, 0, 2])
+    assert boxes.dtype == np.float32
+    none = (0, 0, 0, 0, -1)
+    expected = np.array([[none, none], [first, second], [second, none]], dtype=np.float32)
+    np.testing.assert_array_equal(boxes, expected)
+    alone = cohort.subset([2])
+    np.testing.assert_array_equal(alone.targets([0]), expected[2:])  # as wide as in every view
+    assert cohort.labels.tolist() == [0, 0, 0]
+
+
+def test_where_there_is_nothing_to_learn_a_target_is_empty(write: Write) -> None:
+    cohort = Cohort.open(write(["a", "b"], [0, 0], meta=NOTHING))
+
+    assert cohort.targets([1, 0]).shape == (2, 0)
+    assert cohort.labels.tolist() == [0, 0]
+    assert cohort.classes == ()
+    assert cohort.present().shape == (2, 0)
+
+
+def test_labels_are_the_targets_where_there_are_labels(write: Write) -> None:
+    cohort = Cohort.open(write(["a", "b", "c"], [0, 1, 1]))
+    assert cohort.targets([2, 0]).tolist() == [1, 0]
+    assert cohort.targets([2, 0]).dtype == np.int64
+
+
+def test_which_classes_an_image_has(write: Write) -> None:
+    box = (0.1, 0.2, 0.3, 0.4, 1)
+    boxes = Cohort.open(write(["a", "b"], [(box, box), ()], meta=BOXES))
+    assert boxes.present().tolist() == [[False, True], [False, False]]
+    labels = Cohort.open(write(["a", "b"], [1, 0]))
+    assert labels.present().tolist() == [[False, True], [True, False]]
+    many = Cohort.open(write(["a"], [(1, 1)], meta=replace(META, kind="multilabel")))
+    assert many.present().tolist() == [[True, True]]
+    names = [f"p{number}" for number in range(70)]  # more than are looked through at once
+    masks = Cohort.open(write(names, [0] * 70, meta=MASKS)).subset(range(3, 69))
+    slow = [[c in masks.targets([row])[0] for c in range(3)] for row in range(len(masks))]
+    assert masks.present().tolist() == slow
+
+
+BAD_TARGETS = {
+    "a mask of another size": (MASKS, 0, np.zeros((10, 8), np.uint16), r"mask of shape \(10, 8\)"),
+    "a mask of another type": (MASKS, 0, np.zeros((8, 10), np.int64), "type int64"),
+    "a value of no class": (MASKS, 0, np.full((8, 10), 3, np.uint16), "the value 3; .* 3 classes"),
+    "no mask": (MASKS, 0, None, "its mask is missing"),
+    "a mask beside a label": (META, 0, np.zeros((8, 10), np.uint16), "without masks"),
+    "a mask beside boxes": (BOXES, (), np.zeros((8, 10), np.uint16), "without masks"),
+    "a box outside": (BOXES, ((0.1, 0.1, 1.2, 0.5, 0),), None, "1.2, 0.5 lies outside"),
+    "a box in pixels": (BOXES, ((3.0, 4.0, 90.0, 80.0, 0),), None, "parts of its sides"),
+    "a box inside out": (BOXES, ((0.5, 0.1, 0.2, 0.3, 0),), None, "no area"),
+    "a box of no height": (BOXES, ((0.1, 0.3, 0.2, 0.3, 0),), None, "no area"),
+    "a box of no number": (BOXES, ((0.1, float("nan"), 0.2, 0.3, 0),), None, "outside"),
+    "a box of no class": (BOXES, ((0.1, 0.1, 0.2, 0.3, 2),), None, "class number 2; .* 2 classes"),
+    "the second box": (
+        *(BOXES, ((0.1, 0.1, 0.2, 0.3, 0), (0.1, 0.1, 0.2, 0.3, -1)), None),
+        "class number -1",
+    ),
+    "four numbers": (BOXES, ((0.1, 0.1, 0.2, 0.3),), None, "left, top, right, bottom and class"),
+    "no boxes": (BOXES, 0, None, "0: expected boxes"),
+}
+
+
+@pytest.mark.parametrize(("meta", "label", "mask", "reason"), BAD_TARGETS.values(), ids=BAD_TARGETS)
+def test_a_target_that_is_none_is_refused_by_the_name_of_its_image(
+    tmp_path: Path, meta: CohortMeta, label: Any, mask: NDArray[Any] | None, reason: str
+) -> None:
+    with CohortBuilder(tmp_path / "c", meta.shape, None, task_of(meta)) as builder:
+        with pytest.raises(CohortError, match=f"image i7: .*{reason}"):
+            builder.add(ImageRecord("p", "", "", "i7", label, 1, 1), pixels_of(0), mask)
+        assert len(builder) == 0  # nothing of it is left
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("[[0.5, 0.5, 0.4, 0.9, 0]]", "no area"),
+        ("[[0, 0, 1, 1, 2]]", "class number 2"),
+        ("[[0, 0, 1, 1]]", "cannot be understood"),
+        ("[[0, 0, 1, 1, null]]", "class number nan"),
+        ('"x"', "cannot be understood"),
+    ],
+)
+def test_an_index_with_a_box_that_is_none_is_refused(write: Write, text: str, reason: str) -> None:
+    path = write(["a"], [((0.0, 0.0, 1.0, 1.0, 1),)], meta=BOXES)
+    Cohort.open(path)
+    with closing(sqlite3.connect(path / INDEX_FILE)) as database:
+        database.execute("UPDATE image SET label = ?", (text,))
+        database.commit()
+    with pytest.raises(CohortError, match=reason):
+        Cohort.open(path)
+
+
+def test_a_cohort_of_format_2_is_still_read(write: Write) -> None:
+    path = write(["a", "b"], [0, 1])
+    with closing(sqlite3.connect(path / INDEX_FILE)) as database:
+        database.execute("UPDATE meta SET value = '2' WHERE key = 'format'")
+        database.commit()
+    assert Cohort.open(path).labels.tolist() == [0, 1]
+
+
+def test_a_run_of_masks_and_a_cohort_of_labels_do_not_fit(write: Write) -> None:
+    cohort = Cohort.open(write(["a", "b"], [0, 1]))
+    run = spec_of(
+        {
+            'kind = "binary"': 'name = "segmentation"',
+            "[optimizer]": '[loss]\nname = "dice"\n[evaluation]\nmetric = "dice"\n[optimizer]',
+        }
+    )
+    with pytest.raises(CohortError, match=r"task\.kind is binary, the run asks for mask"):
+        cohort.check_fits(run)
+
+
+def test_a_run_that_looks_at_no_target_takes_every_cohort(write: Write) -> None:
+    run = spec_of(
+        {
+            'kind = "binary"\nclasses = ["normal", "finding"]': 'name = "reconstruction"',
+            "[optimizer]": '[loss]\nname = "mse"\n[evaluation]\nmetric = "psnr"\n[optimizer]',
+        }
+    )
+    for meta, label in ((META, 0), (MASKS, 0), (BOXES, ()), (NOTHING, 0)):
+        Cohort.open(write(["a"], [label], meta=meta)).check_fits(run)
+
+
+@pytest.mark.parametrize("kind", ["binary", "multilabel", "mask", "boxes"])
 def test_an_empty_cohort_opens_and_works(write: Write, kind: str) -> None:
     cohort = Cohort.open(write([], [], meta=replace(META, kind=kind)))
 
@@ -349,7 +529,6 @@ def test_an_image_level_claim_on_patients_is_refused_unless_there_is_no_privacy(
 
 # --- Sealed at rest -----------------------------------------------------------------------------
 
-KEY, OTHER_KEY = bytes(range(32)), bytes(range(1, 33))
 PIECE = 8 * 10 * 2 + OVERHEAD
 
 

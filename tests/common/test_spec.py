@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
+import pickle
+import subprocess
+import sys
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -15,6 +19,7 @@ from pydantic import ValidationError
 
 from common.errors import SpecError
 from common.spec import DpSgd, FedOpt, RunSpec, Sgd, parse_run_text, read_run_file
+from common.task_sections import Detection, Segmentation
 
 RUN = """\
 name = "chest"
@@ -213,6 +218,143 @@ def test_a_spec_cannot_be_changed():
         spec.rounds = 5  # type: ignore[misc]
     with pytest.raises(ValidationError):
         spec.privacy.unit = "image"  # type: ignore[misc]
+
+
+# --- Tasks ------------------------------------------------------------------------------------
+
+TASKS_OF_THE_HOUSE = {
+    "segmentation": ('name = "segmentation"', "dice", "dice", "mask"),
+    "detection": ('name = "detection"', "heatmap", "map50", "boxes"),
+    "reconstruction": ('name = "reconstruction"', "l1", "psnr", "none"),
+    "generation": ('name = "generation"', "adversarial", "tstr-auroc", "binary"),
+}
+
+
+def run_of(name: str, **other: str) -> str:
+    """The small run with another task; `loss`, `metric` or a text for ``[task]`` may differ."""
+    head, loss, metric, _ = TASKS_OF_THE_HOUSE[name]
+    text = changed('classes = ["normal", "finding"]', 'classes = ["normal", "finding"]\n' + head)
+    text = text.replace('kind = "binary"\n', "")
+    text += f'\n[loss]\nname = "{other.get("loss", loss)}"\n'
+    return text + f'[evaluation]\nmetric = "{other.get("metric", metric)}"\n'
+
+
+@pytest.mark.parametrize("name", TASKS_OF_THE_HOUSE)
+def test_each_task_reads_its_own_section_and_travels(name: str):
+    spec = read(run_of(name))
+    assert (spec.task.name, spec.task.kind) == (name, TASKS_OF_THE_HOUSE[name][3])
+    again = RunSpec.from_json(spec.canonical_json)
+    assert (again, again.digest, type(again.task)) == (spec, spec.digest, type(spec.task))
+    assert again.identified("r1").task == spec.task
+    assert hash(again) == hash(spec)
+
+
+@pytest.mark.parametrize("name", TASKS_OF_THE_HOUSE)
+def test_a_task_has_its_own_losses_and_metrics_and_names_them(name: str):
+    loss = "heatmap" if name != "detection" else "dice"
+    with pytest.raises(SpecError, match=f"run.toml:[0-9]+: loss.name = '{loss}': expected one of"):
+        read(run_of(name, loss=loss))
+    with pytest.raises(SpecError, match=r"run.toml:\d+: evaluation.metric = 'f1': expected one"):
+        read(run_of(name, metric="f1"))
+
+
+def test_only_classification_has_noised_counts_and_only_its_useful_metrics_choose():
+    counted = "federated = { noise_multiplier = 1.0 }\n"
+    assert read(RUN + "\n[evaluation]\n" + counted).evaluation.federated
+    with pytest.raises(
+        SpecError, match=r"evaluation\.federated: segmentation has no noised counts"
+    ):
+        read(run_of("segmentation") + counted)
+    with pytest.raises(SpecError, match="'sensitivity': expected one of auroc, auprc, accuracy"):
+        read(RUN + '\n[evaluation]\nmetric = "sensitivity"\n')
+
+
+def test_a_key_of_one_task_is_none_of_another():
+    assert read(run_of("detection").replace("[model]", "most_boxes = 9\n[model]"))
+    with pytest.raises(SpecError, match=r"run.toml:\d+: task.most_boxes = 9: unknown key"):
+        read(run_of("segmentation").replace("[model]", "most_boxes = 9\n[model]"))
+    with pytest.raises(SpecError, match=r"task\.most_bxes = 9: unknown key; did you mean 'most_b"):
+        read(run_of("detection").replace("[model]", "most_bxes = 9\n[model]"))
+
+
+@pytest.mark.parametrize(
+    ("task", "said"),
+    [
+        ({"name": "segmentatio", "classes": ["a", "b"]}, "'segmentatio': expected one of class"),
+        ({"name": ["classification"], "classes": ["a", "b"]}, "task.name = "),
+        ({"name": "classification", "classes": ["a", "b"], "kind": "mask"}, "task.kind = 'mask'"),
+        ({"name": "common.spec:RunSpec"}, "'common.spec:RunSpec': expected one of classification"),
+        ({"name": "segmentation", "classes": ["a"]}, "task.classes = "),
+        (["name"], "task = "),
+        ("segmentation", "task = "),
+        (None, "task = None"),
+    ],
+)
+def test_a_task_that_is_none_is_told(task: Any, said: str):
+    document = json.loads(read(RUN).canonical_json) | {"task": task}
+    with pytest.raises(SpecError) as caught:
+        RunSpec.from_json(json.dumps(document))
+    assert said in str(caught.value)
+
+
+@pytest.mark.parametrize("name", [None, *TASKS_OF_THE_HOUSE])
+def test_a_spec_goes_through_a_pipe(name: str | None):
+    spec = read(run_of(name) if name else RUN)
+    again = pickle.loads(pickle.dumps(spec))  # noqa: S301 - our own bytes
+    assert (again, type(again), again.digest) == (spec, type(spec), spec.digest)
+    assert copy.deepcopy(spec) == spec
+
+
+def test_the_section_of_a_task_is_given_as_what_it_is():
+    spec = read(run_of("detection"))
+    assert spec.task_as(Detection).most_boxes == 64
+    with pytest.raises(SpecError, match="'detection': expected a run of Segmentation"):
+        spec.task_as(Segmentation)
+
+
+def test_an_option_that_came_later_leaves_the_digest_of_those_who_do_not_use_it():
+    plain, shown = read(RUN), read(RUN + "\n[evaluation]\ngallery = 8\n")
+    assert read(RUN + "\n[evaluation]\ngallery = 0\n").digest == plain.digest
+    assert "gallery" not in plain.canonical_json
+    assert shown.digest != plain.digest
+    assert RunSpec.from_json(shown.canonical_json).evaluation.gallery == 8
+
+
+@pytest.mark.parametrize("name", [None, *TASKS_OF_THE_HOUSE])
+def test_specs_and_policies_are_read_without_torch(tmp_path: Path, name: str | None):
+    """A ledger, a policy, a worker of the intake: torch would cost each seconds and 200 MB."""
+    path = tmp_path / "run.toml"
+    path.write_text(run_of(name) if name else RUN)
+    program = """
+import sys
+from pathlib import Path
+import client.policy, client.ledger, client.intake.labels, common.cohort
+from common.spec import read_run_file
+spec = read_run_file(Path(sys.argv[1])).spec
+spec.task.problem_with("binary", ("a", "b"))
+print(spec.task.name, [m for m in ("torch", "monai", "torchmetrics", "opacus") if m in sys.modules])
+"""
+    told = subprocess.run(
+        [sys.executable, "-c", program, str(path)], capture_output=True, text=True, check=True
+    )
+    assert told.stdout.split(maxsplit=1) == [name or "classification", "[]\n"]
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "classes", "serves"),
+    [
+        ("segmentation", "mask", ("normal", "finding"), True),
+        ("segmentation", "mask", ("finding", "normal"), False),
+        ("segmentation", "binary", ("normal", "finding"), False),
+        ("detection", "boxes", ("normal", "finding"), True),
+        ("generation", "binary", ("normal", "finding"), True),
+        ("generation", "multiclass", ("normal", "finding"), False),
+        ("reconstruction", "mask", ("normal", "finding"), True),
+        ("reconstruction", "none", (), True),
+    ],
+)
+def test_which_cohorts_serve_a_task(name: str, kind: str, classes: Any, serves: bool):
+    assert (read(run_of(name)).task.problem_with(kind, classes) == "") == serves
 
 
 # --- What a mistake is called -----------------------------------------------------------------

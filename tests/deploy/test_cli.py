@@ -63,11 +63,14 @@ def test_a_group_alone_shows_its_commands(cloister: Cloister, path: tuple[str, .
     assert within <= listed
 
 
-def test_every_network_of_the_registry_is_listed(cloister: Cloister):
+def test_every_network_of_the_registry_is_listed_with_the_tasks_that_take_it(cloister: Cloister):
     said = cloister("models")
     assert said.code == 0
-    assert "small-cnn" in said.out.split()
-    assert "resnet18" in said.out.split()
+    listed = dict(line.split(maxsplit=1) for line in said.out.splitlines())
+    assert listed["small-cnn"] == "classification"
+    assert listed["resnet18"] == "classification"
+    assert listed["unet"] == "segmentation"
+    assert listed["vae"] == "reconstruction"
 
 
 # --- What a run will cost -----------------------------------------------------------------------

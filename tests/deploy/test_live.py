@@ -15,7 +15,7 @@ from deploy.live import LiveObserver
 
 def row(number: int, status: str = "ok", value: float | None = 0.8125) -> dict[str, Any]:
     estimate = {"value": value, "low": 0.7, "high": 0.9}
-    part = {"images": 10, "patients": 10, "metrics": {"auroc": estimate}, "confusion": []}
+    part = {"images": 10, "patients": 10, "metrics": {"auroc": estimate}}
     return {
         "round": number,
         "seconds": 1.25,

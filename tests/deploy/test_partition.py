@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from common.cohort import Cohort
+from client.intake.builder import CohortBuilder, ImageRecord
+from common.cohort import Cohort, CohortMeta
 from common.errors import ConfigError
-from common.spec import RunSpec
+from common.spec import RunSpec, Task
 from deploy import partition
 
 Partitioner = Callable[[Cohort, int, int], partition.Partition]
@@ -103,3 +106,23 @@ def test_refuses_numbers_without_meaning(cohort: Cohort) -> None:
     for alpha in (0.0, -1.0, float("nan"), float("inf")):
         with pytest.raises(ConfigError, match="above 0"):
             partition.dirichlet(cohort, 2, 1, alpha=alpha)
+
+
+@pytest.mark.parametrize("name", PARTITIONERS)
+def test_images_without_labels_are_dealt_out_too(
+    tmp_path: Path, make_spec: Callable[..., RunSpec], name: str
+) -> None:
+    spec = make_spec()
+    task = Task(name="test", kind="boxes", classes=("cell",))
+    with CohortBuilder(tmp_path / "c", spec.input.shape, task=task) as builder:
+        for number in range(40):
+            boxes = ((0.1, 0.1, 0.2, 0.2, 0),) * (number % 3)
+            record = ImageRecord(f"p{number:02d}", "", "", str(number), boxes, 9, 9)
+            builder.add(record, np.zeros(spec.input.shape, dtype=np.uint16))
+        meta = CohortMeta.of(spec, unit="patient", source="test", created="2026-01-01")
+        builder.finish(replace(meta, kind="boxes", classes=("cell",)))
+
+    parts = PARTITIONERS[name](Cohort.open(tmp_path / "c"), 4, 1)
+
+    assert sorted(np.concatenate(parts).tolist()) == list(range(40))
+    assert all(len(part) for part in parts)

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 
 from common.spec import RunSpec, parse_run_text
-from common.tasks.metrics import Predictions
 from server.evaluation import EvaluationResult, score_part
 
 RUN = """
@@ -72,8 +71,10 @@ STATUSES = {
 }
 
 
-def predictions(spec: RunSpec, images: int, skill: float, seed: int) -> Predictions:
-    """What a model of some skill says of `images`; the images are the same for one seed."""
+def answers(
+    spec: RunSpec, images: int, skill: float, seed: int
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """What a model of some skill says of `images`, and whose these are; the same for one seed."""
     rng = np.random.default_rng(seed)
     classes = len(spec.task.classes)
     patients = np.sort(rng.integers(0, int(images * 0.7), images))
@@ -89,13 +90,13 @@ def predictions(spec: RunSpec, images: int, skill: float, seed: int) -> Predicti
         labels = rng.integers(0, classes, images)
         powers = np.exp(noise + skill * np.eye(classes)[labels])
         probabilities = powers / powers.sum(axis=1, keepdims=True)
-    return Predictions(spec.task.kind, probabilities.astype(np.float32), labels, patients)
+    return {"probabilities": probabilities.astype(np.float32), "labels": labels}, patients
 
 
 def evaluation(spec: RunSpec, skill: float) -> EvaluationResult:
     return EvaluationResult(
-        score_part(spec, "validation", predictions(spec, 150, skill, 1), "patient"),
-        score_part(spec, "test", predictions(spec, 350, skill, 2), "patient"),
+        score_part(spec, "validation", *answers(spec, 150, skill, 1), "patient"),
+        score_part(spec, "test", *answers(spec, 350, skill, 2), "patient"),
     )
 
 

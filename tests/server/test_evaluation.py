@@ -12,7 +12,7 @@ from client.intake.builder import CohortBuilder, ImageRecord
 from common.cohort import Cohort, CohortMeta
 from common.errors import CohortError, RunError
 from common.spec import parse_run_text
-from common.tasks.metrics import Estimate, Predictions, Scores
+from common.tasks.estimates import Estimate
 from server.evaluation import CentralEvaluator, EarlyStopping, EvaluationResult, PartResult
 
 RUN = """
@@ -191,9 +191,11 @@ def test_a_model_that_sees_the_label_scores_one(tmp_path):
         Brightness()
     )
     assert result.test is not None
-    assert result.test.scores.metrics["auroc"] == Estimate(1.0, 1.0, 1.0)
-    assert result.test.scores.metrics["accuracy"].value == 1.0
-    assert result.test.scores.confusion.tolist() == [[42, 0], [0, 14]]
+    assert result.test.metrics["auroc"] == Estimate(1.0, 1.0, 1.0)
+    assert result.test.metrics["accuracy"].value == 1.0
+    decided = result.test.evidence["probabilities"][:, 1] > 0.5
+    assert (decided == (result.test.evidence["labels"] == 1)).all()
+    assert (decided.sum(), len(decided)) == (14, 56)
 
 
 def test_the_model_is_in_evaluation_mode_without_gradients_and_back_after(tmp_path):
@@ -218,7 +220,7 @@ def test_inputs_are_normalised_as_in_training(tmp_path):
 
 
 def test_images_are_read_in_batches_and_stay_in_their_order(tmp_path, monkeypatch):
-    monkeypatch.setattr("server.evaluation._BATCH_IMAGES", (3, 3))
+    monkeypatch.setattr("common.tasks.task._BATCH_IMAGES", (3, 3))
     spec = make_spec("validation_fraction = 0.0")
     cohort = make_cohort(tmp_path / "c", spec, plain(20))
     model = Brightness()
@@ -269,7 +271,7 @@ def test_several_classes(tmp_path, kind):
         Brightness(3)
     )
     part = json.loads(json.dumps(result.to_json(), allow_nan=False))["test"]
-    assert np.shape(part["confusion"]) == ((3, 2, 2) if kind == "multilabel" else (3, 3))
+    assert part["metrics"]["auroc"]["value"] is not None
     assert result.arrays()["probabilities"].shape == (21, 3)
 
 
@@ -290,9 +292,14 @@ def test_the_arrays_hold_both_parts_and_load_without_pickle(tmp_path):
 
 def reached(value, name="auroc"):
     """An evaluation whose validation part reached `value`."""
-    predictions = Predictions("binary", np.zeros((1, 2)), np.zeros(1, int), np.zeros(1, int))
-    scores = Scores({name: Estimate(value)}, np.zeros((2, 2), np.int64))
-    return EvaluationResult(PartResult(predictions, scores, "patient"), None)
+    part = PartResult({}, np.zeros(1, int), {name: Estimate(value)}, "patient")
+    return EvaluationResult(part, None)
+
+
+def stopping(metric="auroc", **settings):
+    """Before the first round of a run with these settings."""
+    lines = [f'metric = "{metric}"', *(f"{key} = {value}" for key, value in settings.items())]
+    return EarlyStopping.of(make_spec("\n".join(lines)))
 
 
 def follow(state, values):
@@ -302,48 +309,52 @@ def follow(state, values):
 
 
 def test_the_best_round_is_the_highest():
-    state = follow(EarlyStopping("auroc", patience=0, min_delta=0.0), [0.6, 0.8, 0.7, 0.8])
+    state = follow(stopping("auroc", patience=0, min_delta=0.0), [0.6, 0.8, 0.7, 0.8])
     assert (state.best_round, state.best_value, state.stop) == (2, 0.8, False)
 
 
 def test_of_the_brier_score_the_lowest():
-    state = follow(EarlyStopping("brier", patience=2, min_delta=0.0), [0.3, 0.2, 0.25, 0.4])
+    state = follow(stopping("brier", patience=2, min_delta=0.0), [0.3, 0.2, 0.25, 0.4])
     assert (state.best_round, state.best_value, state.stop) == (2, 0.2, True)
 
 
 def test_patience_counts_evaluations_without_gain():
-    state = EarlyStopping("auroc", patience=3, min_delta=0.0)
+    state = stopping("auroc", patience=3, min_delta=0.0)
     assert not follow(state, [0.8, 0.7, 0.7]).stop
     assert follow(state, [0.8, 0.7, 0.7, 0.7]).stop
     assert not follow(state, [0.8, 0.7, 0.7, 0.9]).stop
 
 
 def test_small_gains_make_a_best_round_but_do_not_renew_patience():
-    state = follow(EarlyStopping("auroc", patience=3, min_delta=0.1), [0.7, 0.72, 0.74, 0.76])
+    state = follow(stopping("auroc", patience=3, min_delta=0.1), [0.7, 0.72, 0.74, 0.76])
     assert (state.best_round, state.stop) == (4, True)
-    state = follow(EarlyStopping("auroc", patience=3, min_delta=0.1), [0.7, 0.75, 0.81])
+    state = follow(stopping("auroc", patience=3, min_delta=0.1), [0.7, 0.75, 0.81])
     assert (state.waited, state.reference) == (0, 0.81)
 
 
 def test_a_metric_without_meaning_is_no_gain():
-    state = follow(EarlyStopping("auroc", patience=2, min_delta=0.0), [0.7, None, None])
+    state = follow(stopping("auroc", patience=2, min_delta=0.0), [0.7, None, None])
     assert (state.best_round, state.stop) == (1, True)
 
 
 def test_without_a_validation_part_nothing_stops():
-    state = EarlyStopping("auroc", patience=1, min_delta=0.0)
+    state = stopping("auroc", patience=1, min_delta=0.0)
     for number in range(5):
         state = state.after(number, EvaluationResult(None, None))
     assert (state.best_round, state.stop) == (None, False)
 
 
 def test_it_survives_the_checkpoint():
-    before = follow(EarlyStopping.of(make_spec("patience = 4")), [0.6, 0.7, 0.65])
-    assert EarlyStopping.from_json(json.loads(json.dumps(before.to_json()))) == before
+    spec = make_spec('metric = "brier"\npatience = 4')
+    before = follow(EarlyStopping.of(spec), [0.3, 0.2, 0.25])
+    assert (before.best_round, before.waited) == (2, 1)
+    after = EarlyStopping.from_json(json.loads(json.dumps(before.to_json())), spec)
+    assert after == before
+    assert follow(after, [0.1]).best_value == 0.1  # lower is still better
 
 
-@pytest.mark.parametrize("change", [{"metric": "luck"}, {"more": 1}])
+@pytest.mark.parametrize("change", [{"metric": "luck"}, {"metric": "f1"}, {"more": 1}])
 def test_a_foreign_state_is_refused(change):
-    state = EarlyStopping("auroc", 1, 0.0).to_json() | change
+    state = stopping(patience=1).to_json() | change
     with pytest.raises(RunError, match="early stopping in the checkpoint"):
-        EarlyStopping.from_json(state)
+        EarlyStopping.from_json(state, make_spec("patience = 1"))

@@ -67,12 +67,23 @@ def pictures(page):
 def test_the_headline_is_the_final_model_on_the_test_part(build_run):
     directory = build_run()
     page = read(directory)
-    auroc = RunRecord.read(directory).final["test"].scores.metrics["auroc"]
+    auroc = RunRecord.read(directory).final["test"].metrics["auroc"]
     assert f"AUROC on the test part {auroc.value:.3f}" in page.text
     assert f"95 % interval {auroc.low:.3f} to {auroc.high:.3f}" in page.text
     assert "model of round 13" in page.text
     assert "Sites 4" in page.text
     assert "Rounds 14" in page.text
+
+
+def test_auroc_stays_on_top_whatever_chose_the_model(build_run):
+    directory = build_run(rounds=2)
+    spec = json.loads((directory / "spec.json").read_text())
+    spec["evaluation"]["metric"] = "brier"
+    (directory / "spec.json").write_text(json.dumps(spec))
+    page = read(directory)
+    assert "AUROC on the test part 0." in page.text
+    by_round = [a["alt"].split(" by round")[0] for a in page.all("img") if "by round" in a["alt"]]
+    assert by_round == ["Brier score", "AUROC", "AUPRC", "Accuracy"]
 
 
 def test_it_holds_every_figure_and_every_site(build_run):
@@ -86,6 +97,7 @@ def test_it_holds_every_figure_and_every_site(build_run):
     for site in ("Northgate University Hospital", "Southbank", "St Brigid", "Westmoor"):
         assert site in page.text
     assert "4 Westmoor late no answer within 60 s" in page.text
+    assert page.text.count("95 % pointwise") == 1  # of all three curves
     assert "fedavgm" in page.text
     assert "torch 2.13.0" in page.text
 

@@ -1,8 +1,12 @@
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import ClassVar
+
 import pytest
 
-from common.tasks.metrics import Estimate
+from common.spec import Metric, Task
+from common.tasks.estimates import Estimate
 from server import wording
 
 
@@ -31,9 +35,12 @@ def test_durations(seconds, printed):
 
 
 def test_estimates():
-    assert wording.estimate(Estimate(0.5, 0.25, 0.75)) == "0.500 (0.250 to 0.750)"
-    assert wording.estimate(Estimate(0.5)) == "0.500"
-    assert wording.estimate(Estimate(None)) == "–"
+    plain, level = Metric("Dice"), Metric("PSNR", unit="dB")
+    assert wording.estimate(Estimate(0.5, 0.25, 0.75), plain) == "0.500 (0.250 to 0.750)"
+    assert wording.estimate(Estimate(0.5), plain) == "0.500"
+    assert wording.estimate(Estimate(None), plain) == "–"
+    assert wording.estimate(Estimate(27.305, 26, 28.5), level) == "27.30 dB (26.00 to 28.50)"
+    assert wording.estimate(Estimate(None), level) == "–"
 
 
 @pytest.mark.parametrize(
@@ -52,6 +59,15 @@ def test_names(names, printed):
     assert wording.listed(names) == printed
 
 
-def test_counts():
-    assert wording.counted(1, "site") == "1 site"
-    assert wording.counted(1200, "image") == "1,200 images"
+def test_metrics_say_what_is_not_in_their_title():
+    class Toy(Task):
+        METRICS: ClassVar[Mapping[str, Metric]] = {
+            "a": Metric("Error", lower_is_better=True),
+            "b": Metric("Fit", note="Above 1 is luck."),
+            "c": Metric("Distance", lower_is_better=True),
+        }
+
+    said = wording.metric_notes(Toy(name="toy", kind="none"))
+    assert said == "Lower is better: Error and Distance. Above 1 is luck."
+    Toy.METRICS = {"b": Metric("Fit")}
+    assert wording.metric_notes(Toy(name="toy", kind="none")) == ""

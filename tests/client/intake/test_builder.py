@@ -128,6 +128,18 @@ def test_a_description_of_another_shape_is_refused(tmp_path: Path, meta: CohortM
     assert everything_in(tmp_path) == []
 
 
+def test_a_description_of_masks_where_there_are_none_is_refused(
+    tmp_path: Path, meta: CohortMeta
+) -> None:
+    masks = replace(meta, kind="mask")
+    with (
+        pytest.raises(CohortError, match="described as mask, written for None"),
+        CohortBuilder(tmp_path / "c", meta.shape) as builder,
+    ):
+        builder.finish(masks)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path, meta: CohortMeta) -> None:
     (tmp_path / "file").write_text("")
 

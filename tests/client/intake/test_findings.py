@@ -32,7 +32,7 @@ from client.intake.labels import read_labels
 from client.intake.source import NotUsed
 from client.intake.structured_report import Coded, Presence, presence_of, statements
 from common.errors import ConfigError, IntakeError
-from common.spec import Task
+from common.task_sections import Classification
 
 STUDY = "1.2.3.4"
 PACKAGED = Path(pydicom.__file__).parent / "data" / "test_files"
@@ -41,9 +41,9 @@ NODULE, DIAMETER = ("27925004", "SCT"), ("81827009", "SCT")
 YES, NO, UNDETERMINED = ("373066001", "SCT"), ("373067005", "SCT"), ("373068000", "SCT")
 PRESENT, ABSENT, PRESENCE = ("121053", "DCM"), ("121054", "DCM"), ("121052", "DCM")
 GROUP, REPORT = ("125007", "DCM"), ("126000", "DCM")
-BINARY = Task(kind="binary", classes=("normal", "pneumothorax"))
-MANY = Task(kind="multilabel", classes=("pneumothorax", "nodule"))
-KINDS = Task(kind="multiclass", classes=("normal", "pneumothorax", "nodule"))
+BINARY = Classification(kind="binary", classes=("normal", "pneumothorax"))
+MANY = Classification(kind="multilabel", classes=("pneumothorax", "nodule"))
+KINDS = Classification(kind="multiclass", classes=("normal", "pneumothorax", "nodule"))
 
 ASKED = """
 [[finding]]
@@ -159,7 +159,7 @@ Ask = Callable[..., Labelled]
 def ask(tmp_path: Path) -> Ask:
     """`ask(text, task, report, …)`: the labels, and who has none."""
 
-    def _ask(text: str, task: Task, *reports: FileDataset | Memory) -> Labelled:
+    def _ask(text: str, task: Classification, *reports: FileDataset | Memory) -> Labelled:
         path = tmp_path / "codes.toml"
         path.write_text(text)
         gathered = Findings(read_codes(path, task), task)
@@ -291,7 +291,7 @@ def test_a_property_that_is_absent_does_not_make_its_finding_absent(ask: Ask) ->
 
 
 def test_what_is_said_below_an_absent_finding_is_said_of_nothing(ask: Ask) -> None:
-    task = Task(classes=("none", "nodule"))
+    task = Classification(classes=("none", "nodule"))
     there = coded(FINDING, NODULE, measured(DIAMETER, "9"))
     absent = coded(FINDING, NODULE, presence(ABSENT, "HAS PROPERTIES"), measured(DIAMETER, "9"))
 
@@ -357,7 +357,7 @@ def test_what_is_not_of_this_patient_now_is_no_finding(
 def test_a_measurement_against_its_threshold(
     ask: Ask, numbers: Sequence[str | None], outcome: int | str
 ) -> None:
-    task = Task(classes=("none", "nodule"))
+    task = Classification(classes=("none", "nodule"))
     found = ask(MEASURED, task, report(*(measured(DIAMETER, number) for number in numbers)))
 
     if outcome == "unclear":
@@ -367,14 +367,16 @@ def test_a_measurement_against_its_threshold(
 
 
 def test_a_measurement_in_another_unit_is_unclear(ask: Ask) -> None:
-    found = ask(MEASURED, Task(classes=("none", "nodule")), report(measured(DIAMETER, "9", "cm")))
+    found = ask(
+        MEASURED, Classification(classes=("none", "nodule")), report(measured(DIAMETER, "9", "cm"))
+    )
 
     assert "unclear" in why(found)
 
 
 def test_a_range(ask: Ask) -> None:
     codes = MEASURED.replace("unit", "below = 30\nunit")
-    task = Task(classes=("none", "nodule"))
+    task = Classification(classes=("none", "nodule"))
 
     labels = [ask(codes, task, report(measured(DIAMETER, n))).labels for n in ("29.9", "30")]
 
@@ -583,7 +585,7 @@ def test_real_reports_give_labels(shared_data: Path, ask: Ask) -> None:
     report_file = shared_data / "dicom" / "highdicom" / "sr_document_with_multiple_groups.dcm"
     packaged = [PACKAGED / name for name in ("reportsi.dcm", "test-SR.dcm", "CT_small.dcm")]
     files = [Memory(path.read_bytes(), path.name) for path in (report_file, *packaged)]
-    task = Task(classes=("none", "nodule"))
+    task = Classification(classes=("none", "nodule"))
     studies = [str(dcmread(path).StudyInstanceUID) for path in packaged]
 
     signed = ask(MEASURED, task, *files)
@@ -638,7 +640,7 @@ def test_silence_means_nothing_among_exclusive_classes(tmp_path: Path) -> None:
     ("task", "label"), [(BINARY, 1), (KINDS, 2), (MANY, (0, 1))], ids=["binary", "kinds", "many"]
 )
 def test_the_table_is_one_that_the_intake_reads(
-    tmp_path: Path, task: Task, label: int | tuple[int, ...]
+    tmp_path: Path, task: Classification, label: int | tuple[int, ...]
 ) -> None:
     path = tmp_path / "labels.csv"
 

@@ -9,9 +9,10 @@ import pytest
 from client.intake.labels import DICOM_KEYS, LabelTable, read_labels
 from common.errors import ConfigError
 from common.spec import Task
+from common.task_sections import Classification, Reconstruction
 
-BINARY = Task(kind="binary", classes=("normal", "finding"))
-MANY = Task(kind="multilabel", classes=("effusion", "nodule", "mass"))
+BINARY = Classification(kind="binary", classes=("normal", "finding"))
+MANY = Classification(kind="multilabel", classes=("effusion", "nodule", "mass"))
 
 
 def read(tmp_path: Path, text: str, task: Task = BINARY) -> LabelTable:
@@ -107,3 +108,14 @@ def test_names_a_file_that_is_not_text(tmp_path: Path) -> None:
 
     with pytest.raises(ConfigError, match=r"labels\.csv: cannot be read as a CSV in UTF-8"):
         read_labels(path, BINARY)
+
+
+def test_a_task_without_labels_needs_no_label_column(tmp_path: Path) -> None:
+    task = Reconstruction(name="reconstruction")
+    table = read(tmp_path, "PatientID,split\nA,train\nB,\n", task)
+    assert {name: (entry.label, entry.split) for name, entry in table.entries.items()} == {
+        "A": (0, "train"),
+        "B": (0, ""),
+    }
+    with pytest.raises(ConfigError, match="'label' is missing"):
+        read(tmp_path, "PatientID,split\nA,train\n", BINARY)

@@ -61,6 +61,34 @@ def test_one_part_colour_and_several_labels(tmp_path: Path, make_spec: Spec) -> 
     np.testing.assert_array_equal(seen, content["val_images"])
 
 
+@pytest.mark.parametrize("labels", [1, 14])
+def test_a_run_that_looks_at_no_label_takes_any_file(
+    tmp_path: Path, make_spec: Spec, labels: int
+) -> None:
+    spec = make_spec(
+        task={"name": "reconstruction"},
+        loss={"name": "l1"},
+        evaluation={"metric": "psnr"},
+        privacy={"unit": "image"},
+    )
+
+    cohort = take_in(tmp_path, spec, arrays(labels=labels))
+
+    assert (len(cohort), cohort.kind, cohort.targets([0, 1]).shape) == (10, "none", (2, 0))
+    cohort.check_fits(spec)
+
+
+def test_a_run_of_masks_is_told_that_there_are_none(tmp_path: Path, make_spec: Spec) -> None:
+    spec = make_spec(
+        task={"name": "segmentation", "classes": ["background", "organ"]},
+        loss={"name": "dice"},
+        evaluation={"metric": "dice"},
+    )
+    with pytest.raises(CohortError, match="its mask is missing"):
+        take_in(tmp_path, spec, arrays())
+    assert not (tmp_path / "cohort").exists()
+
+
 def test_it_fits_only_a_run_whose_unit_is_the_image(tmp_path: Path, make_spec: Spec) -> None:
     cohort = take_in(tmp_path, make_spec(), arrays())
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import interpolate
 
-from client.intake.pixels import shown, stretch, to_shape
+from client.intake.pixels import box_to_shape, mask_to_shape, shown, stretch, to_shape
 from common.errors import IntakeError
 from common.spec import Input
 
@@ -140,3 +140,52 @@ def test_a_picture_is_shown_as_it_is() -> None:
 
     np.testing.assert_allclose(shown(picture, 255, "dicom"), [[0, 0.2, 0.4]], rtol=1e-6)
     np.testing.assert_allclose(shown(picture, 255, "range"), [[0, 0.5, 1]], rtol=1e-6)
+
+
+FITS = ("pad", "crop", "stretch")
+SIZES = [(40, 60), (61, 47), (7, 90), (16, 16)]
+
+
+def settings_of(fit: str) -> Input:
+    return Input.model_validate({"height": 24, "width": 32, "fit": fit})
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("fit", FITS)
+def test_a_mask_comes_to_lie_where_its_image_does(fit: str, size: tuple[int, int]) -> None:
+    """An image that shows its own mask: after the fit both say the same, but for the edges."""
+    rows, columns = np.indices(size)
+    disc = ((rows / size[0] - 0.45) ** 2 + (columns / size[1] - 0.55) ** 2) < 0.12
+    settings = settings_of(fit)
+    image = to_shape(disc.astype(np.float32), settings)[0]
+    mask = mask_to_shape(disc.astype(np.uint8) * 3, settings)
+    assert mask.dtype == np.uint16
+    assert mask.shape == (24, 32)
+    assert set(np.unique(mask)) == {0, 3}
+    clear = (image < 0.2 * 65535) | (image > 0.8 * 65535)
+    assert clear.mean() > 0.5
+    assert ((image > 32768) == (mask == 3))[clear].mean() > 0.98
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("fit", FITS)
+def test_a_box_comes_to_lie_where_its_image_does(fit: str, size: tuple[int, int]) -> None:
+    settings = settings_of(fit)
+    height, width = size
+    box = (0.3 * width, 0.25 * height, 0.7 * width, 0.8 * height)
+    rows, columns = np.indices((height * 8, width * 8)) / 8
+    inside = (columns >= box[0]) & (columns < box[2]) & (rows >= box[1]) & (rows < box[3])
+    shown = to_shape(inside.astype(np.float32), settings)[0] > 32768
+    found = box_to_shape(box, size, settings)
+    assert found is not None
+    down, across = np.flatnonzero(shown.any(axis=1)), np.flatnonzero(shown.any(axis=0))
+    seen = (across[0] / 32, down[0] / 24, (across[-1] + 1) / 32, (down[-1] + 1) / 24)
+    assert found == pytest.approx(seen, abs=0.6 / 24)
+
+
+def test_a_box_that_is_cut_off_is_gone_and_one_that_is_cut_is_shorter() -> None:
+    crop = settings_of("crop")
+    assert box_to_shape((0, 0, 10, 24), (24, 64), crop) is None
+    assert box_to_shape((0, 0, 19, 24), (24, 64), crop) is None
+    assert box_to_shape((8, 6, 24, 12), (24, 64), crop) == pytest.approx((0, 0.25, 0.25, 0.5))
+    assert box_to_shape((0, 0, 64, 24), (24, 64), crop) == (0, 0, 1, 1)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import stat
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +17,7 @@ from client.intake.sheet import write_sheet
 from client.intake.summary import ClassCount, summarise
 from common.cohort import Cohort, CohortMeta, Unit
 from common.errors import CohortError
-from common.spec import RunSpec
+from common.spec import RunSpec, Task
 
 Row = tuple[str, Label, str]
 Write = Callable[..., Cohort]
@@ -46,6 +48,47 @@ def test_counts(write: Write) -> None:
     assert summary.classes == (ClassCount("normal", 3, 2), ClassCount("finding", 2, 2))
     assert summary.images_a_patient == (1, 5 / 3, 3)
     assert summary.splits == {"": 4, "test": 1}
+
+
+@pytest.mark.parametrize(
+    ("kind", "labels", "found"),
+    [
+        ("mask", [0, 0], (ClassCount("normal", 2, 2), ClassCount("finding", 1, 1))),
+        (
+            "boxes",
+            [((0.1, 0.1, 0.2, 0.2, 1), (0.5, 0.5, 0.7, 0.7, 1)), ()],
+            (ClassCount("normal", 0, 0), ClassCount("finding", 1, 1)),
+        ),
+        ("none", [0, 0], ()),
+    ],
+)
+def test_counts_of_masks_boxes_and_nothing(
+    tmp_path: Path, make_spec: Callable[..., RunSpec], kind: str, labels: Any, found: Any
+) -> None:
+    spec = make_spec()
+    classes = spec.task.classes if found else ()
+    meta = replace(
+        CohortMeta.of(spec, unit="patient", source="test", created="2026-01-01"),
+        kind=kind,
+        classes=classes,
+    )
+    task = Task(name="test", kind=kind, classes=classes)
+    mask = np.zeros(spec.input.shape[1:], dtype=np.uint16)
+    with CohortBuilder(tmp_path / "c", spec.input.shape, task=task) as builder:
+        for number, label in enumerate(labels):
+            pixels = np.zeros(spec.input.shape, dtype=np.uint16)
+            record = ImageRecord(f"p{number}", "", "", str(number), label, 9, 9)
+            builder.add(record, pixels, mask if kind == "mask" else None)
+            mask = mask.copy()
+            mask[3, 4] = 1
+        builder.finish(meta)
+
+    summary = summarise(Cohort.open(tmp_path / "c"))
+
+    assert (summary.images, summary.classes) == (2, found)
+    absent = [text for text in summary.warnings if text.startswith("No image of")]
+    assert absent == (["No image of 'normal'."] if kind == "boxes" else [])
+    assert not any("one class" in text for text in summary.warnings)
 
 
 def test_a_patient_in_two_splits_is_a_warning(write: Write) -> None:

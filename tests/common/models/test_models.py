@@ -116,7 +116,7 @@ def test_every_network_gives_one_row_of_logits_an_image(name, shape, task, outpu
 
 
 def test_the_table_of_sizes_covers_the_registry():
-    assert {name for name, _ in SIZES} == set(models.names()) == set(SMALLEST)
+    assert {name for name, _ in SIZES} == set(models.names("vector")) == set(SMALLEST)
 
 
 def test_reference_cnn_has_the_published_number_of_parameters():
@@ -125,7 +125,7 @@ def test_reference_cnn_has_the_published_number_of_parameters():
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
-@pytest.mark.parametrize("name", models.names())
+@pytest.mark.parametrize("name", models.names("vector"))
 def test_an_image_is_seen_by_its_own_output_alone_in_training(name, dropout):
     shape = (1, 48, 48)
     model = models.build(make_spec(name, shape, model={"dropout": dropout}))
@@ -133,7 +133,7 @@ def test_an_image_is_seen_by_its_own_output_alone_in_training(name, dropout):
     assert worst_leak(Centred(model), shape) > 1e-3  # the test sees a leak where there is one
 
 
-@pytest.mark.parametrize("name", models.names())
+@pytest.mark.parametrize("name", models.names("vector"))
 def test_dropout_is_applied(name):
     model = models.build(make_spec(name, model={"dropout": 0.5}))
     batch = images(2, (1, 48, 48))
@@ -142,7 +142,7 @@ def test_dropout_is_applied(name):
     assert torch.equal(model(batch), model(batch))
 
 
-@pytest.mark.parametrize("name", models.names())
+@pytest.mark.parametrize("name", models.names("vector"))
 def test_dropout_leaves_the_names_of_the_weights(name):
     plain, dropped = (
         models.build(make_spec(name, model={"dropout": dropout})).state_dict()
@@ -160,7 +160,7 @@ def test_width_scales_the_small_cnn():
 
 
 @pytest.mark.parametrize(
-    "name", sorted(set(models.names()) - {"compact-cnn", "pooled-cnn", "small-cnn"})
+    "name", sorted(set(models.names("vector")) - {"compact-cnn", "pooled-cnn", "small-cnn"})
 )
 def test_width_is_refused_where_it_means_nothing(name):
     with pytest.raises(ModelError, match=r"model\.width = 16"):
@@ -171,7 +171,16 @@ def test_an_unknown_name_is_refused_with_the_known_ones():
     with pytest.raises(ModelError) as caught:
         models.build(make_spec("resnet19"))
     assert "'resnet19'" in str(caught.value)
-    assert all(name in str(caught.value) for name in models.names())
+    assert all(name in str(caught.value) for name in models.names("vector"))
+
+
+def test_a_network_that_gives_something_else_is_refused_and_those_that_fit_are_named():
+    with pytest.raises(ModelError) as caught:
+        models.build(make_spec("unet"))
+    assert "'map'" in str(caught.value)
+    assert "'vector'" in str(caught.value)
+    assert "small-cnn" in str(caught.value)
+    assert "vae" not in str(caught.value)
 
 
 @pytest.mark.parametrize(("name", "side"), SMALLEST.items())
@@ -197,17 +206,17 @@ print(json.dumps([fingerprint(models.build(spec)) for spec in specs]))
 
 
 def test_the_same_spec_gives_the_same_weights_in_another_process():
-    specs = [make_spec(name) for name in reversed(models.names())]
+    specs = [make_spec(name) for name in reversed(models.names("vector"))]
     texts = json.dumps([spec.canonical_json for spec in specs])
     command = [sys.executable, "-c", ELSEWHERE, texts, str(ROOT), str(Path(__file__).parent)]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     there = json.loads(done.stdout)
     assert there == [fingerprint(models.build(spec)) for spec in specs]
-    others = [make_spec(name, seed=2) for name in reversed(models.names())]
+    others = [make_spec(name, seed=2) for name in reversed(models.names("vector"))]
     assert not set(there) & {fingerprint(models.build(spec)) for spec in others}
 
 
-@pytest.mark.parametrize("name", models.names())
+@pytest.mark.parametrize("name", models.names("vector"))
 def test_building_leaves_the_global_generator_alone(name):
     torch.manual_seed(5)
     expected = torch.rand(4)

@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from common.spec import Augmentation
-from common.tasks.augment import augment, resample
+from common.tasks import augment as room
+from common.tasks.augment import Motion, moved_boxes, moved_masks, resample
 
 ndimage = pytest.importorskip("scipy.ndimage")
 
@@ -22,6 +23,11 @@ EVERYTHING = Augmentation(
 
 def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
+
+
+def augment(images: Tensor, augmentation: Augmentation, source: torch.Generator) -> Tensor:
+    """The images alone."""
+    return room.augment(images, augmentation, source)[0]
 
 
 def pictures(count: int, height: int = 24, width: int = 36) -> Tensor:
@@ -161,3 +167,157 @@ def test_the_global_generator_is_left_alone():
     state = torch.get_rng_state()
     augment(pictures(2), EVERYTHING, generator())
     assert torch.equal(torch.get_rng_state(), state)
+
+
+# --- What moves along ---------------------------------------------------------------------------
+
+
+def test_what_was_drawn_is_told_and_nothing_else():
+    nothing = room.augment(pictures(3), Augmentation(), generator())[1]
+    assert nothing == Motion((24, 36), None, None, None)
+    images, motion = room.augment(pictures(3), Augmentation(rotate=9), generator())
+    assert motion.matrices is not None
+    torch.testing.assert_close(images, resample(pictures(3), motion.matrices))
+
+
+def slow_mask(mask: Tensor, matrix: Tensor) -> Tensor:
+    """SciPy's nearest pixel; beyond the border is class 0."""
+    height, width = mask.shape
+    linear, shift = matrix[:, :2].double().numpy(), matrix[:, 2].double().numpy()
+    centre = np.array([(height - 1) / 2, (width - 1) / 2])
+    rows_first = linear[::-1, ::-1]
+    offset = centre - rows_first @ centre + shift[::-1] * np.array([height, width])
+    moved = ndimage.affine_transform(
+        mask.numpy(), rows_first, offset, order=0, mode="grid-constant", cval=0
+    )
+    return torch.from_numpy(moved)
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"flip_horizontal": True},
+        {"flip_vertical": True},
+        {"rotate": 40.0},
+        {"shift": 0.3},
+        {"shear": 20.0},
+        {"zoom": 0.4},
+        EVERYTHING.model_dump(),
+    ],
+    ids=lambda asked: next(iter(asked)) if len(asked) == 1 else "everything",
+)
+def test_a_mask_moves_as_its_image_does(asked):
+    masks = (pictures(20)[:, 0] * 8).long()
+    _, motion = room.augment(pictures(20), Augmentation(**asked), generator(3))
+    moved = moved_masks(masks, motion)
+    assert moved.dtype == masks.dtype
+    for row, (mask, result) in enumerate(zip(masks, moved, strict=True)):
+        slow = mask
+        if motion.mirrored is not None and motion.mirrored[row]:
+            slow = slow.flip(1)
+        if motion.upended is not None and motion.upended[row]:
+            slow = slow.flip(0)
+        if motion.matrices is not None:
+            slow = slow_mask(slow, motion.matrices[row])
+        assert (slow == result).float().mean() > 0.995  # a tie between two pixels is rare
+    assert not torch.equal(moved, masks)
+
+
+def test_a_mask_has_no_class_that_it_had_not_and_background_beyond_its_border():
+    masks = torch.full((50, 24, 36), 7)
+    masks[:, :, 18:] = 3
+    _, motion = room.augment(pictures(50), EVERYTHING, generator())
+    assert moved_masks(masks, motion).unique().tolist() == [0, 3, 7]
+    assert room.augment(torch.full((2, 1, 24, 36), 0.7), EVERYTHING, generator())[0].min() > 0.69
+
+
+def ellipse(box: Tensor, height: int, width: int) -> Tensor:
+    """(H, W) 1 within the ellipse that a box holds."""
+    left, top, right, bottom = box[:4].tolist()
+    x = (torch.arange(width) + 0.5) / width
+    y = (torch.arange(height) + 0.5) / height
+    across = (x - (left + right) / 2) / ((right - left) / 2)
+    down = (y - (top + bottom) / 2) / ((bottom - top) / 2)
+    within: Tensor = down.square()[:, None] + across.square() <= 1
+    return within.float()
+
+
+def around(picture: Tensor) -> list[float]:
+    """The box around what is bright, in parts of the sides."""
+    rows, columns = (picture > 0.5).nonzero().T
+    height, width = picture.shape
+    return [
+        columns.min().item() / width,
+        rows.min().item() / height,
+        (columns.max().item() + 1) / width,
+        (rows.max().item() + 1) / height,
+    ]
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"flip_horizontal": True},
+        {"flip_vertical": True},
+        {"rotate": 60.0},
+        {"shift": 0.2},
+        {"shear": 30.0},
+        {"zoom": 0.3},
+        {"rotate": 50.0, "shift": 0.1, "shear": 20.0, "zoom": 0.2, "flip_vertical": True},
+    ],
+    ids="+".join,
+)
+def test_a_box_moves_with_the_ellipse_that_it_holds(asked):
+    height, width = 200, 320
+    box = torch.tensor([0.35, 0.40, 0.55, 0.65, 2.0])
+    pictured = ellipse(box, height, width).expand(8, 1, -1, -1)
+    moved, motion = room.augment(pictured, Augmentation(**asked), generator(1))
+    found = moved_boxes(box.expand(8, 1, 5), motion)
+    for picture, after in zip(moved[:, 0], found[:, 0], strict=True):
+        assert after[4] == 2
+        np.testing.assert_allclose(after[:4], around(picture), atol=1.5 / height)
+    assert not torch.allclose(found[:, 0, :4], box[:4].expand(8, 4), atol=0.01)
+
+
+def test_a_quarter_turn_of_a_box_is_exact_though_an_image_is_not_square():
+    matrices = torch.tensor(np.column_stack([turn(90), (0.0, 0.0)])).float()[None]
+    boxes = torch.tensor([[[0.45, 0.5, 0.55, 0.6, 0.0]]])  # 20 x 10 pixels, right below the centre
+    found = moved_boxes(boxes, Motion((100, 200), matrices=matrices))
+    expected = [0.5, 0.4, 0.55, 0.6]  # 10 x 20 pixels, to the right of the centre
+    np.testing.assert_allclose(found[0, 0, :4], expected, atol=1e-6)
+
+
+def test_what_leaves_the_image_is_cut_and_taken_away_where_little_is_left():
+    to_the_left = torch.tensor([[[1.0, 0, 0.5], [0, 1, 0]]])
+    boxes = torch.tensor(
+        [
+            [
+                [0.4, 0.0, 0.8, 0.2, 1],  # three quarters stay
+                [0.19, 0.0, 0.6, 0.2, 1],  # a little less than a quarter stays
+                [0.22, 0.0, 0.6, 0.2, 1],  # a little more
+                [0.1, 0.0, 0.4, 0.2, 1],  # nothing stays
+                [0.9, 0.9, 1.0, 1.0, 0],  # all of it stays
+                [0.0, 0.0, 0.0, 0.0, -1],  # there was none
+            ]
+        ]
+    )
+    expected = torch.tensor(
+        [
+            [0.0, 0.0, 0.3, 0.2, 1],
+            [0.0, 0.0, 0.0, 0.0, -1],
+            [0.0, 0.0, 0.1, 0.2, 1],
+            [0.0, 0.0, 0.0, 0.0, -1],
+            [0.4, 0.9, 0.5, 1.0, 0],
+            [0.0, 0.0, 0.0, 0.0, -1],
+        ]
+    )
+    found = moved_boxes(boxes, Motion((50, 40), matrices=to_the_left))[0]
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+
+
+def test_boxes_of_a_still_image_are_as_they_were():
+    boxes = torch.tensor([[[0.1, 0.2, 0.3, 0.5, 1.0], [0.0, 0.0, 0.0, 0.0, -1.0]]])
+    torch.testing.assert_close(moved_boxes(boxes, Motion((20, 30))), boxes)
+    none = torch.zeros(3, 0, 5)
+    _, motion = room.augment(pictures(3), EVERYTHING, generator())
+    assert moved_boxes(none, motion).shape == (3, 0, 5)

@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from common.errors import ModelError
 from common.spec import Loss, RunSpec
-from common.tasks import ImageTask, task_for
+from common.tasks.classification import Classification
 
 IMAGES = 7
 WEIGHTS = (0.5, 2.0, 3.0)
@@ -25,7 +25,7 @@ LOSSES: list[dict[str, Any]] = [
 KINDS = ("binary", "multiclass", "multilabel")
 
 
-def make_task(kind: str, loss: dict[str, Any], *, weighted: bool = False) -> ImageTask:
+def make_task(kind: str, loss: dict[str, Any], *, weighted: bool = False) -> Classification:
     classes = ["a", "b"] if kind == "binary" else ["a", "b", "c"]
     weights = {"class_weights": WEIGHTS[: len(classes)]} if weighted else {}
     document = {
@@ -39,7 +39,7 @@ def make_task(kind: str, loss: dict[str, Any], *, weighted: bool = False) -> Ima
         "local": {"batch_size": 4},
         "privacy": {"mechanism": "none"},
     }
-    return task_for(RunSpec.from_json(json.dumps(document)))
+    return Classification(RunSpec.from_json(json.dumps(document)))
 
 
 def batch(kind: str, seed: int = 0) -> tuple[Tensor, Tensor]:

@@ -8,14 +8,13 @@ import numpy as np
 import pytest
 from sklearn import metrics as sk
 
+from common.tasks.estimates import Estimate, patient_weights
 from common.tasks.metrics import (
     NAMES,
-    Estimate,
     Predictions,
     auroc,
     average_precision,
     confusion_matrix,
-    patient_weights,
     point_estimates,
     ranking,
     score,
@@ -238,7 +237,7 @@ def test_the_same_generator_gives_the_same_intervals():
 
 def test_intervals_do_not_depend_on_how_many_are_computed_together(monkeypatch):
     whole = score(make("binary"), resamples=64, generator=np.random.default_rng(4))
-    monkeypatch.setattr("common.tasks.metrics._CHUNK", 16 * 120)
+    monkeypatch.setattr("common.tasks.estimates._CHUNK", 16 * 120)
     parts = score(make("binary"), resamples=64, generator=np.random.default_rng(4))
     assert parts.metrics == whole.metrics
 

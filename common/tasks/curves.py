@@ -12,12 +12,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from common.tasks.estimates import Floats, patient_weights
 from common.tasks.metrics import (
     CALIBRATION_BINS,
-    Floats,
     Ranking,
     calibration_bin,
-    patient_weights,
     ranking,
 )
 

@@ -5,7 +5,7 @@ import pytest
 from sklearn import calibration as sk_calibration
 from sklearn import metrics as sk
 
-from server.curves import GRID, Column, calibration, precision_recall, roc
+from common.tasks.curves import GRID, Column, calibration, precision_recall, roc
 
 
 def make(images=300, patients=150, decimals=None):

@@ -1,0 +1,88 @@
+"""Pictures of an evaluation, drawn on plain arrays: what is true and what was found, on the image.
+
+Truth is a whole line in blue, what was found a broken one in orange: the two differ in form as
+well as in colour, and where they lie upon each other both are seen. The colours are Okabe and
+Ito's, which people with colour blindness tell apart.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import ndimage
+
+TRUE = (86, 180, 233)
+FOUND = (230, 159, 0)
+LEGEND = "True: the whole blue line. Found: the broken orange one."
+
+SMALLEST_SHOWN = 256  # a smaller image is enlarged, so that a line is thinner than what it bounds
+_DASH = 6
+_THIN = 400  # pixels of a picture's side for each pixel that a line is widened by
+
+Pixels = NDArray[np.uint8]
+Mask = NDArray[np.bool_]
+
+
+def spread(images: int, wanted: int) -> NDArray[np.int64]:
+    """Numbers of at most `wanted` images, evenly spread: neighbours are slices of one patient."""
+    shown = min(images, wanted)
+    return (np.arange(shown) * images + images // 2) // max(1, shown)
+
+
+def grey_levels(images: NDArray[Any]) -> Pixels:
+    """(N, C, H, W) brightness in 0..1 to (N, C, H, W) grey levels, as a gallery keeps them."""
+    return np.asarray(np.rint(np.clip(np.nan_to_num(images), 0, 1) * 255), dtype=np.uint8)
+
+
+def enlargement(height: int, width: int) -> int:
+    """How many times an image is enlarged to be shown."""
+    return max(1, -(-SMALLEST_SHOWN // max(height, width)))
+
+
+def canvas(levels: Pixels) -> Pixels:
+    """(C, H, W) grey levels, one channel or three, to an enlarged (H', W', 3) picture."""
+    colours = np.broadcast_to(levels, (3, *levels.shape[1:])).transpose(1, 2, 0)
+    return np.ascontiguousarray(enlarged(colours, enlargement(*levels.shape[1:])))
+
+
+def enlarged(pixels: NDArray[Any], times: int) -> NDArray[Any]:
+    """(H, W, …), each pixel repeated `times` in both directions."""
+    return pixels.repeat(times, axis=0).repeat(times, axis=1)
+
+
+def outline(classes: NDArray[Any]) -> Mask:
+    """(H, W) class numbers, 0 the background: the pixels of a class that touch another one."""
+    around = np.pad(classes, 1, mode="edge")
+    neighbours = (around[:-2, 1:-1], around[2:, 1:-1], around[1:-1, :-2], around[1:-1, 2:])
+    differs = np.any([other != classes for other in neighbours], axis=0)
+    return np.asarray((classes > 0) & differs)
+
+
+def frame(box: NDArray[Any], height: int, width: int) -> Mask:
+    """The border of a box ``x0 y0 x1 y1`` in parts of the sides, on a picture of that size."""
+    x0, y0, x1, y1 = np.rint(box * [width, height, width, height]).astype(int)
+    left, right = sorted(np.clip([x0, x1 - 1], 0, width - 1))
+    top, bottom = sorted(np.clip([y0, y1 - 1], 0, height - 1))
+    border = np.zeros((height, width), dtype=np.bool_)
+    border[[top, bottom], left : right + 1] = True
+    border[top : bottom + 1, [left, right]] = True
+    return border
+
+
+def draw_true(picture: Pixels, lines: Mask) -> None:
+    """Draw a whole line into `picture`."""
+    picture[_widened(lines)] = TRUE
+
+
+def draw_found(picture: Pixels, lines: Mask) -> None:
+    """Draw a broken line into `picture`."""
+    rows, columns = np.indices(lines.shape)
+    picture[_widened(lines) & ((rows + columns) // _DASH % 2 == 0)] = FOUND
+
+
+def _widened(lines: Mask) -> Mask:
+    """Lines that are still seen when the picture is shown small."""
+    wide = ndimage.binary_dilation(lines, iterations=max(1, max(lines.shape) // _THIN))
+    return np.asarray(wide, dtype=np.bool_)

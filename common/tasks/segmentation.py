@@ -1,0 +1,348 @@
+"""Segmentation: a class for every pixel, the first of the classes being the background.
+
+=============  ==================================================================================
+dice           2 TP / (2 TP + FP + FN) of a class's pixels over all images of a patient
+hausdorff95    the 95th percentile of the distances from the outline of one mask to that of the
+               other, the larger of both directions, in pixels of the network's input; by image,
+               then the mean over a patient's images
+volume-error   100 |found - true| / true, of a class's pixels over all images of a patient
+=============  ==================================================================================
+
+Each is computed by class and patient, averaged over the patients, then over the classes but the
+background. Where neither mask has the class a value has no meaning and is left out; where only
+one of them has it, Dice is 0 and an image's Hausdorff distance is its diagonal, the largest that
+there can be (MONAI says infinity, which no mean survives; leaving it out would reward a network
+for what it does not find). Without a true pixel a volume error has no meaning.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy import ndimage
+from torch import Tensor, nn
+from torch.nn import functional
+
+from common.cohort import Cohort
+from common.errors import ModelError
+from common.spec import Loss
+from common.tasks import pictures, words
+from common.tasks.augment import Motion, moved_masks
+from common.tasks.estimates import Estimate, Floats, estimates, means, ratio
+from common.tasks.exhibits import Chart, Exhibit, Gallery, Line, Table
+from common.tasks.preprocess import normalise
+from common.tasks.task import Evidence, Task
+
+_SMOOTH = 1.0  # a pixel: a class that is in neither mask costs nothing, and no quotient is 0 / 0
+_TINY = 1e-12
+
+
+class Segmentation(Task):
+    """Losses, metrics and pictures of a segmentation.
+
+    A pixel's cross-entropy or focal loss is multiplied by the weight of its class, a literal of
+    the spec, and an image's is the mean over its pixels. Dice is one minus the soft Dice of an
+    image, averaged over the classes but the background by their weights (Milletari et al. 2016,
+    with sums in the denominator). No sum runs over more than one image (PRIVACY.md 2).
+    """
+
+    def losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """One loss an image: (B, classes, H, W) logits and (B, H, W) int64 to (B,) float32.
+
+        Raises:
+            ModelError: if a shape is another.
+        """
+        self._check_shapes(outputs, targets)
+        log_p = functional.log_softmax(outputs.float(), dim=1)
+        return _FORMULAS[self.spec.loss.name](log_p, targets, self.spec.loss)
+
+    def moved(self, targets: Tensor, motion: Motion) -> Tensor:
+        """The masks after their images were changed by `motion`."""
+        return moved_masks(targets, motion)
+
+    # --- Evaluation ---------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def evidence(self, network: nn.Module, cohort: Cohort, device: torch.device) -> Evidence:
+        """As `Task.evidence`, and pictures of images evenly spread over the cohort."""
+        kept = super().evidence(network, cohort, device)
+        rows = pictures.spread(len(cohort), self.spec.evaluation.gallery)
+        if not len(rows):
+            return kept
+        images = torch.from_numpy(cohort.images(rows)).to(device)
+        found = network(normalise(images, self.spec.input)).argmax(dim=1)
+        return dict(kept) | {
+            "gallery_rows": rows,
+            "gallery_images": pictures.grey_levels(images.cpu().numpy()),
+            "gallery_true": cohort.targets(rows).astype(np.uint16),
+            "gallery_found": found.cpu().numpy().astype(np.uint16),
+        }
+
+    def measured(self, outputs: Tensor, images: Tensor, targets: Tensor, first: int) -> Evidence:
+        """Of each image and class but the background, what the metrics are made of.
+
+        Returns:
+            ``pixels`` (B, classes - 1, 3) int64: common, found, true; ``hausdorff95``
+            (B, classes - 1) float32, NaN where neither mask has the class; ``finite`` (B,):
+            whether the network's outputs were numbers.
+        """
+        classes = torch.arange(1, outputs.shape[1], device=outputs.device)[:, None, None]
+        found, true = (labels[:, None] == classes for labels in (outputs.argmax(dim=1), targets))
+        pixels = torch.stack([m.sum(dim=(2, 3)) for m in (found & true, found, true)], dim=2)
+        pairs = zip(
+            found.flatten(0, 1).cpu().numpy(), true.flatten(0, 1).cpu().numpy(), strict=True
+        )
+        distances = np.array([hausdorff95(*pair) for pair in pairs], dtype=np.float32)
+        return {
+            "pixels": pixels.cpu().numpy(),
+            "hausdorff95": distances.reshape(pixels.shape[:2]),
+            "finite": outputs.flatten(1).isfinite().all(dim=1).cpu().numpy(),
+        }
+
+    def score(
+        self,
+        evidence: Evidence,
+        patients: NDArray[np.int64],
+        *,
+        resamples: int,
+        generator: np.random.Generator,
+    ) -> Mapping[str, Estimate]:
+        """See the table above, the mean over the classes; None where a network gave no numbers."""
+        if not evidence["finite"].all():
+            return dict.fromkeys(self.spec.task.METRICS, Estimate(None))
+        values = by_patient(evidence, patients)
+        people = np.arange(len(values["dice"]))
+
+        def over_classes(weights: Floats) -> dict[str, Floats]:
+            return {name: _mean(_means(rows, weights)) for name, rows in values.items()}
+
+        return estimates(over_classes, people, resamples=resamples, generator=generator)
+
+    def without_value(self, evidence: Evidence) -> str:
+        """Why the headline has no value on this evidence, in a sentence."""
+        if not evidence["finite"].all():
+            return "The network's outputs are not numbers: its training has diverged."
+        return "No image of the test part has a class but the background, and none was found."
+
+    # --- What is shown ------------------------------------------------------------------------
+
+    def exhibits(self, evidence: Evidence, patients: NDArray[np.int64]) -> Sequence[Exhibit]:
+        """Metrics by class, how Dice lies among the patients, and outlines on images."""
+        values = by_patient(evidence, patients)
+        shown: list[Exhibit] = []
+        if evidence["finite"].all():
+            shown = [self._by_class(evidence, values), self._dice_of_patients(values["dice"])]
+        if len(evidence.get("gallery_rows", ())):
+            shown.append(self._gallery(evidence))
+        return shown
+
+    @property
+    def _names(self) -> tuple[str, ...]:
+        return self.spec.task.classes[1:]
+
+    def _by_class(self, evidence: Evidence, values: Mapping[str, Floats]) -> Table:
+        found, true = (evidence["pixels"][:, :, which] > 0 for which in (1, 2))
+        metrics = self.spec.task.METRICS
+        rows = []
+        for number, name in enumerate(self._names):
+            columns = {metric: values[metric][:, number] for metric in metrics}
+            figures = self._means_of(columns)
+            cells = (words.estimate(figures[metric]) for metric in metrics)
+            both = (found & true)[:, number]
+            near = evidence["hausdorff95"][both, number]
+            missed, invented = (
+                int(seen[:, number].sum()) for seen in (true & ~found, found & ~true)
+            )
+            distance = words.number(float(near.mean()) if len(near) else None)
+            rows.append((name, *cells, distance, str(missed), str(invented)))
+        titles = [f"{m.title} ({m.unit})" if m.unit else m.title for m in metrics.values()]
+        return Table(
+            "By class",
+            ("Class", *titles, "Where both are outlined (px)", "Images missed", "Images invented"),
+            rows,
+            "Means over the patients, with their 95 % intervals. Where only one of the two "
+            "outlines is there, an image's Hausdorff distance is its diagonal; the column beside "
+            "it is the mean over the images in which both are. Missed are the images in which the "
+            "class is and was not found, invented those in which it was found and is not.",
+        )
+
+    def _means_of(self, columns: Mapping[str, Floats]) -> Mapping[str, Estimate]:
+        """The mean of each column of figures, one a patient."""
+        return means(
+            columns,
+            np.arange(len(columns["dice"])),
+            resamples=self.spec.evaluation.bootstrap,
+            generator=np.random.default_rng(self.spec.seed),
+        )
+
+    def _dice_of_patients(self, dice: Floats) -> Chart:
+        lines = []
+        for name, values in zip(self._names, dice.T, strict=True):
+            defined = np.sort(values[np.isfinite(values)])
+            parts = np.arange(len(defined) + 1) / max(1, len(defined))
+            lines.append(Line(name, np.append(defined, 1.0), parts, steps=True))
+        return Chart(
+            "Dice of the patients",
+            "Dice",
+            "Part of the patients at or below",
+            lines,
+            "For each class, the part of the patients whose Dice is at or below a value: the "
+            "further to the right a line rises, the better.",
+            unit_square=True,
+        )
+
+    def _gallery(self, evidence: Evidence) -> Gallery:
+        kept = (evidence[f"gallery_{name}"] for name in ("rows", "images", "true", "found"))
+        drawn, captions = [], []
+        for row, levels, true, found in zip(*kept, strict=True):
+            picture = pictures.canvas(levels)
+            times = pictures.enlargement(*true.shape)
+            pictures.draw_true(picture, pictures.outline(pictures.enlarged(true, times)))
+            pictures.draw_found(picture, pictures.outline(pictures.enlarged(found, times)))
+            drawn.append(picture)
+            captions.append(self._caption(int(row), evidence["pixels"][row]))
+        return Gallery(
+            "Outlines",
+            np.stack(drawn),
+            captions,
+            "Evaluation images with the true outlines and those that were found.",
+            pictures.LEGEND,
+        )
+
+    def _caption(self, row: int, pixels: NDArray[np.int64]) -> str:
+        dice = _dice(pixels.astype(np.float64))
+        parts = [
+            f"{name} {value:.2f}"
+            for name, value in zip(self._names, dice, strict=True)
+            if np.isfinite(value)
+        ]
+        return f"Image {row + 1}: " + (f"Dice {', '.join(parts)}" if parts else "nothing to find")
+
+    def _check_shapes(self, outputs: Tensor, targets: Tensor) -> None:
+        classes = len(self.spec.task.classes)
+        expected = (len(outputs), classes, *outputs.shape[2:])
+        wanted = (len(outputs), *outputs.shape[2:])
+        if outputs.dim() != 4 or outputs.shape != expected or targets.shape != wanted:
+            raise ModelError(
+                f"a segmentation of {classes} classes met outputs of shape {tuple(outputs.shape)} "
+                f"and masks of shape {tuple(targets.shape)}; expected (images, {classes}, height, "
+                "width) and (images, height, width)"
+            )
+
+
+# --- Losses: (B, classes, H, W) log-probabilities and (B, H, W) classes to (B,) -----------------
+
+
+def _weights(log_p: Tensor, loss: Loss) -> Tensor:
+    weights = loss.class_weights or (1.0,) * log_p.shape[1]
+    return torch.tensor(weights, dtype=log_p.dtype, device=log_p.device)
+
+
+def _one_hot(log_p: Tensor, targets: Tensor) -> Tensor:
+    return functional.one_hot(targets, log_p.shape[1]).movedim(-1, 1).to(log_p)
+
+
+def _over_pixels(values: Tensor, log_p: Tensor, targets: Tensor, loss: Loss) -> Tensor:
+    """(B, classes, H, W) summed over the classes, weighted by the true one, mean over pixels."""
+    return (values.sum(dim=1) * _weights(log_p, loss)[targets]).mean(dim=(1, 2))
+
+
+def _smoothed(log_p: Tensor, targets: Tensor, loss: Loss) -> Tensor:
+    exact = _one_hot(log_p, targets)
+    return exact * (1 - loss.label_smoothing) + loss.label_smoothing / log_p.shape[1]
+
+
+def _cross_entropy(log_p: Tensor, targets: Tensor, loss: Loss) -> Tensor:
+    return _over_pixels(-_smoothed(log_p, targets, loss) * log_p, log_p, targets, loss)
+
+
+def _focal(log_p: Tensor, targets: Tensor, loss: Loss) -> Tensor:
+    """Lin et al. 2017: (1 - p)^gamma times the cross-entropy; finite slopes for any gamma."""
+    doubt = (-torch.expm1(log_p)).clamp_min(_TINY).pow(loss.focal_gamma)
+    return _over_pixels(-_smoothed(log_p, targets, loss) * doubt * log_p, log_p, targets, loss)
+
+
+def _dice_loss(log_p: Tensor, targets: Tensor, loss: Loss) -> Tensor:
+    p, true = log_p.exp()[:, 1:], _one_hot(log_p, targets)[:, 1:]
+    common, sizes = (p * true).sum(dim=(2, 3)), (p + true).sum(dim=(2, 3))
+    missing = 1 - (2 * common + _SMOOTH) / (sizes + _SMOOTH)
+    weights = _weights(log_p, loss)[1:]
+    return missing @ (weights / weights.sum())
+
+
+def _both(log_p: Tensor, targets: Tensor, loss: Loss) -> Tensor:
+    return _dice_loss(log_p, targets, loss) + _cross_entropy(log_p, targets, loss)
+
+
+_FORMULAS: dict[str, Callable[[Tensor, Tensor, Loss], Tensor]] = {
+    "cross-entropy": _cross_entropy,
+    "dice": _dice_loss,
+    "dice-cross-entropy": _both,
+    "focal": _focal,
+}
+
+
+# --- Metrics ------------------------------------------------------------------------------------
+
+
+def hausdorff95(found: NDArray[np.bool_], true: NDArray[np.bool_]) -> float:
+    """The 95th percentile Hausdorff distance of two (H, W) masks, in pixels.
+
+    NaN where both are empty, the image's diagonal where one is.
+    """
+    either = found | true
+    if not either.any():
+        return float("nan")
+    if not (found.any() and true.any()):
+        return float(np.hypot(*found.shape))
+    rows, columns = (np.flatnonzero(either.any(axis=axis)) for axis in (1, 0))
+    inside = np.s_[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+    edges = [mask[inside] & ~ndimage.binary_erosion(mask[inside]) for mask in (found, true)]
+    there, back = (
+        np.percentile(ndimage.distance_transform_edt(~other)[edge], 95)
+        for edge, other in (edges, reversed(edges))
+    )
+    return float(max(there, back))
+
+
+def by_patient(evidence: Evidence, patients: NDArray[np.int64]) -> dict[str, Floats]:
+    """Each metric as (patients, classes - 1), NaN where it has no meaning."""
+    _, index = np.unique(patients, return_inverse=True)
+    pixels = _summed(evidence["pixels"].astype(np.float64), index)
+    distances = evidence["hausdorff95"].astype(np.float64)
+    known = np.isfinite(distances)
+    totals = _summed(np.where(known, distances, 0), index)
+    found, true = pixels[..., 1], pixels[..., 2]
+    return {
+        "dice": _dice(pixels),
+        "hausdorff95": ratio(totals, _summed(known.astype(np.float64), index)),
+        "volume-error": ratio(100 * np.abs(found - true), true),
+    }
+
+
+def _dice(pixels: Floats) -> Floats:
+    """(…, 3) counts of pixels, common, found and true, to (…)."""
+    return ratio(2 * pixels[..., 0], pixels[..., 1] + pixels[..., 2])
+
+
+def _means(values: Floats, weights: Floats) -> Floats:
+    """(R, classes) means of (patients, classes) values that have a meaning, by (R, patients)."""
+    known = np.isfinite(values)
+    return ratio(weights @ np.where(known, values, 0), weights @ known)
+
+
+def _mean(classes: Floats) -> Floats:
+    """(R,) the mean over the classes that have a meaning."""
+    known = np.isfinite(classes)
+    return ratio(np.where(known, classes, 0).sum(axis=1), known.sum(axis=1))
+
+
+def _summed(values: Floats, index: NDArray[Any]) -> Floats:
+    """Rows of equal `index` added up."""
+    total = np.zeros((int(index.max(initial=-1)) + 1, *values.shape[1:]))
+    np.add.at(total, index, values)
+    return total

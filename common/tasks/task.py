@@ -1,0 +1,174 @@
+"""What a task is: the one seam between the house and what is learned.
+
+A task knows how images and their targets become what a network sees, what one image's loss is,
+what a network's answer is worth, and what a report shows of it. Trainer, evaluator, record, card
+and report call what stands here, and know no task by name.
+
+How an image flows. In training: a cohort's `images` and `targets`, augmented (`Task.moved` moves
+the targets along), turned into rows for the network (`Task.examples`), normalised, through the
+network (`Task.private` says which part of it learns from patients), one loss a row
+(`Task.losses`). In evaluation: `Task.evidence` makes arrays of numbers for each image, which the
+run's folder keeps; `Task.score` makes metrics of them and `Task.exhibits` what a person looks at,
+both from the arrays alone, so that a report can be written again from the folder.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from common.cohort import Cohort
+from common.spec import RunSpec
+from common.tasks.augment import Motion
+from common.tasks.estimates import Estimate
+from common.tasks.exhibits import Exhibit
+from common.tasks.preprocess import normalise
+
+Evidence = Mapping[str, NDArray[Any]]
+"""Arrays of numbers by name, each with one row an image of a part, in the cohort's order.
+
+Those named ``gallery…`` have as many rows as the spec's ``evaluation.gallery`` allows; they are
+kept of the test part alone, and where it is 0 there are none. ``patients``, ``unit`` and what
+begins with ``validation_`` are no names of evidence.
+"""
+
+_BATCH_PIXELS = 1 << 22  # 16 MB of float32 into the first layer, whatever the image's size
+_BATCH_IMAGES = (8, 512)
+
+
+class Task(ABC):
+    """A task of one run; made by `common.tasks.task_for`.
+
+    Which losses and metrics it has, and what a network has to give it, stands in its section
+    (`common.spec.Task`, here ``spec.task``), which is read without torch.
+
+    Attributes:
+        spec: the run.
+        views: how many rows `examples` makes of one image; its loss is their sum.
+    """
+
+    def __init__(self, spec: RunSpec) -> None:
+        self.spec = spec
+        self.views = spec.task.VIEWS
+
+    # --- Training -----------------------------------------------------------------------------
+
+    @abstractmethod
+    def losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """One loss a row, never reduced over the batch (PRIVACY.md 2).
+
+        Args:
+            outputs: what the network gave for the rows of `examples`, of any floating type.
+            targets: as `examples` returned them.
+
+        Returns:
+            (rows,) float32; value i is a function of row i alone.
+
+        Raises:
+            ModelError: if a shape is another than the task's.
+        """
+
+    def moved(self, targets: Tensor, motion: Motion) -> Tensor:
+        """The targets after the images were changed by `motion`; as they are, by default."""
+        return targets
+
+    def examples(
+        self, images: Tensor, targets: Tensor, network: nn.Module, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
+        """Rows for the network and their targets, `views` for each image, image by image.
+
+        Row i is a function of image i // views, of fresh randomness and of the network's weights.
+
+        Args:
+            images: (B, channels, height, width) brightness in 0..1, augmented, on the device.
+            targets: the cohort's, moved along.
+            network: the whole network, for what needs another part of it (a GAN's generator); no
+                gradient flows here.
+            generator: the source of randomness, on any device.
+        """
+        return images, targets
+
+    def private(self, network: nn.Module) -> nn.Module:
+        """The part of `network` that sees patients, and is trained by DP-SGD: all of it."""
+        return network
+
+    def follow(self, network: nn.Module, generator: torch.Generator) -> None:
+        """What comes after each step and sees no patient: post-processing. Nothing, by default.
+
+        Nothing that a patient moved may reach it but the weights of `private`, which are noised:
+        no images, and no randomness that `examples` has drawn from. A task is made anew for each
+        round, so an optimiser that is kept in it starts afresh as the patients' own does.
+
+        Args:
+            network: the whole network, in training mode.
+            generator: the source of randomness, on any device.
+        """
+        return
+
+    # --- Evaluation ---------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def evidence(self, network: nn.Module, cohort: Cohort, device: torch.device) -> Evidence:
+        """What is kept of a network's answers on `cohort`; the network is in evaluation mode.
+
+        Here: batch by batch through the network, `measured`, and joined.
+        """
+        pieces = []
+        for rows in batches(cohort):
+            images = torch.from_numpy(cohort.images(rows)).to(device)
+            targets = torch.from_numpy(cohort.targets(rows)).to(device)
+            outputs = network(normalise(images, self.spec.input))
+            first = int(rows[0])
+            pieces.append(self.measured(outputs.float(), images, targets, first))
+        return {key: np.concatenate([piece[key] for piece in pieces]) for key in pieces[0]}
+
+    @abstractmethod
+    def measured(self, outputs: Tensor, images: Tensor, targets: Tensor, first: int) -> Evidence:
+        """What is kept of one batch.
+
+        Args:
+            outputs: the network's, float32.
+            images: brightness in 0..1.
+            targets: the cohort's.
+            first: the number of the first image, by which a gallery knows when it is full.
+        """
+
+    @abstractmethod
+    def score(
+        self,
+        evidence: Evidence,
+        patients: NDArray[np.int64],
+        *,
+        resamples: int,
+        generator: np.random.Generator,
+    ) -> Mapping[str, Estimate]:
+        """Every metric of `METRICS` with its interval over resampled patients.
+
+        Args:
+            evidence: of N images.
+            patients: (N,) integers; equal numbers are one patient.
+            resamples: of the bootstrap; 0 gives no interval.
+            generator: of the bootstrap.
+        """
+
+    def exhibits(self, evidence: Evidence, patients: NDArray[np.int64]) -> Sequence[Exhibit]:
+        """What the report shows of the test part, beyond the metrics; drawn by the server."""
+        return ()
+
+    def without_value(self, evidence: Evidence) -> str:
+        """Why the headline has no value on this evidence, in a sentence."""
+        return "It has no meaning on the images of the test part."
+
+
+def batches(cohort: Cohort) -> Iterator[NDArray[np.int64]]:
+    """Image numbers of a cohort in order, as many at a time as fit into little memory."""
+    smallest, largest = _BATCH_IMAGES
+    size = max(smallest, min(largest, _BATCH_PIXELS // int(np.prod(cohort.shape))))
+    for start in range(0, len(cohort), size):
+        yield np.arange(start, min(start + size, len(cohort)), dtype=np.int64)

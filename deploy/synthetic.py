@@ -1,0 +1,168 @@
+"""Synthetic images from a finished run, as pictures and as a cohort.
+
+What it writes is of nobody and says so: the cohort's source and every pseudonym, the text in each
+picture, and ``about.json`` beside them. A run, or an intake, reads it like any other::
+
+    OUT/images/000001.png …    one picture an image, 16 bits deep if grey
+    OUT/labels.csv             file and label, as `cloister intake` takes them
+    OUT/cohort/                what [simulation] takes
+    OUT/about.json             of which run and model it is, and how it was drawn
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from safetensors import SafetensorError
+from safetensors.numpy import load
+from torch import nn
+
+from client.intake.builder import CohortBuilder, ImageRecord
+from common import models
+from common.cohort import PIXEL_MAX, CohortMeta
+from common.errors import ConfigError, RunError, SpecError
+from common.files import write_durably
+from common.spec import RunSpec
+from common.tasks import task_for
+from common.tasks.generation import Drawn, Generation
+
+SYNTHETIC = "synthetic"
+MODEL_FILE = "model.safetensors"
+
+
+@dataclass(frozen=True)
+class Generator:
+    """A trained generator.
+
+    Attributes:
+        task: the run's.
+        network: in evaluation mode.
+        model_sha256: of the run's model file.
+    """
+
+    task: Generation
+    network: nn.Module
+    model_sha256: str
+
+    def draw(self, images: int, seed: int) -> Drawn:
+        """So many images with their labels; the same seed gives the same ones."""
+        return self.task.draw(self.network, images, torch.Generator().manual_seed(seed))
+
+
+def load_generator(run: Path) -> Generator:
+    """The generator of a finished run.
+
+    Raises:
+        RunError: if it is no finished run, has another task, or its model is not its network's.
+    """
+    try:
+        content = (run / MODEL_FILE).read_bytes()
+        spec = RunSpec.from_json((run / "spec.json").read_text("utf-8"), source=str(run))
+        weights = load(content)
+    except (OSError, UnicodeDecodeError, SafetensorError, SpecError) as error:
+        raise RunError(
+            f"{run}: not the folder of a finished run ({error}); expected one that holds spec.json "
+            f"and {MODEL_FILE}, as `cloister simulate` leaves it"
+        ) from error
+    task = task_for(spec)
+    if not isinstance(task, Generation):
+        raise RunError(
+            f"{run}: its task.name is {spec.task.name!r}, which makes no images; expected a run of "
+            "'generation'"
+        )
+    network = models.build(spec)
+    expected = {name: tuple(p.shape) for name, p in network.named_parameters()}
+    if {name: array.shape for name, array in weights.items()} != expected:
+        raise RunError(
+            f"{run / MODEL_FILE}: its weights are not those of {spec.model.name}; the folder holds "
+            "parts of two runs: copy it anew"
+        )
+    network.load_state_dict({name: torch.from_numpy(array) for name, array in weights.items()})
+    return Generator(task, network.eval(), hashlib.sha256(content).hexdigest())
+
+
+def refuse_what_is_there(out: Path) -> None:
+    """Raise ConfigError if `out` is there."""
+    if out.exists():
+        raise ConfigError(
+            f"{out}: is there already; give a folder that is not: nothing is written over"
+        )
+
+
+def write(out: Path, generator: Generator, drawn: Drawn, seed: int) -> None:
+    """Write pictures, labels, the cohort and what they are into the new folder `out`."""
+    spec = generator.task.spec
+    about = {
+        "what": "synthetic images, of nobody; not to be taken for evidence of anything",
+        "run": spec.name,
+        "run_digest": spec.digest,
+        "model_sha256": generator.model_sha256,
+        "seed": seed,
+        "images": len(drawn.images),
+        "classes": list(spec.task.classes),
+    }
+    (out / "images").mkdir(parents=True, mode=0o700)
+    names = list(write_pictures(out / "images", drawn, f"{SYNTHETIC}; {spec.name}"))
+    write_durably(out / "labels.csv", _label_table(names, drawn, spec))
+    write_cohort(out / "cohort", drawn, spec)
+    write_durably(out / "about.json", json.dumps(about, indent=2).encode())
+
+
+def stored(images: NDArray[np.float32]) -> NDArray[np.uint16]:
+    """Brightness in 0..1 as a cohort stores it."""
+    return np.rint(np.clip(np.nan_to_num(images), 0, 1) * PIXEL_MAX).astype("<u2")
+
+
+def write_pictures(folder: Path, drawn: Drawn, text: str) -> Iterator[str]:
+    """Write one PNG an image, with `text` in it; yields their names."""
+    marks = PngInfo()
+    marks.add_text("Comment", text)
+    for number, image in enumerate(drawn.images.numpy(), start=1):
+        name = f"{number:06d}.png"
+        if len(image) == 1:
+            picture = Image.fromarray(stored(image)[0].astype(np.uint16))
+        else:
+            picture = Image.fromarray((stored(image) >> 8).astype(np.uint8).transpose(1, 2, 0))
+        picture.save(folder / name, pnginfo=marks)
+        yield name
+
+
+def _label_table(names: list[str], drawn: Drawn, spec: RunSpec) -> bytes:
+    """A CSV as `cloister intake` takes it."""
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    many, classes = spec.task.kind == "multilabel", spec.task.classes
+    table.writerow(["file", *(classes if many else ["label"])])
+    for name, label in zip(names, drawn.labels.numpy(), strict=True):
+        table.writerow([name, *(label.astype(int) if many else [classes[int(label)]])])
+    return text.getvalue().encode()
+
+
+def write_cohort(path: Path, drawn: Drawn, spec: RunSpec) -> None:
+    """Write the images as a cohort that fits `spec`, its unit the image and its source synthetic.
+
+    Raises:
+        CohortError: if the disk refuses.
+    """
+    height, width = spec.input.shape[1:]
+    with CohortBuilder(path, spec.input.shape) as builder:
+        pairs = zip(drawn.images.numpy(), drawn.labels.numpy(), strict=True)
+        for number, (image, label) in enumerate(pairs, start=1):
+            who = f"{SYNTHETIC}-{number:06d}"
+            kept: Any = int(label) if label.ndim == 0 else tuple(map(int, label))
+            builder.add(ImageRecord(who, who, who, who, kept, height, width), stored(image))
+        today = datetime.now(UTC).date().isoformat()
+        builder.finish(CohortMeta.of(spec, unit="image", source=SYNTHETIC, created=today))

@@ -1,0 +1,282 @@
+"""Pairs of NIfTI volumes: cut where they should be, whole or not at all, told by name."""
+
+from __future__ import annotations
+
+import gzip
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import nibabel
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from client.intake.annotations import read_owners
+from client.intake.keys import SiteKey
+from client.intake.nifti import NiftiPairs
+from client.intake.run import intake
+from common.cohort import Cohort
+from common.errors import ConfigError, IntakeError
+from common.spec import RunSpec
+
+SIDES = (12, 16, 10)
+Take = Callable[..., tuple[Cohort, dict[str, str]]]
+Arrays = NDArray[Any]
+
+
+def volume(seed: int = 1) -> Arrays:
+    return np.random.default_rng(seed).normal(400, 90, SIDES).astype(np.float32)
+
+
+def labels() -> Arrays:
+    """Class 1 to the right, class 2 in front, of the middle."""
+    mask = np.zeros(SIDES, dtype=np.uint8)
+    mask[7:10, 5:11, 3:7] = 1
+    mask[2:5, 9:14, 3:7] = 2
+    return mask
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> tuple[Path, Path]:
+    images, masks = tmp_path / "images", tmp_path / "masks"
+    images.mkdir()
+    masks.mkdir()
+    return images, masks
+
+
+@pytest.fixture
+def put(folders: tuple[Path, Path]) -> Callable[..., None]:
+    """`put("a", image, mask)` writes a pair; `affine` is the image's, `mask_affine` the mask's."""
+
+    def _put(
+        name: str,
+        image: Arrays | None = None,
+        mask: Arrays | None = None,
+        *,
+        affine: Arrays | None = None,
+        mask_affine: Arrays | None = None,
+    ) -> None:
+        place = np.eye(4) if affine is None else affine
+        there = place if mask_affine is None else mask_affine
+        shown = volume(sum(name.encode())) if image is None else image
+        nibabel.save(nibabel.Nifti1Image(shown, place), folders[0] / f"{name}.nii.gz")
+        drawn = labels() if mask is None else mask
+        nibabel.save(nibabel.Nifti1Image(drawn, there), folders[1] / f"{name}.nii.gz")
+
+    return _put
+
+
+@pytest.fixture
+def run(make_spec: Any) -> Callable[..., RunSpec]:
+    def _run(height: int = 10, width: int = 16, **table: Any) -> RunSpec:
+        spec: RunSpec = make_spec(
+            task={"name": "segmentation", "classes": ["none", "right", "front"]},
+            model={"name": "unet"},
+            loss={"name": "dice"},
+            evaluation={"metric": "dice"},
+            input={"height": height, "width": width, "window": "range"} | table,
+        )
+        return spec
+
+    return _run
+
+
+@pytest.fixture
+def take(tmp_path: Path, folders: tuple[Path, Path], run: Callable[..., RunSpec]) -> Take:
+    def _take(
+        direction: Any = "sagittal", owners: str = "", spec: RunSpec | None = None
+    ) -> tuple[Cohort, dict[str, str]]:
+        table = None
+        if owners:
+            (tmp_path / "owners.csv").write_text(owners)
+            table = read_owners(tmp_path / "owners.csv")
+        asked = spec or run()
+        source = NiftiPairs(*folders, asked, SiteKey(bytes(32)), direction, table)
+        summary = intake(source, tmp_path / "cohort", asked)
+        reasons = {Path(item.what).name: item.reason for item in summary.not_used}
+        return Cohort.open(tmp_path / "cohort"), reasons
+
+    return _take
+
+
+# What stands at a row and a column of a slice, by direction: (x, y, z) of the array.
+PLACES: dict[str, Callable[[int, int, int], tuple[int, int, int]]] = {
+    "sagittal": lambda number, row, column: (number, 15 - column, 9 - row),
+    "coronal": lambda number, row, column: (11 - column, number, 9 - row),
+    "axial": lambda number, row, column: (11 - column, 15 - row, number),
+}
+
+
+@pytest.mark.parametrize(
+    ("direction", "size"),
+    [("sagittal", (10, 16)), ("coronal", (10, 12)), ("axial", (16, 12))],
+)
+def test_slices_are_those_of_the_volume_head_and_front_up(
+    take: Take, put: Any, run: Any, direction: str, size: tuple[int, int]
+) -> None:
+    image, count = volume(), volume().size // (size[0] * size[1])
+    put("a", image)
+    cohort, reasons = take(direction, spec=run(*size))
+    assert reasons == {}
+    assert (len(cohort), cohort.unit, len(cohort.patients)) == (count, "patient", 1)
+    bright = (image - image.min()) / np.ptp(image)
+    for number in range(count):
+        shown, mask = cohort.images([number])[0, 0], cohort.targets([number])[0]
+        places = [PLACES[direction](number, r, c) for r, c in np.ndindex(size)]
+        expected = np.array([bright[place] for place in places]).reshape(size)
+        np.testing.assert_allclose(shown, expected, atol=1e-4)
+        wanted = np.array([labels()[place] for place in places]).reshape(size)
+        np.testing.assert_array_equal(mask, wanted)
+
+
+def test_a_volume_stored_in_another_order_gives_the_same_slices(
+    take: Take, put: Any, tmp_path: Path
+) -> None:
+    """Left for right, and head for front: what counts is where the affine says it lies."""
+    image, mask = volume(), labels()
+    put("a", image, mask)
+    plain, _ = take()
+    seen = plain.images(range(12)), plain.targets(range(12))
+    for path in (tmp_path / "cohort").iterdir():
+        path.unlink()
+    (tmp_path / "cohort").rmdir()
+    turned = np.array([[-1, 0, 0, 11], [0, 0, 1, 0], [0, 1, 0, 0], [0, 0, 0, 1]], dtype=float)
+    put("a", image[::-1].swapaxes(1, 2), mask[::-1].swapaxes(1, 2), affine=turned)
+    again, reasons = take()
+    assert reasons == {}
+    np.testing.assert_array_equal(again.images(range(12)), seen[0])
+    np.testing.assert_array_equal(again.targets(range(12)), seen[1])
+
+
+def test_the_brightness_is_of_the_whole_volume_whatever_its_scale(take: Take, put: Any) -> None:
+    image = volume()
+    image[0] /= 4
+    put("a", image)
+    put("b", image * 1000 - 7)
+    cohort, _ = take()
+    assert cohort.images([0]).max() < 0.5
+    assert cohort.images(range(12)).max() == 1
+    np.testing.assert_allclose(cohort.images(range(12)), cohort.images(range(12, 24)), atol=1e-4)
+
+
+def test_pixels_become_square(take: Take, put: Any, run: Any) -> None:
+    put("a", affine=np.diag([1.0, 1.0, 3.0, 1.0]))
+    cohort, _ = take(spec=run(30, 16))
+    mask = cohort.targets([8])[0]
+    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+    assert (len(rows), len(columns)) == (12, 6)
+    assert cohort.images([8])[0, 0].std(axis=1).min() > 0  # nothing is padded
+
+
+def test_whose_a_volume_is_says_a_table(take: Take, put: Any) -> None:
+    for name in ("a", "b", "c", "d"):
+        put(name)
+    cohort, reasons = take(
+        owners="file,patient,split\na.nii.gz,P1,train\nb.nii.gz,P1,train\nc.nii.gz,,\n"
+        "gone.nii.gz,P9,\n"
+    )
+    assert (len(cohort), len(cohort.patients)) == (24, 1)
+    assert set(cohort.splits) == {"train"}
+    assert reasons == {
+        "c.nii.gz": "no patient identifier",
+        "d.nii.gz": "the table does not say whose volume it is",
+        "gone.nii.gz": reasons["gone.nii.gz"],
+    }
+    assert reasons["gone.nii.gz"].startswith("the table names it, and it is not in")
+
+
+def test_every_pair_that_cannot_be_used_is_named_with_its_reason(
+    take: Take, put: Any, folders: tuple[Path, Path]
+) -> None:
+    blank = volume()
+    blank[:, :, 4] = 0
+    ends = volume()
+    ends[0] = ends[-2:] = 0
+    endless = volume()
+    endless[:, 6] = np.nan
+    put("good", ends)
+    put("size", mask=labels()[:-1])
+    put("place", mask_affine=np.diag([1.0, 1, 1.01, 1]))
+    put("class", mask=labels() * 2)
+    put("half", mask=labels() * np.float32(0.5))
+    put("empty", mask=labels() * 0)
+    put("missing", blank)
+    put("nan", endless)
+    put("film", image=np.stack([volume()] * 2, axis=-1))
+    put("complex", image=volume().astype(np.complex64))
+    put("cut")
+    cut = folders[0] / "cut.nii.gz"
+    cut.write_bytes(cut.read_bytes()[:900])
+    (folders[0] / "text.nii").write_text("no volume")
+    (folders[1] / "text.nii").write_text("no volume")
+    (folders[0] / "alone.nii").write_text("")
+    (folders[1] / "lonely.nii").write_text("")
+    (folders[1] / "notes.txt").write_text("")
+
+    cohort, reasons = take()
+
+    assert len(cohort.patients) == 1
+    assert reasons.pop("size.nii.gz") == "its mask has 11 x 16 x 10 voxels, the image 12 x 16 x 10"
+    assert reasons.pop("place.nii.gz").startswith("its mask lies elsewhere")
+    assert reasons.pop("class.nii.gz").startswith("its mask has the value 4; expected 0 to 2")
+    assert reasons.pop("half.nii.gz").startswith("its mask has the value 0.5; expected 0 to 2")
+    assert reasons.pop("empty.nii.gz") == "its mask is empty: nothing but 'none'"
+    assert reasons.pop("missing.nii.gz").startswith("its axial slice 5 of 10 is blank between")
+    assert reasons.pop("nan.nii.gz").startswith("its coronal slice 7 of 16 is blank between")
+    assert reasons.pop("film.nii.gz").startswith("it has the shape (12, 16, 10, 2)")
+    assert reasons.pop("complex.nii.gz").startswith("its values are complex64")
+    assert reasons.pop("cut.nii.gz").startswith("it cannot be read (EOFError")
+    assert reasons.pop("text.nii").startswith("it cannot be read (ImageFileError")
+    assert reasons.pop("alone.nii").startswith("no mask of that name")
+    assert reasons.pop("lonely.nii").startswith("no image of that name")
+    assert reasons.pop("notes.txt").startswith("its name ends neither in .nii")
+    assert reasons == {}
+
+
+def test_a_header_that_asks_for_more_than_there_is_room_is_refused(
+    take: Take, put: Any, folders: tuple[Path, Path]
+) -> None:
+    """A bomb: a few kilobytes that say they are eight billion voxels."""
+    put("bomb")
+    path = folders[0] / "bomb.nii.gz"
+    raw = bytearray(gzip.decompress(path.read_bytes()))
+    raw[42:48] = np.array([2000, 2000, 2000], dtype="<i2").tobytes()
+    path.write_bytes(gzip.compress(bytes(raw)))
+    cohort, reasons = take()
+    assert len(cohort) == 0
+    assert reasons["bomb.nii.gz"].startswith("it has (2000, 2000, 2000) voxels; at most")
+
+
+def test_a_run_that_cannot_be_served_is_refused(
+    folders: tuple[Path, Path], run: Any, make_spec: Any, tmp_path: Path
+) -> None:
+    key = SiteKey(bytes(32))
+    with pytest.raises(ConfigError, match=r"input\.window = 'dicom'"):
+        NiftiPairs(*folders, run(window="dicom"), key, "axial")
+    with pytest.raises(ConfigError, match="a run of masks"):
+        NiftiPairs(*folders, make_spec(), key, "axial")
+    with pytest.raises(IntakeError, match="no such folder"):
+        NiftiPairs(tmp_path / "nowhere", folders[1], run(), key, "axial")
+
+
+def test_real_pairs_are_taken_in(
+    shared_data: Path, folders: tuple[Path, Path], take: Take, run: Any
+) -> None:
+    """Three hippocampi of the Medical Segmentation Decathlon, and one without its mask."""
+    with zipfile.ZipFile(shared_data / "hippocampus" / "msd_task04_subset.zip") as archive:
+        names = sorted(name for name in archive.namelist() if name.endswith(".nii.gz"))
+        drawn = [name for name in names if "label" in name][:3]
+        for name in drawn:
+            (folders[1] / Path(name).name).write_bytes(archive.read(name))
+            image = next(n for n in names if "image" in n and Path(n).name == Path(name).name)
+            (folders[0] / Path(name).name).write_bytes(archive.read(image))
+    (folders[1] / Path(drawn[0]).name).unlink()
+    cohort, reasons = take(spec=run(48, 64, window="percentile"))
+    assert list(reasons) == [Path(drawn[0]).name]
+    assert len(cohort.patients) == 2
+    masks = cohort.targets(np.arange(len(cohort)))
+    assert set(np.unique(masks)) == {0, 1, 2}
+    images = cohort.images(np.arange(len(cohort)))[:, 0]
+    assert images[masks > 0].mean() > 0.2

@@ -1,0 +1,156 @@
+"""`cloister generate`: what it writes can be read as any other images, and says what it is."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.torch import save_file
+
+from client.intake.keys import SiteKey
+from client.intake.pictures import Pictures
+from client.intake.run import intake
+from common import models
+from common.cohort import Cohort
+from common.spec import NoPrivacy, RunSpec
+
+Cloister = Callable[..., Any]
+TABLES: dict[str, Any] = {
+    "task": {"name": "generation", "classes": ["normal", "finding"], "latent": 4},
+    "loss": {"name": "adversarial"},
+    "model": {"name": "dcgan", "width": 4},
+    "evaluation": {"metric": "tstr-auroc"},
+}
+
+
+@pytest.fixture
+def finished(tmp_path: Path, make_spec: Callable[..., RunSpec]) -> Callable[..., Path]:
+    """A run's folder with as much of it as a model needs."""
+
+    def make(**changes: Any) -> Path:
+        spec = make_spec(**TABLES | changes)
+        folder = tmp_path / "run"
+        folder.mkdir()
+        (folder / "spec.json").write_text(spec.canonical_json)
+        save_file(models.build(spec).state_dict(), folder / "model.safetensors")
+        return folder
+
+    return make
+
+
+def spec_of(run: Path) -> RunSpec:
+    return RunSpec.from_json((run / "spec.json").read_text())
+
+
+def opened(cohort: Path, run: Path) -> Cohort:
+    """The cohort, which fits the run as far as data goes."""
+    found, spec = Cohort.open(cohort), spec_of(run)
+    found.check_fits(spec.model_copy(update={"privacy": NoPrivacy(mechanism="none", unit="image")}))
+    found.verify()
+    return found
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"input": {"channels": 3}},
+        {"task": TABLES["task"] | {"kind": "multilabel", "classes": ["a", "b", "c"]}},
+    ],
+    ids=["grey", "colour", "multilabel"],
+)
+def test_what_is_made_opens_as_a_cohort_and_is_taken_in_as_pictures(
+    cloister: Cloister, finished, tmp_path: Path, changes
+):
+    run, out = finished(**changes), tmp_path / "out"
+    said = cloister("generate", run, out, "--images", 9)
+    assert said.code == 0, said.err
+    made = opened(out / "cohort", run)
+    assert len(made) == 9
+    assert made.meta.source == "synthetic"
+    assert made.unit == "image"
+    assert all(name.startswith("synthetic-") for name in made.patients)
+    spec = spec_of(run)
+    source = Pictures.of(out / "images", out / "labels.csv", spec, SiteKey.random())
+    intake(source, tmp_path / "again", spec)
+    again = opened(tmp_path / "again", run)
+    distance = np.abs(again.images(range(9)) - made.images(range(9))[:, None]).max((2, 3, 4))
+    place = distance.argmin(axis=1)  # an intake puts images in an order of its own
+    assert sorted(place) == list(range(9))
+    assert distance.min(axis=1).max() <= (1 / 65535 if spec.input.channels == 1 else 1 / 255)
+    assert np.array_equal(again.labels[place], made.labels)
+
+
+def test_it_says_of_each_part_that_it_is_synthetic(cloister: Cloister, finished, tmp_path: Path):
+    run, out = finished(), tmp_path / "out"
+    cloister("generate", run, out, "--images", 3, "--seed", 5)
+    about = json.loads((out / "about.json").read_text())
+    assert "synthetic" in about["what"]
+    assert about["run_digest"] == spec_of(run).digest
+    assert (about["images"], about["seed"]) == (3, 5)
+    with Image.open(out / "images" / "000001.png") as picture:
+        assert "synthetic" in picture.info["Comment"]
+
+
+def test_the_seed_alone_decides_what_is_made(cloister: Cloister, finished, tmp_path: Path):
+    run = finished()
+    for name, seed in (("one", 1), ("same", 1), ("other", 2)):
+        cloister("generate", run, tmp_path / name, "--images", 5, "--seed", seed)
+    one, same, other = (
+        Cohort.open(tmp_path / name / "cohort").images(range(5))
+        for name in ("one", "same", "other")
+    )
+    assert np.array_equal(one, same)
+    assert not np.array_equal(one, other)
+
+
+def test_memorised_images_are_told(cloister: Cloister, finished, tmp_path: Path):
+    """Made twice from one seed, as if the second cohort had been trained on and come back."""
+    run = finished()
+    cloister("generate", run, tmp_path / "one", "--images", 20)
+    known = cloister("generate", run, tmp_path / "two", "--against", tmp_path / "one" / "cohort")
+    assert "100.0" in known.out
+    other = cloister(
+        "generate", run, tmp_path / "three", "--seed", 9, "--against", tmp_path / "one" / "cohort"
+    )
+    assert "100.0" not in other.out
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda run, out: out.mkdir(), "is there already"),
+        (lambda run, out: (run / "model.safetensors").unlink(), "not the folder of a finished run"),
+        (lambda run, out: (run / "model.safetensors").write_bytes(b"x" * 40), "not the folder"),
+        (lambda run, out: (run / "spec.json").write_text("{}"), "not the folder"),
+    ],
+)
+def test_what_cannot_be_used_is_refused_and_nothing_is_written(
+    cloister: Cloister, finished, tmp_path: Path, spoil, message
+):
+    run, out = finished(), tmp_path / "out"
+    spoil(run, out)
+    before = sorted(out.rglob("*"))
+    said = cloister("generate", run, out)
+    assert said.code == 2
+    assert message in " ".join(said.err.split())
+    assert sorted(out.rglob("*")) == before
+
+
+def test_a_run_of_another_task_and_weights_of_another_network_are_refused(
+    cloister: Cloister, finished, tmp_path: Path, make_spec: Callable[..., RunSpec]
+):
+    run = finished()
+    wider = make_spec(**TABLES | {"model": {"name": "dcgan", "width": 8}})
+    (run / "spec.json").write_text(wider.canonical_json)
+    said = cloister("generate", run, tmp_path / "out")
+    assert "not those of dcgan" in " ".join(said.err.split())
+    (run / "spec.json").write_text(make_spec().canonical_json)
+    said = cloister("generate", run, tmp_path / "out")
+    assert "makes no images" in " ".join(said.err.split())
+    assert not (tmp_path / "out").exists()
