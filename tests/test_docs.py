@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from pydantic import BaseModel
@@ -12,12 +13,15 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 from common import spec as spec_module
-from common.spec import RunSpec, Section, parse_run_text
+from common.models import shapes
+from common.spec import RunSpec, Section, parse_run_text, read_run_file
+from common.tasks import TASKS, section_for
 from deploy import simulation
 from deploy.cli import app
 
 DOCS = Path(__file__).parents[1] / "docs"
-PAGES = sorted([*DOCS.glob("*.md"), DOCS.parent / "README.md"])
+PAGES = sorted([*DOCS.glob("*.md"), *DOCS.glob("tasks/*.md"), DOCS.parent / "README.md"])
+PRESETS = sorted((DOCS.parent / "benchmarks" / "tasks").glob("*.toml"))
 
 
 def run_file_example() -> str:
@@ -54,6 +58,20 @@ def test_the_example_names_no_default_but_the_real_one() -> None:
         bare = re.sub(rf"\[{table}\].*?(?=\n\[)", "", text, flags=re.DOTALL)
         assert getattr(parse_run_text(bare, source="docs").spec, table) == getattr(example, table)
     assert isinstance(example, RunSpec)
+
+
+@pytest.mark.parametrize("name", [name for name in TASKS if name != "classification"])
+def test_a_task_s_page_names_every_key_of_its_section(name: str) -> None:
+    words = set(re.findall(r"[a-z_0-9]+", (DOCS / "tasks" / f"{name}.md").read_text()))
+    fields = section_for(name).model_fields.items()
+    assert {key for key, field in fields if len(get_args(field.annotation)) != 1} <= words
+
+
+@pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
+def test_a_preset_is_a_run_that_its_task_s_page_leads_to(path: Path) -> None:
+    spec = read_run_file(path).spec
+    shapes(spec)
+    assert path.name in (DOCS / "tasks" / f"{spec.task.name}.md").read_text()
 
 
 def commands(text: str) -> Iterator[list[str]]:
