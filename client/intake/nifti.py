@@ -24,7 +24,10 @@ from typing import Any, Literal
 import nibabel
 import numpy as np
 from nibabel.filebasedimages import ImageFileError
-from nibabel.nifti1 import Nifti1Image
+from nibabel.nifti1 import Nifti1Header, Nifti1Image
+from nibabel.nifti2 import Nifti2Header
+from nibabel.openers import ImageOpener
+from nibabel.orientations import OrientationError
 from nibabel.spatialimages import HeaderDataError
 from numpy.typing import NDArray
 from PIL import Image
@@ -33,7 +36,7 @@ from client.intake.builder import ImageRecord
 from client.intake.items import walk
 from client.intake.keys import SiteKey
 from client.intake.labels import LabelEntry
-from client.intake.part10 import CLOSED_FOLDER
+from client.intake.part10 import CLOSED_FOLDER, Limits
 from client.intake.pixels import mask_to_shape, stretch, to_shape
 from client.intake.source import Kept, NotUsed, Step
 from client.intake.volumes import MOST_VOXELS
@@ -46,7 +49,17 @@ _AXES: dict[str, int] = {"sagittal": 0, "coronal": 1, "axial": 2}
 _SUFFIXES = (".nii", ".nii.gz")
 _SAME_PLACE = 1e-3  # millimetres: two programs write one affine with other roundings
 _SQUARE = 1e-3  # of a pixel's side
-_BROKEN = (OSError, EOFError, ValueError, zlib.error, ImageFileError, HeaderDataError)
+_MOST_HEADER = 2**24  # bytes before the values, which are read at once; extensions have thousands
+_BROKEN = (
+    OSError,
+    EOFError,
+    ValueError,
+    ArithmeticError,
+    zlib.error,
+    ImageFileError,
+    HeaderDataError,
+    OrientationError,
+)
 
 Owners = Mapping[str, LabelEntry]
 
@@ -186,11 +199,12 @@ class NiftiPairs:
 def _opened(path: Path) -> Nifti1Image:
     """A volume in the order right, front, head; its values are not read yet."""
     try:
+        _check_header(path)
         image = nibabel.load(path)
         if not isinstance(image, Nifti1Image):
             raise IntakeError(f"it is a {type(image).__name__}; expected NIfTI")
         shape = tuple(image.shape)
-        if len(shape) < 3 or any(side != 1 for side in shape[3:]) or 0 in shape:
+        if len(shape) < 3 or any(side != 1 for side in shape[3:]) or min(shape) < 1:
             raise IntakeError(f"it has the shape {shape}; expected three dimensions")
         if np.prod(np.array(shape, dtype=np.float64)) > MOST_VOXELS:
             raise IntakeError(f"it has {shape} voxels; at most {MOST_VOXELS} are held")
@@ -201,6 +215,22 @@ def _opened(path: Path) -> Nifti1Image:
     except _BROKEN as error:
         raise IntakeError(f"it cannot be read ({type(error).__name__}: {error})") from error
     return canonical
+
+
+def _check_header(path: Path) -> None:
+    """A small file may unpack to gigabytes of extensions, all of which a reader would hold."""
+    with ImageOpener(str(path)) as file:
+        start = file.read(Nifti2Header.sizeof_hdr)
+    for kind in (Nifti1Header, Nifti2Header):
+        if not kind.may_contain_header(start):  # type: ignore[no-untyped-call]
+            continue
+        header = kind(start[: kind.sizeof_hdr], check=False)  # type: ignore[no-untyped-call]
+        offset = float(header["vox_offset"])
+        if not kind.sizeof_hdr < offset <= _MOST_HEADER:
+            raise IntakeError(
+                f"its values begin at byte {offset:g}; expected them behind the header's "
+                f"{kind.sizeof_hdr} bytes, and by {_MOST_HEADER}"
+            )
 
 
 def _check_same_grid(image: Nifti1Image, mask: Nifti1Image) -> None:
@@ -246,5 +276,11 @@ def _squared(
     finer = min(across, down)
     if not finer > 0 or abs(across - down) <= _SQUARE * finer:
         return plane
-    size = (round(plane.shape[1] * across / finer), round(plane.shape[0] * down / finer))
+    wide, high = plane.shape[1] * across / finer, plane.shape[0] * down / finer
+    if not wide * high <= Limits().frame_samples:
+        raise IntakeError(
+            f"its pixels are {across:g} x {down:g} mm: made square, a slice has {wide:g} x {high:g}"
+            f" of them; at most {Limits().frame_samples} are held"
+        )
+    size = (round(wide), round(high))
     return np.asarray(Image.fromarray(np.ascontiguousarray(plane)).resize(size, rule))

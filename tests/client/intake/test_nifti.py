@@ -249,6 +249,42 @@ def test_a_header_that_asks_for_more_than_there_is_room_is_refused(
     assert reasons["bomb.nii.gz"].startswith("it has (2000, 2000, 2000) voxels; at most")
 
 
+def rewritten(path: Path, place: int, number: Arrays, more: bytes = b"") -> None:
+    """Put a number into a volume's header, and bytes behind the header."""
+    raw = bytearray(gzip.decompress(path.read_bytes()))
+    raw[place : place + number.nbytes] = number.tobytes()
+    path.write_bytes(gzip.compress(bytes(raw[:348]) + (more or bytes(raw[348:])), 1))
+
+
+def test_a_header_that_makes_no_sense_costs_its_own_pair_alone(
+    take: Take, put: Any, folders: tuple[Path, Path]
+) -> None:
+    names = ("flat", "negative", "infinite", "nowhere", "late", "early", "thin")
+    for name in ("good", *names):
+        put(name, affine=np.diag([1.0, 1, 1e9, 1]) if name == "thin" else None)
+    files = {name: folders[0] / f"{name}.nii.gz" for name in names}
+    rewritten(files["flat"], 280, np.zeros(12, dtype="<f4"))
+    rewritten(files["negative"], 42, np.array([-12, -16], dtype="<i2"))
+    rewritten(files["infinite"], 280, np.array([np.inf], dtype="<f4"))
+    rewritten(files["nowhere"], 108, np.array([np.inf], dtype="<f4"))
+    rewritten(files["early"], 108, np.array([0], dtype="<f4"))
+    # An extension of 32 MiB of nothing, which a reader would hold before anything is checked.
+    nothing = b"\1\0\0\0" + np.array([2**25, 0], dtype="<i4").tobytes() + bytes(2**25)
+    rewritten(files["late"], 108, np.array([2**26], dtype="<f4"), nothing)
+
+    cohort, reasons = take()
+
+    assert len(cohort.patients) == 1
+    assert reasons.pop("flat.nii.gz").startswith("it cannot be read (OrientationError")
+    assert reasons.pop("negative.nii.gz").startswith("it has the shape (-12, -16, 10)")
+    assert reasons.pop("infinite.nii.gz").startswith("it cannot be read (LinAlgError")
+    assert reasons.pop("nowhere.nii.gz").startswith("its values begin at byte inf")
+    assert reasons.pop("late.nii.gz").startswith("its values begin at byte 6.71089e+07")
+    assert reasons.pop("early.nii.gz").startswith("its values begin at byte 0")
+    assert reasons.pop("thin.nii.gz").startswith("its pixels are 1 x 1e+09 mm: made square")
+    assert reasons == {}
+
+
 def test_a_run_that_cannot_be_served_is_refused(
     folders: tuple[Path, Path], run: Any, make_spec: Any, tmp_path: Path
 ) -> None:
