@@ -297,7 +297,8 @@ def _voc_file(path: Path, task: Task) -> tuple[str, Annotation]:
             corners = [thing.findtext(f"bndbox/{k}", "") for k in ("xmin", "ymin", "xmax", "ymax")]
             label = (thing.findtext("name") or "").strip()
             _add(picture, f"{path.name}, object {number}", corners, label, task)
-    except (OSError, ValueError, ElementTree.ParseError) as error:
+    except (OSError, ValueError, LookupError, ElementTree.ParseError) as error:
+        # LookupError: of an encoding that there is not.
         problem = f"{path.name} cannot be read as VOC's XML ({error})"
         return path.name, replace(_Gathered().whole(), problem=problem)
     picture.boxes = [

@@ -305,10 +305,12 @@ def test_an_xml_that_is_none_or_has_a_document_type_is_told(
     voc(tmp_path / "voc", "a", ("cell", 1, 1, 9, 9))
     voc(tmp_path / "voc", "b", extra="<!DOCTYPE x [<!ENTITY y 'z'>]>")
     (tmp_path / "voc" / "c.xml").write_text("<annotation>")
+    (tmp_path / "voc" / "d.xml").write_text('<?xml version="1.0" encoding="klingon"?><annotation/>')
     cohort, reasons = take(tmp_path / "voc", BOXES)
     assert len(cohort) == 1
     assert "it has a document type" in reasons["b.xml"]
     assert reasons["c.xml"].startswith("c.xml cannot be read as VOC's XML (no element found")
+    assert reasons["d.xml"].startswith("d.xml cannot be read as VOC's XML (unknown encoding")
 
 
 @pytest.mark.parametrize(
