@@ -356,6 +356,13 @@ def distances(cohort: Cohort, synthetic: Tensor) -> dict[str, NDArray[np.float32
     return {name: np.concatenate(pieces) for name, pieces in found.items()}
 
 
+def nearest_of_all(cohort: Cohort, synthetic: Tensor) -> NDArray[np.float32]:
+    """(N,) how near each image of a cohort is to any of the synthetic ones, however many."""
+    made = _small(synthetic)
+    pieces = [nearest(_small(torch.from_numpy(cohort.images(r))), made) for r in batches(cohort)]
+    return np.concatenate(pieces)
+
+
 def memory(
     found: Evidence,
     patients: NDArray[np.int64],

@@ -18,6 +18,8 @@ from client.intake.run import intake
 from common import models
 from common.cohort import Cohort
 from common.spec import NoPrivacy, RunSpec
+from common.tasks.generation import Drawn
+from deploy import synthetic
 
 Cloister = Callable[..., Any]
 TABLES: dict[str, Any] = {
@@ -119,6 +121,36 @@ def test_memorised_images_are_told(cloister: Cloister, finished, tmp_path: Path)
         "generate", run, tmp_path / "three", "--seed", 9, "--against", tmp_path / "one" / "cohort"
     )
     assert "100.0" not in other.out
+
+
+def test_a_memorised_image_is_told_wherever_it_stands_among_those_that_were_made(
+    cloister: Cloister, finished, tmp_path: Path
+):
+    run = finished()
+    drawn = synthetic.load_generator(run).draw(300, 9)
+    last = Drawn(drawn.images[-6:], drawn.labels[-6:])
+    synthetic.write_cohort(tmp_path / "trained", last, spec_of(run))
+    said = cloister(
+        *("generate", run, tmp_path / "out", "--images", 300, "--seed", 9),
+        *("--against", tmp_path / "trained"),
+    )
+    assert "100.0" in said.out
+
+
+def test_a_cohort_that_cannot_be_compared_with_is_refused_before_anything_is_made(
+    cloister: Cloister, finished, tmp_path: Path
+):
+    run, out = finished(), tmp_path / "out"
+    generator = synthetic.load_generator(run)
+    drawn, spec = generator.draw(3, 1), spec_of(run)
+    wider = spec.model_copy(update={"input": spec.input.model_copy(update={"fit": "crop"})})
+    synthetic.write_cohort(tmp_path / "other", drawn, wider)
+    synthetic.write_cohort(tmp_path / "empty", Drawn(drawn.images[:0], drawn.labels[:0]), spec)
+    for name, message in (("other", "does not fit"), ("empty", "no image"), ("none", "not a coh")):
+        said = cloister("generate", run, out, "--against", tmp_path / name)
+        assert said.code == 2
+        assert message in " ".join(said.err.split())
+        assert not out.exists()
 
 
 @pytest.mark.parametrize(
