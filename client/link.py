@@ -175,11 +175,14 @@ class FleetLink:
         """Say that the node leaves, if it can be said, and end the connection."""
         try:
             if self._node is not None:
-                self._client.DeactivateNode(DeactivateNodeRequest(node_id=self._node.node_id))
-        except (httpx.HTTPError, RuntimeError):
-            pass  # the coordinator notices by the heartbeats that do not come
+                self._leave()
         finally:
             self._client.close()
+
+    def _leave(self) -> None:
+        """Whatever comes of it: the coordinator notices by the heartbeats that do not come."""
+        with suppress(LinkError), _told():
+            self._client.DeactivateNode(DeactivateNodeRequest(node_id=self._here.node_id))
 
     def activate(self) -> int:
         """Say that the node is there; returns the number that the coordinator has for it.

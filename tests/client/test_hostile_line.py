@@ -158,6 +158,17 @@ def test_what_is_no_answer_is_an_error_of_ours_and_the_next_one_is_read(
     assert found.kind == "train.step"
 
 
+@pytest.mark.parametrize("name", ["no protobuf", "a packed answer", "an error"])
+def test_whatever_is_said_to_a_node_that_leaves_it_leaves(coordinator: Coordinator, name: str):
+    """It leaves for a new certificate as well, and is to come back."""
+    with FleetLink(
+        coordinator.address, ec.generate_private_key(ec.SECP384R1()), None, most_bytes=2**20
+    ) as link:
+        link.activate()
+        coordinator.says = lambda path, body: BAD[name]
+    assert coordinator.bodies[-1][0] == "deactivate-node"
+
+
 @pytest.mark.parametrize("which", ["ttl", "created_at"])
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e308, -1e308])
 def test_a_time_that_is_none_ends_by_itself(
