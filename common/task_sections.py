@@ -201,8 +201,9 @@ class Generation(_Labels):
         ),
     }
     CAVEATS: ClassVar[tuple[str, ...]] = (
-        "What it makes is of nobody, and no evidence of anything: it must stay marked as "
-        "synthetic, and be kept out of what a diagnosis or a test of a model rests on.",
+        "What it makes is no evidence of anything: it must stay marked as synthetic, and be kept "
+        "out of what a diagnosis or a test of a model rests on.",
+        "Made without differential privacy, it may give patients away.",
     )
     NETWORK: ClassVar[str] = "pair"
     VIEWS: ClassVar[int] = 2

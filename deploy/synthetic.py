@@ -1,7 +1,8 @@
 """Synthetic images from a finished run, as pictures and as a cohort.
 
-What it writes is of nobody and says so: the cohort's source and every pseudonym, the text in each
-picture, and ``about.json`` beside them. A run, or an intake, reads it like any other::
+What it writes is synthetic and says so: the cohort's source and every pseudonym, the text in each
+picture, and ``about.json`` beside them, which says as well whether the run had differential
+privacy: without it they may give patients away. A run, or an intake, reads them like any other::
 
     OUT/images/000001.png …    one picture an image, 16 bits deep if grey
     OUT/labels.csv             file and label, as `cloister intake` takes them
@@ -35,7 +36,7 @@ from common import models
 from common.cohort import PIXEL_MAX, CohortMeta
 from common.errors import ConfigError, RunError, SpecError
 from common.files import write_durably
-from common.spec import RunSpec
+from common.spec import DpSgd, RunSpec
 from common.tasks import task_for
 from common.tasks.generation import Drawn, Generation
 
@@ -106,7 +107,8 @@ def write(out: Path, generator: Generator, drawn: Drawn, seed: int) -> None:
     """Write pictures, labels, the cohort and what they are into the new folder `out`."""
     spec = generator.task.spec
     about = {
-        "what": "synthetic images, of nobody; not to be taken for evidence of anything",
+        "what": "synthetic images; not to be taken for evidence of anything",
+        "privacy": _privacy(spec),
         "run": spec.name,
         "run_digest": spec.digest,
         "model_sha256": generator.model_sha256,
@@ -119,6 +121,13 @@ def write(out: Path, generator: Generator, drawn: Drawn, seed: int) -> None:
     write_durably(out / "labels.csv", _label_table(names, drawn, spec))
     write_cohort(out / "cohort", drawn, spec)
     write_durably(out / "about.json", json.dumps(about, indent=2).encode())
+
+
+def _privacy(spec: RunSpec) -> str:
+    if isinstance(spec.privacy, DpSgd):
+        unit = spec.privacy.unit
+        return f"of a run with differential privacy, its unit the {unit}; its report says how much"
+    return "of a run without differential privacy: they may give patients away; keep them as such"
 
 
 def stored(images: NDArray[np.float32]) -> NDArray[np.uint16]:

@@ -1,4 +1,4 @@
-"""Generation: images of nobody, for those who may not have those of somebody.
+"""Generation: synthetic images, for those who may not have those of patients.
 
 =============  ==================================================================================
 tstr-auroc     AUROC on real images of a small classifier that was taught on synthetic ones alone
@@ -296,7 +296,7 @@ class Generation(Task):
             "Synthetic images",
             np.stack([pictures.canvas(levels) for levels in evidence["gallery_samples"]]),
             [", ".join(names[row]) or "none of the classes" for row in has],
-            "Images that the generator made, of nobody.",
+            "Images that the generator made.",
             note="Drawn at random, none chosen or left out.",
         )
 

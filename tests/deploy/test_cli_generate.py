@@ -99,6 +99,23 @@ def test_it_says_of_each_part_that_it_is_synthetic(cloister: Cloister, finished,
         assert "synthetic" in picture.info["Comment"]
 
 
+@pytest.mark.parametrize(
+    ("privacy", "says"),
+    [
+        ({"mechanism": "none"}, "they may give patients away"),
+        (
+            {"mechanism": "dp-sgd", "noise_multiplier": 1.0, "delta": 1e-5, "unit": "image"},
+            "with differential privacy, its unit the image",
+        ),
+    ],
+)
+def test_it_says_whether_patients_may_be_given_away(
+    cloister: Cloister, finished, tmp_path: Path, privacy, says
+):
+    cloister("generate", finished(privacy=privacy), tmp_path / "out", "--images", 2)
+    assert says in json.loads((tmp_path / "out" / "about.json").read_text())["privacy"]
+
+
 def test_the_seed_alone_decides_what_is_made(cloister: Cloister, finished, tmp_path: Path):
     run = finished()
     for name, seed in (("one", 1), ("same", 1), ("other", 2)):
