@@ -43,7 +43,7 @@ LEAST_FREE = 2**28
 _NAME = re.compile(r"[0-9a-f]{64}")
 _LARGEST_HEAD = 4096
 _OPEN_ANSWERS = 8
-_KNOWN = 4096
+_KNOWN = 256
 _BYTES = """
 SELECT SUM(LENGTH(content)) FROM objects
 WHERE object_id = ?1 OR object_id IN (SELECT child_id FROM object_children WHERE parent_id = ?1)
@@ -83,7 +83,7 @@ class Allowance:
         self._lock = threading.Lock()
         self._database: sqlite3.Connection | None = None
         self._bounds: OrderedDict[int, int] = OrderedDict()
-        self._sizes: OrderedDict[str, int] = OrderedDict()
+        self._sizes: OrderedDict[str, dict[str, int]] = OrderedDict()
 
     def check(self, said: Any) -> None:
         """Check a request whose sender has proved that it is the node which it says.
@@ -173,14 +173,16 @@ class Allowance:
         )
         if not awaited:
             return  # it is there already; Flower says so
-        self._count(said.run_id, roots[0][0], len(said.object_content))
+        self._count(said, roots[0][0])
 
-    def _count(self, run: int, root: str, size: int) -> None:
-        bound = self._bound(run)
-        before = self._sizes[root] if root in self._sizes else self._size(root)
-        if before + size > bound:
+    def _count(self, said: PushObjectRequest, root: str) -> None:
+        """Each part once: one that could not be stored, or was slow, is sent again."""
+        bound = self._bound(said.run_id)
+        before = self._sizes.get(root) or {"": self._size(root)}
+        sizes = before | {said.object_id: len(said.object_content)}
+        if sum(sizes.values()) > bound:
             raise RefusedError(413, f"an answer of more than {bound} bytes")
-        _remember(self._sizes, root, before + size)
+        _remember(self._sizes, root, sizes)
 
     def _size(self, root: str) -> int:
         """Bytes that are there already, as before the service was started again."""
@@ -238,7 +240,7 @@ def _pieces(tree: ObjectTree) -> set[str]:
     return found
 
 
-def _remember(known: OrderedDict[Any, int], key: Any, value: int) -> None:
+def _remember(known: OrderedDict[Any, Any], key: Any, value: Any) -> None:
     known[key] = value
     known.move_to_end(key)
     while len(known) > _KNOWN:

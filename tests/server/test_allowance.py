@@ -248,6 +248,27 @@ def test_a_part_beyond_the_run_s_bound_is_not_stored(place: Place):
     place.north_goes_on()
 
 
+def test_a_part_that_is_sent_again_since_it_could_not_be_stored_counts_once(place: Place):
+    place.ask("hostile")
+    letter = place.asked("hostile")
+    parts = [leaf(bytes([number]) * MEGABYTE) for number in range(3)]
+    request = place.hostile.answer(letter, SECRET)
+    request.message_object_trees[0].children.extend(
+        ObjectTree(object_id=name_of(part)) for part in parts
+    )
+    session = place.hostile.client.PushMessages(request).session_id
+    allowance = Allowance(Path(place.exchange.factory.database))
+    for part in parts * 5:
+        said = PushObjectRequest(
+            node=place.hostile.node,
+            run_id=letter.run,
+            session_id=session,
+            object_id=name_of(part),
+            object_content=part,
+        )
+        allowance.check(said)
+
+
 def test_what_a_site_was_not_asked_leaves_nothing_behind(place: Place):
     place.ask("hostile")
     letter = place.asked("hostile")
