@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Protocol
 
 from common.certificates import shown
-from common.errors import CloisterError, IdentityError, UpdateError
+from common.errors import CloisterError, ConfigError, IdentityError, UpdateError
 from common.messages import NodeCard
 from server.roster import Roster
 
@@ -53,8 +53,8 @@ class Anybody:
 class Enrolled:
     """The sites of the roster, as it is at each question.
 
-    A roster that cannot be relied on bars nobody here: the fleet's guard lets nobody in meanwhile,
-    and a run is not to be ended by it.
+    A roster that cannot be relied on bars nobody here who takes part: the fleet's guard lets nobody
+    in meanwhile, and a run is not to be ended by it. Nobody can be checked by it either.
 
     Args:
         roster: the federation's.
@@ -75,7 +75,11 @@ class Enrolled:
         """See `Members`."""
         if card.site != name:
             raise IdentityError(f"it calls itself {card.site!r}, and is enrolled as {name!r}")
-        most = {site.name: site.greatest_declared_size for site in self._roster.sites()}.get(name)
+        try:
+            sites = self._roster.sites()
+        except ConfigError as error:
+            raise IdentityError(f"it cannot be checked: {error}") from error
+        most = {site.name: site.greatest_declared_size for site in sites}.get(name)
         if most is None:
             raise IdentityError(f"site {name!r} is not enrolled any more")
         if card.declared_size > most:

@@ -11,7 +11,7 @@ import pytest
 from common import certificates
 from common.clock import Clock
 from common.enrolment import Request
-from common.errors import PeerError
+from common.errors import IdentityError, PeerError
 from common.messages import NodeCard
 from server.authority import Authority, Lifetimes, NewFederation, Signed
 from server.members import Anybody, Enrolled
@@ -91,5 +91,7 @@ def test_a_roster_in_trouble_ends_no_run(authority: Authority):
         path.write_bytes(b"{}")
         assert members.barred("left") == ""
         assert members.names() == frozenset()
+        with pytest.raises(IdentityError, match="cannot be checked"):
+            members.check("left", card("left", 1))
         path.write_bytes(kept)
         assert "left" in members.names()
