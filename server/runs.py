@@ -219,6 +219,7 @@ class EventLog:
 
     def __init__(self, path: Path, also: Observer) -> None:
         self._path, self._also = path, also
+        self._end_torn_line()
 
     def run_opened(self, spec: RunSpec, sites: list[str], finished_rounds: int) -> None:
         """See `server.rounds.Observer`."""
@@ -245,6 +246,14 @@ class EventLog:
         self._also.round_closed(row)
         self._add("round_closed", row=dict(row))
 
+    def _end_torn_line(self) -> None:
+        """What a full disk or a crash has cut is a line of its own, and takes no other with it."""
+        with self._path.open("a+b") as file:
+            if file.tell():
+                file.seek(-1, os.SEEK_END)
+                if file.read(1) != b"\n":
+                    file.write(b"\n")
+
     def _add(self, event: str, **what: Any) -> None:
         line = json.dumps({"time": datetime.now(UTC).isoformat(), "event": event, **what})
         with self._path.open("a", encoding="utf-8") as file:
@@ -266,7 +275,10 @@ class Follower:
         """Tell what has come since the last time; how much that was."""
         lines = list(self._lines())
         for line in lines:
-            told = json.loads(line)
+            try:
+                told = json.loads(line)
+            except ValueError:
+                continue  # cut off (`EventLog`)
             told.pop("time", None)
             self._tell(told.pop("event"), told)
         return len(lines)
