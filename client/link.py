@@ -72,7 +72,7 @@ _MOST_OBJECTS = 100_000
 _LARGEST_ANSWER = 16 * 2**20  # the list of a message's objects is the longest
 _LONGEST_ANSWER = 600.0
 _LONGEST_LIFE = 8 * 86_400.0
-_PULL = "/v1/fleet/pull-object"
+_PULL, _BUNDLE = "/v1/fleet/pull-object", "/v1/fleet/get-fab"
 _REFUSED = (httpx.codes.UNAUTHORIZED, httpx.codes.FORBIDDEN)
 
 
@@ -300,6 +300,7 @@ class FleetLink:
         """What a run says that it consists of.
 
         Raises:
+            MessageError: if it is larger than a bundle may be by far.
             LinkOverError: if the run is over.
             LinkRefusedError, LinkError: as `activate` does.
         """
@@ -402,7 +403,7 @@ class _Bounded(httpx.BaseTransport):
         if not isinstance(response.stream, httpx.SyncByteStream):
             raise LinkError("an answer that is no stream")
         path = request.url.path
-        too_much = MessageError if path == _PULL else LinkError
+        too_much = MessageError if path in (_PULL, _BUNDLE) else LinkError  # refused, not retried
         response.stream = _Counted(response.stream, self._most_of(path), too_much)
         if response.headers.get("content-encoding", "identity") != "identity":
             response.close()  # a few bytes could become any number
@@ -416,7 +417,7 @@ class _Bounded(httpx.BaseTransport):
     def _most_of(self, path: str) -> int:
         if path == _PULL:
             return self._most
-        if path == "/v1/fleet/get-fab":
+        if path == _BUNDLE:
             return LARGEST_BUNDLE + _OVERHEAD
         return _LARGEST_ANSWER
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
+from flwr.proto.fab_pb2 import Fab, GetFabResponse
 from flwr.proto.fleet_pb2 import (
     ActivateNodeResponse,
     PullMessagesResponse,
@@ -264,6 +265,15 @@ def test_parts_that_are_larger_than_was_agreed_are_not_kept(
     coordinator.says = lambda path, body: answer(large)
     with pytest.raises(MessageError, match="more than"):
         letter.fetch()
+
+
+def test_a_bundle_without_end_is_no_message_of_ours_and_is_not_fetched_again(
+    coordinator: Coordinator, link: FleetLink
+):
+    large = GetFabResponse(fab=Fab(content=b"x" * 2 * 2**20)).SerializeToString()
+    coordinator.says = lambda path, body: answer(large if path == "get-fab" else b"")
+    with pytest.raises(MessageError, match="more than"):
+        link.bundle(3)
 
 
 def test_a_coordinator_gets_no_part_but_those_of_the_answer(
