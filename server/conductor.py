@@ -39,6 +39,10 @@ ORDERLY, DIED = 0, 1
 """Exit codes: `standing.json` says how the run stands; or it does not, and a new process is due."""
 _REPLY_OVERHEAD = 64 * 2**20
 _PATIENCE = 30.0
+_NOT_COUNTED = (
+    "the model and the report are there; of the sites that are to count with it too few were: "
+    "resume the run when they are connected, or stop it, to have it without their counts"
+)
 
 
 class _EndAskedError(Exception):
@@ -87,12 +91,13 @@ def conduct(home: CoordinatorHome, run: Run, orders: Orders) -> None:
         with _submitted(exchange, run, orders, federated.model_bytes) as grid:
             try:
                 orders.check()
-                federated.run(grid)
+                over = federated.run(grid)
             except _EndAskedError:
                 federated.end(grid)
                 run.write(Standing.STOPPED, "a person ended it")
             else:
-                run.write(Standing.FINISHED)
+                how_it_is = (Standing.FINISHED, "") if over else (Standing.FAILED, _NOT_COUNTED)
+                run.write(*how_it_is)
 
 
 @contextmanager

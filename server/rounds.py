@@ -263,8 +263,12 @@ class FederatedRun:
                 f"{folder / 'checkpoint'}: damaged checkpoint ({error!r}); start a new run"
             ) from error
 
-    def run(self, grid: Grid) -> None:
+    def run(self, grid: Grid) -> bool:
         """Conduct the run to its end, from the round after the last finished one.
+
+        Returns:
+            Whether it is over; False if the result stands, and the sites' counts are still to be
+            asked for, of which too few were there: the run can be resumed.
 
         Raises:
             RunError: if fewer sites than the quorum say yes, or answer a round before its
@@ -280,8 +284,10 @@ class FederatedRun:
                 if self._finished:
                     break
         weights = self._conclude()
-        if self._evaluated_at_sites(grid, sites, weights):
+        over = self._evaluated_at_sites(grid, sites, weights)
+        if over:
             self._close(grid)
+        return over
 
     @property
     def model_bytes(self) -> int:
@@ -646,8 +652,8 @@ class FederatedRun:
     def _close(self, grid: Grid) -> None:
         """Tell all who are there that the run is over, and wait a moment for them.
 
-        A site that does not hear it still has what it set aside for the run, until the finished
-        run is resumed, or the site's own policy lets it lapse.
+        A site that does not hear it still has what it set aside for the run, until the site's own
+        policy lets it lapse, or a simulation that is finished is resumed.
         """
         names = names_of(grid)
         there = {*grid.get_node_ids(), *self._nodes}

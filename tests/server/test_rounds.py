@@ -274,10 +274,11 @@ class Conducted:
         self.run_on(grid, observer)
         return grid
 
-    def run_on(self, grid: Grid, observer: Any = None) -> None:
+    def run_on(self, grid: Grid, observer: Any = None) -> bool:
         clock = Clock(self.clock.now, self.clock.sleep)
         conduct = Conduct(observer=observer or Watching(), clock=clock, witnesses=self.witnesses)
-        FederatedRun(self.spec, self.folder, evaluator=self.evaluator, conduct=conduct).run(grid)
+        made = FederatedRun(self.spec, self.folder, evaluator=self.evaluator, conduct=conduct)
+        return made.run(grid)
 
     @property
     def rows(self) -> list[dict[str, Any]]:
@@ -1069,10 +1070,11 @@ def test_a_run_whose_counts_are_still_to_be_asked_for_is_not_over(conducted: Any
     run = conducted(rounds=1, evaluation=FEDERATED)
     with pytest.raises(KeyboardInterrupt):
         run.run(*sites("a", "b", script={COUNTED: stop}))
-    too_few = run.run(Site("a"))
+    too_few = run.grid([Site("a")])
+    assert not run.run_on(too_few)
     assert too_few.asked == []  # a closed run could not be counted any more
-    asked = [number for name, number in run.run(*sites("a", "b")).asked if name == "a"]
-    assert asked == [INVITED, COUNTED, CLOSED]
+    assert run.run_on(enough := run.grid(sites("a", "b")))
+    assert [number for name, number in enough.asked if name == "a"] == [INVITED, COUNTED, CLOSED]
     assert run.file("federated.json")["sites"] == {"a": "ok", "b": "ok"}
 
 
