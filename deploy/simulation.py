@@ -185,8 +185,9 @@ def prepare(run_file: Path, runs: Path) -> Path:
     Raises:
         SpecError: if the run's file is wrong, or makes no sense at a site's declared size.
         ModelError: if the network cannot be made, or not be trained under privacy.
-        CohortError: if a cohort does not fit, or a site is empty or of one class and the table
-            does not say ``allow_odd_sites``. A person settles this before the run: a node that
+        CohortError: if a cohort does not fit, a site trains on patients of the evaluation in one
+            directory, or a site is empty or of one class and the table does not say
+            ``allow_odd_sites``. A person settles this before the run: a node that
             has said yes answers whatever its cohort holds (docs/privacy.md 5).
         RunError: if the folder cannot be written.
     """
@@ -214,13 +215,27 @@ def check(spec: RunSpec, simulation: Simulation) -> None:
             f"{len(simulation.names)} sites"
         )
     models.check_private(models.build(spec))
-    CentralEvaluator(spec, Cohort.open(Path(simulation.evaluation)))
+    evaluator = CentralEvaluator(spec, Cohort.open(Path(simulation.evaluation)))
     for number, name in enumerate(simulation.names):
         planned(spec, simulation.declared(number))
         cohort = simulation.cohort_of(number, spec.seed)
         cohort.check_fits(spec)
+        _check_apart(name, cohort, evaluator)
         if not simulation.allow_odd_sites:
             _check_ordinary(name, cohort)
+
+
+def _check_apart(name: str, cohort: Cohort, evaluator: CentralEvaluator) -> None:
+    """One directory may hold both, each patient in one of them; a headline on others is none."""
+    for part, held_out in evaluator.parts.items():
+        if held_out.path.resolve() != cohort.path.resolve():
+            continue
+        if both := set(cohort.patients) & set(held_out.patients):
+            raise CohortError(
+                f"{cohort.path}: {len(both)} patients that site {name!r} trains on are in the "
+                f"{part} part of the evaluation as well; mark all images of a patient alike "
+                "(split), or name another evaluation cohort"
+            )
 
 
 def _check_ordinary(name: str, cohort: Cohort) -> None:

@@ -75,6 +75,13 @@ def run(tmp_path: Path, watching: Any) -> Callable[..., Path]:
     return of
 
 
+def test_nobody_is_trained_on_who_is_evaluated_on(write_run: Write, tmp_path: Path):
+    same = SPLIT.replace('evaluation = "evaluation"', 'evaluation = "south"')
+    with pytest.raises(CohortError, match=r"trains on are in the .* part.*\(split\)"):
+        prepare(write_run(same), tmp_path / "runs")
+    assert not (tmp_path / "runs").exists()
+
+
 # --- From file to result ------------------------------------------------------------------------
 
 
