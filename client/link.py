@@ -197,6 +197,19 @@ class FleetLink:
             self._node = Node(node_id=self._client.ActivateNode(request).node_id)
         return self._node.node_id
 
+    def come_again(self) -> None:
+        """Say that the node leaves, and that it is there: what it has not answered is asked again.
+
+        A message goes to its node once. One that was lost with the line, on its way, would not be
+        sent again to a node that has been there all the time.
+
+        Raises:
+            LinkBusyError: if a heartbeat came in between.
+            LinkRefusedError, LinkError: as `activate` does.
+        """
+        self._leave()
+        self.activate()
+
     def beat(self) -> None:
         """Say that the node is still there.
 

@@ -306,11 +306,12 @@ class NodeService:
     def _serve(self, link: FleetLink, waits: Growing, refused: bool) -> None:
         """Say that the node is there, and take what comes; until it stops, or has a new key.
 
-        A line that is lost is waited for with the same connection: to come in anew would mean to
-        wait until the coordinator has forgotten that the node is there.
+        A line that is lost is waited for with the same connection: a new process would have to wait
+        until the coordinator has forgotten that the node is there. What was lost with it on its way
+        here is asked again.
         """
         self._come_in(link, 0.0 if refused else self._pace.another)
-        looked = time.monotonic()
+        looked, lost = time.monotonic(), False
         with Heart(link, self._pace.beat, lambda: self.state.met(link)) as heart:
             while not self._stop.is_set():
                 self.state.tick()
@@ -321,12 +322,16 @@ class NodeService:
                         log.info("there is a new certificate; connecting anew")
                         return
                 try:
+                    if lost:
+                        link.come_again()
+                    lost = False
                     self._turn(link, heart)
                     waits.reset()
                 except LinkRefusedError:
                     self._note_skew(link)
                     raise
                 except LinkError as error:
+                    lost, self.state.phase = True, "connecting"
                     self._trouble(str(error))
                     self._pause(waits.next())
 

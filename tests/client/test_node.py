@@ -53,12 +53,13 @@ from client.link import FleetLink
 from client.node import (
     AlreadyRunningError,
     DuplicateError,
+    Growing,
     NodeService,
     Pace,
     State,
     exit_code,
 )
-from common.errors import CloisterError, LinkRefusedError, RefusalCode
+from common.errors import CloisterError, LinkError, LinkRefusedError, RefusalCode
 from common.messages import (
     CLOSE,
     INVITE,
@@ -473,10 +474,41 @@ def test_a_coordinator_that_goes_away_is_waited_for(
     place.close()
     wait_until(lambda: "cannot be reached" in node.service.state.trouble)
     place.open()
-    wait_until(lambda: not node.service.state.trouble)
+    wait_until(lambda: node.service.state.phase == "waiting" and not node.service.state.trouble)
     with place.conducting() as run:
         assert isinstance(run.ask(INVITE, Invitation(spec).to_records()), NodeCard)
     assert sum("cannot be reached" in record.message for record in caplog.records) <= 2
+
+
+def test_after_a_line_that_was_lost_the_node_comes_again(home: Path):
+    """A message that was on its way here is lost with the line, and nobody would ask again."""
+    service = NodeService(home, pace=QUICK)
+
+    class Line:
+        """Is lost once; what is asked of it is in `asked`."""
+
+        skew = 0.0
+
+        def __init__(self) -> None:
+            self.asked: list[str] = []
+
+        def activate(self) -> int:
+            self.asked.append("activate")
+            return 7
+
+        def come_again(self) -> None:
+            self.asked.append("come again")
+
+        def receive(self) -> None:
+            self.asked.append("receive")
+            if len(self.asked) == 2:
+                raise LinkError("the line is lost")
+            if len(self.asked) > 4:
+                service.stop()
+
+    line: Any = Line()
+    service._serve(line, Growing(0.01, 0.01), refused=False)
+    assert line.asked == ["activate", "receive", "come again", "receive", "receive"]
 
 
 def test_an_answer_that_the_line_loses_is_sent_again(

@@ -24,9 +24,11 @@ from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from client.link import FleetLink
+from common.clock import Clock
 from common.errors import LinkBusyError, LinkError, LinkRefusedError, MessageError, RunError
 from deploy.ray_engine import _BUNDLE
 from server.link import Exchange, LinkGrid, fleet_app
+from server.post import Post
 
 MEGABYTE = 2**20
 
@@ -48,7 +50,7 @@ class Place:
             free.bind(("127.0.0.1", 0))
             self.address = f"127.0.0.1:{free.getsockname()[1]}"
         port = int(self.address.rpartition(":")[2])
-        self._app = fleet_app(self.exchange.factory)
+        self.app = fleet_app(self.exchange.factory)
         self.server = uvicorn.Server(
             uvicorn.Config(
                 self._answer, port=port, log_level="warning", lifespan="off", interface="asgi3"
@@ -63,7 +65,7 @@ class Place:
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         path = scope["path"].rpartition("/")[2]
         self.requests.append(path)
-        await self.twist.get(path, self._app)(scope, receive, send)
+        await self.twist.get(path, self.app)(scope, receive, send)
 
     def rows(self, question: str) -> list[tuple[Any, ...]]:
         """What Flower's database says."""
@@ -265,6 +267,36 @@ def test_a_node_that_asks_gets_what_comes_a_moment_later(place: Place, bundle: b
         started = time.monotonic()
         assert node.receive() is None
         assert 0.9 < time.monotonic() - started < 30
+
+
+def test_a_question_that_the_line_loses_is_asked_again(place: Place, bundle: bytes) -> None:
+    """Flower gives a message out once, and has no word of whether it came."""
+
+    async def lose(scope: Scope, receive: Receive, send: Send) -> None:
+        async def nowhere(_: Any) -> None: ...
+
+        await place.app(scope, receive, nowhere)
+        raise ConnectionError("the line is cut")
+
+    run = place.exchange.submit(bundle, {"spec": "{}"})
+    with place.node("north") as node, place.exchange.conducting(run) as grid:
+        number = node.activate()
+        post = Post(grid, Clock(), Clock().now() + 60.0)
+        place.twist["pull-messages"] = lose
+        post.send("query.invite", {number: RecordDict({"x": ConfigRecord({"a": 1})})})
+        with pytest.raises(LinkError):
+            node.receive()
+        place.twist.clear()
+        assert node.receive() is None
+        node.come_again()
+        until, letter = time.monotonic() + 30.0, None
+        while letter is None and time.monotonic() < until:
+            assert not list(post.answers())
+            letter = node.receive()
+        assert letter is not None
+        assert letter.content["x"] == {"a": 1}
+        node.reply(letter, RecordDict())
+        assert [of for of, _ in post.answers()] == [number]
 
 
 def test_a_node_that_is_killed_is_held_for_alive_for_half_a_minute(place: Place) -> None:
