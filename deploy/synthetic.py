@@ -16,6 +16,7 @@ import csv
 import hashlib
 import io
 import json
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -104,7 +105,28 @@ def refuse_what_is_there(out: Path) -> None:
 
 
 def write(out: Path, generator: Generator, drawn: Drawn, seed: int) -> None:
-    """Write pictures, labels, the cohort and what they are into the new folder `out`."""
+    """Write pictures, labels, the cohort and what they are into the new folder `out`.
+
+    It has its name when all of it is there; what ends the work before that leaves nothing.
+
+    Raises:
+        RunError: if it cannot be written.
+    """
+    work = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(work, ignore_errors=True)
+    try:
+        work.mkdir(parents=True, mode=0o700)
+        _write_parts(work, generator, drawn, seed)
+        work.rename(out)
+    except OSError as error:
+        raise RunError(
+            f"{out}: cannot be written ({error}); check the folder, its rights and its space"
+        ) from error
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _write_parts(out: Path, generator: Generator, drawn: Drawn, seed: int) -> None:
     spec = generator.task.spec
     about = {
         "what": "synthetic images; not to be taken for evidence of anything",
@@ -116,7 +138,7 @@ def write(out: Path, generator: Generator, drawn: Drawn, seed: int) -> None:
         "images": len(drawn.images),
         "classes": list(spec.task.classes),
     }
-    (out / "images").mkdir(parents=True, mode=0o700)
+    (out / "images").mkdir(mode=0o700)
     names = list(write_pictures(out / "images", drawn, f"{SYNTHETIC}; {spec.name}"))
     write_durably(out / "labels.csv", _label_table(names, drawn, spec))
     write_cohort(out / "cohort", drawn, spec)

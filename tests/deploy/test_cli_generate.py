@@ -170,6 +170,18 @@ def test_a_cohort_that_cannot_be_compared_with_is_refused_before_anything_is_mad
         assert not out.exists()
 
 
+def test_what_ends_in_the_middle_leaves_nothing(finished, tmp_path: Path):
+    run = finished()
+    generator = synthetic.load_generator(run)
+    drawn = generator.draw(3, 1)
+    nameless = Drawn(drawn.images, drawn.labels + 7)  # of no class: found after the pictures
+    with pytest.raises(IndexError):
+        synthetic.write(tmp_path / "out", generator, nameless, 1)
+    assert list(tmp_path.iterdir()) == [run]
+    synthetic.write(tmp_path / "out", generator, drawn, 1)
+    assert (tmp_path / "out").stat().st_mode & 0o077 == 0
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
