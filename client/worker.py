@@ -104,23 +104,20 @@ class Worker:
         Raises:
             ConfigError, CohortError: if the folder is not in order.
             LedgerError: if the ledger cannot be relied on.
-            WorkerLostError: if it does not come up.
+            WorkerLostError: if it cannot be started, or does not come up.
             AbandonedError: if the node is to stop meanwhile.
         """
         if self._process is not None and self._process.is_alive():
             return
         self.end()
-        self._pipe, theirs = self._context.Pipe()
-        self._lifeline, held = self._context.Pipe()
-        process = self._context.Process(
-            target=_serve,
-            args=(theirs, held, self._home, self._bounds, self._keystream),
-            daemon=True,
-        )
-        process.start()
-        self._process = process  # not before: one that could not be started cannot be ended
-        theirs.close()
-        held.close()
+        try:
+            self._process = self._forked()
+        except (OSError, EOFError) as error:
+            self.end()
+            raise WorkerLostError(
+                f"no worker can be started ({type(error).__name__}: {error}): memory, processes or "
+                "open files are at their end"
+            ) from error
         try:
             said = json.loads(self._heard(time.monotonic() + STARTING, stopping))
         except (WorkerLostError, AbandonedError):
@@ -129,6 +126,18 @@ class Worker:
         if said["error"]:
             self.end()
             raise _ERRORS.get(said["error"], ConfigError)(said["text"])
+
+    def _forked(self) -> BaseProcess:
+        self._pipe, theirs = self._context.Pipe()
+        self._lifeline, held = self._context.Pipe()
+        process = self._context.Process(
+            target=_serve,
+            args=(theirs, held, self._home, self._bounds, self._keystream),
+            daemon=True,
+        )
+        with theirs, held:
+            process.start()
+        return process
 
     def answer(self, asked: Asked, last: float, stopping: Callable[[], bool]) -> Parcel:
         """What the node says to a request.

@@ -116,6 +116,25 @@ def ask(worker: Worker, request: Request, seconds: float = PATIENCE) -> Reply:
     return hand(worker, kind, request.to_records(), seconds)
 
 
+def test_a_worker_that_cannot_be_started_is_a_worker_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The node waits for another time; it does not end."""
+
+    class Process:
+        def __init__(self, **_: Any) -> None: ...
+
+        def start(self) -> None:
+            raise OSError(11, "Resource temporarily unavailable")
+
+    with Worker(tmp_path) as worker:
+        monkeypatch.setattr(worker._context, "Process", Process)
+        for _ in range(2):
+            with pytest.raises(WorkerLostError, match="Resource temporarily unavailable"):
+                worker.start()
+            assert worker.pid is None
+
+
 def test_one_process_answers_everything(worker: Worker, task: TrainTask):
     worker.start()
     first = worker.pid
