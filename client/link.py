@@ -358,7 +358,8 @@ def _is_loopback(host: str) -> bool:
 def _told(*, of_run: bool = False) -> Iterator[None]:
     """Every way in which the other side can fail, as an error of ours.
 
-    Where it is asked about a run, Flower forbids (403) what a run that is over does not allow.
+    Where it is asked about a run, the coordinator forbids (403) what belongs to one that is over, or
+    is asked no longer.
     """
     try:
         yield
@@ -379,7 +380,9 @@ def _told(*, of_run: bool = False) -> Iterator[None]:
 def _error_of(response: httpx.Response, of_run: bool) -> LinkError:
     status = response.status_code
     if of_run and status == httpx.codes.FORBIDDEN:
-        return LinkOverError("the run is over at the coordinator, or was stopped there")
+        return LinkOverError(
+            "the run is over at the coordinator, or nobody there waits for this any more"
+        )
     if status in _REFUSED:
         return LinkRefusedError(
             f"the coordinator refuses this node ({status}): its certificate or its key is "

@@ -84,7 +84,7 @@ class LinkRefusedError(LinkError):
 
 
 class LinkOverError(LinkError):
-    """The run that this is about is over at the coordinator."""
+    """The run that this is about is over at the coordinator, or nobody waits for this."""
 
 
 class LinkBusyError(LinkError):

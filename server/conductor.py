@@ -40,8 +40,8 @@ ORDERLY, DIED = 0, 1
 _REPLY_OVERHEAD = 64 * 2**20
 _PATIENCE = 30.0
 _NOT_COUNTED = (
-    "the model and the report are there; of the sites that are to count with it too few were: "
-    "resume the run when they are connected, or stop it, to have it without their counts"
+    "the model and the report are there, the sites' own counts are not: too few sites were there; "
+    "resume the run when they are connected, or stop it, to have it without"
 )
 
 
