@@ -358,8 +358,8 @@ def _is_loopback(host: str) -> bool:
 def _told(*, of_run: bool = False) -> Iterator[None]:
     """Every way in which the other side can fail, as an error of ours.
 
-    Where it is asked about a run, the coordinator forbids (403) what belongs to one that is over, or
-    is asked no longer.
+    Where it is asked about a run, the coordinator forbids (403) what belongs to one that is over,
+    or is asked no longer.
     """
     try:
         yield
