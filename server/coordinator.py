@@ -429,6 +429,12 @@ def run_service(home: CoordinatorHome, settings: Settings, ready: Callable[[int]
     before[signal.SIGHUP] = signal.signal(signal.SIGHUP, lambda *_: coordinator.refresh())
     try:
         coordinator.serve(ready)
+    except (OSError, StateError) as error:
+        said = str(error).partition("\n")[0]
+        raise RunError(
+            f"{home.path}: cannot be served ({said}); its disk may be full, or its files "
+            "another's: mend that, and start the service again: its runs go on"
+        ) from error
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

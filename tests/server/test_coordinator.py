@@ -34,14 +34,15 @@ from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from sqlalchemy import text
+from sqlalchemy.exc import OperationalError
 
 from client.link import FleetLink
 from common import certificates
 from common.clock import Clock
 from common.enrolment import Bundle, Request
-from common.errors import CloisterError, ConfigError, LinkError, LinkRefusedError
+from common.errors import CloisterError, ConfigError, LinkError, LinkRefusedError, RunError
 from server.authority import Authority, Lifetimes, NewFederation, Signed
-from server.coordinator import Coordinator, Settings, is_served, open_exchange
+from server.coordinator import Coordinator, Settings, is_served, open_exchange, run_service
 from server.fleet import Limits, bound
 from server.health import Health
 from server.link import Exchange, bundle
@@ -799,6 +800,24 @@ def test_a_damaged_database_is_set_aside_and_everybody_is_known_again(federation
     again = Caller(north.key, north.bundle, federation.port)
     with again.link() as link:
         assert link.activate()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(28, "No space left on device"),
+        OperationalError("INSERT", {}, Exception("database or disk is full")),
+    ],
+)
+def test_a_home_that_cannot_be_written_is_said_with_the_way_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+):
+    def serve(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(Coordinator, "serve", serve)
+    with pytest.raises(RunError, match=r"(No space|is full).*start the service again"):
+        run_service(CoordinatorHome(tmp_path), Settings(), lambda _: None)
 
 
 def test_a_database_that_is_whole_stays(federation: Federation):
