@@ -75,6 +75,7 @@ class Task(Section):
 
     Attributes:
         LOSSES: the values of ``loss.name`` that it has.
+        LOSS_SETTINGS: the other keys of ``[loss]`` that mean something to it.
         METRICS: its metrics by name, in the order of a report.
         HEADLINE: the metric on top of a report; empty: that of ``evaluation.metric``.
         DRAWN: metrics that a report draws by round; empty: the first four.
@@ -89,6 +90,7 @@ class Task(Section):
     """
 
     LOSSES: ClassVar[tuple[str, ...]]
+    LOSS_SETTINGS: ClassVar[tuple[str, ...]] = ("class_weights", "focal_gamma", "label_smoothing")
     METRICS: ClassVar[Mapping[str, Metric]]
     HEADLINE: ClassVar[str] = ""
     DRAWN: ClassVar[tuple[str, ...]] = ()
@@ -135,6 +137,12 @@ class Task(Section):
                 f"loss.name = {_shown(loss)}: expected one of {', '.join(self.LOSSES)} for a task "
                 f"of {self.name}"
             )
+        for key, field in Loss.model_fields.items():
+            given = getattr(spec.loss, key)
+            if key not in ("name", *self.LOSS_SETTINGS) and given != field.default:
+                raise ValueError(
+                    f"loss.{key} = {_shown(given)}: no loss of {self.name} has it; leave it out"
+                )
         if weights is not None and len(weights) != len(self.classes):
             raise ValueError(
                 f"loss.class_weights has {len(weights)} numbers for {len(self.classes)} "

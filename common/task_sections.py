@@ -91,6 +91,7 @@ class Detection(Task):
     """
 
     LOSSES: ClassVar[tuple[str, ...]] = ("heatmap",)
+    LOSS_SETTINGS: ClassVar[tuple[str, ...]] = ("class_weights",)
     METRICS: ClassVar[Mapping[str, Metric]] = {
         "map50": Metric("mAP at 0.5"),
         "map": Metric("mAP at 0.5:0.95"),
@@ -120,6 +121,7 @@ class Reconstruction(Task):
     """
 
     LOSSES: ClassVar[tuple[str, ...]] = ("mse", "l1")
+    LOSS_SETTINGS: ClassVar[tuple[str, ...]] = ()
     METRICS: ClassVar[Mapping[str, Metric]] = {
         "psnr": Metric("PSNR", unit="dB"),
         "ssim": Metric("SSIM"),
@@ -178,6 +180,7 @@ class Generation(_Labels):
     """
 
     LOSSES: ClassVar[tuple[str, ...]] = ("adversarial", "wasserstein")
+    LOSS_SETTINGS: ClassVar[tuple[str, ...]] = ()
     METRICS: ClassVar[Mapping[str, Metric]] = {
         "tstr-auroc": Metric(
             "AUROC, trained on synthetic images",

@@ -325,6 +325,10 @@ def test_one_patient_alone_has_nobody_to_be_compared_with(generation: Make):
     ("changes", "message"),
     [
         ({"loss": {"name": "mse"}}, "expected one of adversarial, wasserstein"),
+        (
+            {"loss": {"name": "adversarial", "class_weights": [1.0, 2.0]}},
+            r"loss\.class_weights = .*leave it out",
+        ),
         ({"task": {"classes": ["one"]}}, "classes"),
         ({"evaluation": {"metric": "copies"}}, "expected one of tstr-auroc, tstr-accuracy"),
         ({"task": {"latent": 0}}, "latent"),

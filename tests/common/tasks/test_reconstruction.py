@@ -336,6 +336,7 @@ def test_no_picture_is_kept_that_was_not_asked_for(reconstruction: Make):
         ({"task": {"noise": 0.1}}, "expected a noise above 0"),
         ({"input": {"normalize": "image"}}, "write 'literal'"),
         ({"loss": {"name": "dice"}}, "expected one of mse, l1"),
+        ({"loss": {"name": "mse", "label_smoothing": 0.1}}, "no loss of reconstruction has it"),
         ({"model": {"name": "small-cnn"}}, "autoencoder, vae"),
         (
             {
