@@ -149,7 +149,7 @@ class Detection(Task):
         """The boxes of each image.
 
         Returns:
-            ``found`` (B, most_boxes, 6) as `found`, ``true`` (B, most_boxes, 5) as the cohort's
+            ``found`` (B, most_boxes, 6) as `found`, ``true`` (B, boxes, 5) as the cohort's
             targets, ``finite`` (B,): whether the network's outputs were numbers.
         """
         return {
