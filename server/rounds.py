@@ -319,12 +319,15 @@ class FederatedRun:
             )
         guests = Guests(self._witnesses.read())
         self._ask_guests(grid, guests, nodes, deadline)
+        again = self._clock.now() + _WELCOME_AGAIN
         for node_id, code in guests.waiting.items():
-            self._decline(node_id, _WAY_OUT[code].format(digest=self._spec.digest[:12]))
+            reason = _WAY_OUT[code].format(digest=self._spec.digest[:12])
+            self._decline(node_id, reason, until=again)
         sites = guests.sites
         self._nodes = {site.node_id for site in sites.values()}
         for node_id in set(nodes) - self._nodes - self._turned_away.keys():
-            self._decline(node_id, "no answer to the invitation before the deadline")
+            reason = "no answer to the invitation before the deadline"
+            self._decline(node_id, reason, until=again)
         self._note_who_is_missing(grid)
         if len(sites) < self._spec.federation.quorum:
             raise RunError(
@@ -375,6 +378,7 @@ class FederatedRun:
                 sites[name] = site
                 self._nodes.add(site.node_id)
                 self._journal.declined.pop(name, None)
+                self._journal.declined.pop(str(site.node_id), None)
         answered = {site.node_id for site in guests.sites.values()} | self._turned_away.keys()
         self._turned_away |= dict.fromkeys(set(come) - answered, now + _WELCOME_AGAIN)
         self._enter(guests.sites)
@@ -427,9 +431,10 @@ class FederatedRun:
             guests.waiting.pop(node_id, None)
             self._decline(node_id, error)
 
-    def _decline(self, node_id: int, reason: object) -> None:
+    def _decline(self, node_id: int, reason: object, *, until: float = math.inf) -> None:
+        """Note that a node takes no part; it is not asked again before `until`."""
         log.warning("node %d does not take part: %s", node_id, reason)
-        self._turned_away[node_id] = math.inf
+        self._turned_away[node_id] = until
         self._journal.declined[str(node_id)] = str(reason)
 
     def _accepted(self, node_id: int, answer: Reply | None) -> Site:

@@ -40,6 +40,7 @@ from common.messages import (
 from common.spec import RunSpec
 from common.tasks import counts
 from server.evaluation import CentralEvaluator
+from server.members import Anybody, Members
 from server.rounds import Conduct, FederatedRun
 
 Arrays = dict[str, NDArray[np.float32]]
@@ -265,6 +266,7 @@ class Conducted:
     evaluator: CentralEvaluator
     clock: HandClock = field(default_factory=HandClock)
     witnesses: Path | None = None
+    members: Members = field(default_factory=Anybody)
 
     def grid(self, sites: Sequence[Site]) -> ScriptedGrid:
         return ScriptedGrid(sites, self.clock.now)
@@ -276,7 +278,12 @@ class Conducted:
 
     def run_on(self, grid: Grid, observer: Any = None) -> bool:
         clock = Clock(self.clock.now, self.clock.sleep)
-        conduct = Conduct(observer=observer or Watching(), clock=clock, witnesses=self.witnesses)
+        conduct = Conduct(
+            observer=observer or Watching(),
+            clock=clock,
+            witnesses=self.witnesses,
+            members=self.members,
+        )
         made = FederatedRun(self.spec, self.folder, evaluator=self.evaluator, conduct=conduct)
         return made.run(grid)
 
@@ -802,6 +809,33 @@ def test_a_silent_site_does_not_keep_a_waiting_one_from_being_asked_again(conduc
     assert moments(grid, "c", INVITED) == pytest.approx([0, 6], abs=1)
     assert run.statuses(1) == dict.fromkeys("abc", "ok")
     assert "no answer to the invitation" in run.file("environment.json")["declined"]["3"]
+
+
+@pytest.mark.parametrize("first", [lambda *_: NEVER, no(RefusalCode.APPROVAL)])
+def test_a_member_that_could_not_say_yes_in_time_joins_later(
+    conducted: Any, first: Callable[[Site, Any], Say]
+):
+    """Silent at the invitation, or approved after its deadline: it is asked again."""
+
+    class Expected(Anybody):
+        def names(self) -> frozenset[str]:
+            return frozenset({"node 1", "node 2", "node 3"})
+
+    def slow(site: Site, request: Any) -> Say:
+        return replace(site.honest(request), after=50.0)
+
+    run = conducted(rounds=9)
+    run.members = Expected()
+    begun = run.clock.now()
+
+    def at_last(site: Site, request: Any) -> Say:
+        return (first if run.clock.now() < begun + 100 else Site.honest)(site, request)
+
+    script = dict.fromkeys(range(1, 10), slow)
+    run.run(*sites("a", "b", script=script), Site("c", script={INVITED: at_last}))
+    assert "c" not in run.statuses(1)
+    assert run.statuses(9) == dict.fromkeys("abc", "ok")
+    assert "3" not in run.file("environment.json")["declined"]
 
 
 def test_in_a_round_later_is_a_refusal_with_its_reason(conducted: Any):
