@@ -87,11 +87,11 @@ def test_boxes_and_what_is_wrong_with_one(run_file: Any, tmp_path: Path) -> None
         Image.fromarray(np.full((40, 40), 9, dtype=np.uint8)).save(folder / f"{name}.png")
     labels = tmp_path / "boxes.csv"
     labels.write_text("file,left,top,right,bottom,label\na.png,1,1,9,9,cell\nb.png,1,1,99,9,cell\n")
-    taken = call(
-        "pictures", folder, tmp_path / "c", "--spec", run_file("boxes"), "--labels", labels
-    )
+    cohort, listing = tmp_path / "c", tmp_path / "not-used.csv"
+    given = ("--spec", run_file("boxes"), "--labels", labels, "--not-used", listing)
+    taken = call("pictures", folder, cohort, *given)
     assert taken.exit_code == 0, taken.output
-    assert "reaches outside of the picture" in taken.output
+    assert "reaches outside of the picture" in listing.read_text()
     assert Cohort.open(tmp_path / "c").targets([0])[0, 0, 4] == 0
 
 
@@ -102,7 +102,9 @@ def test_empty_masks_are_asked_for(run_file: Any, tmp_path: Path) -> None:
         Image.fromarray(np.zeros((40, 40), dtype=np.uint8)).save(folder / f"{name}.png")
     (tmp_path / "m.csv").write_text("file,mask\na.png,m.png\n")
     how = ("--spec", run_file("mask"), "--labels", tmp_path / "m.csv")
-    assert "is empty" in call("pictures", folder, tmp_path / "c", *how).output
+    listing = tmp_path / "not-used.csv"
+    call("pictures", folder, tmp_path / "c", *how, "--not-used", listing)
+    assert "is empty" in listing.read_text()
     kept = call("pictures", folder, tmp_path / "d", *how, "--keep-empty")
     assert kept.exit_code == 0, kept.output
     assert len(Cohort.open(tmp_path / "d")) == 1

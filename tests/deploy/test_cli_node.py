@@ -190,7 +190,7 @@ CASES: list[tuple[dict[str, Any], str]] = [
     ({"privacy": {"noise_multiplier": 0.3}}, "noise multiplier of training: 0.3"),
     ({"privacy": {"mechanism": "none"}}, "asks for no privacy"),
     ({"model": {"name": "resnet18"}}, "network 'resnet18' is not on this site's list"),
-    ({"task": {"classes": ["no", "yes"]}}, "classes: ('no', 'yes')"),
+    ({"task": {"classes": ["no", "yes"]}}, "the run asks for ('no', 'yes')"),
 ]
 
 

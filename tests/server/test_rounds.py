@@ -1052,7 +1052,7 @@ def test_a_site_that_does_not_confirm_the_end_is_logged_and_no_error(
     assert told == ["node 2 has not confirmed that the run is over"]
 
 
-@pytest.mark.parametrize(("deadline", "waited"), [(3, 3), (60, 5)])
+@pytest.mark.parametrize(("deadline", "waited"), [(3, 3), (60, 10)])
 def test_a_silent_site_is_waited_for_a_few_seconds_at_the_end(
     conducted: Any, deadline: int, waited: int
 ):
