@@ -71,25 +71,20 @@ def _compare(drawn: Drawn, cohort: Cohort) -> None:
     """Say how near the images come to those of a cohort; nothing of it is kept."""
     import numpy as np
 
-    from common.tasks.generation import distances, memory, nearest_of_all
+    from common.tasks.generation import distances, memory
     from common.tasks.words import estimate
 
-    near = distances(cohort, drawn.images)
-    # As many of either are a fair measure of distance; a copy may be any of those that were made.
-    copied = near | {"nearest": nearest_of_all(cohort, drawn.images)}
-    distance, copies = (
-        memory(
-            evidence,
-            cohort.patient_index,
-            resamples=_RESAMPLES,
-            generator=np.random.default_rng(1),
-        )[name]
-        for name, evidence in (("nearest", near), ("copies", copied))
+    found = memory(
+        distances(cohort, drawn.images),
+        cohort.patient_index,
+        resamples=_RESAMPLES,
+        generator=np.random.default_rng(1),
     )
     console.print(
         f"Against {cohort.path}: the nearest synthetic image, of as many as the cohort's, is "
-        f"{estimate(distance, 2)} times as far as the nearest image of another patient; "
-        f"{estimate(copies, 1)} % of its images have one of all that were made as near as a copy. "
+        f"{estimate(found['nearest'], 2)} times as far as the nearest image of another patient; "
+        f"{estimate(found['copies'], 1)} % of its images have one of all that were made as "
+        "near as a copy. "
         "Copies among images that were trained on, and none among others, are memorised patients.",
         highlight=False,
         markup=False,

@@ -6,7 +6,7 @@ tstr-auroc     AUROC on real images of a small classifier that was taught on syn
 tstr-accuracy  part of its decisions that are right
 nearest        distance of a real image to the nearest synthetic one, for one to the nearest real
                one of another patient; sums over images
-copies         part of the real images with a synthetic one nearer than half of that, in percent
+copies         part of the real images with any synthetic one nearer than half of that, in percent
 =============  ==================================================================================
 
 A discriminator learns from patients to tell their images from a generator's; the generator learns
@@ -334,33 +334,33 @@ def nearest(
 def distances(cohort: Cohort, synthetic: Tensor) -> dict[str, NDArray[np.float32]]:
     """How near the images of a cohort are to synthetic ones and to each other.
 
-    To as many of either, at most 2,048; of the cohort evenly spread.
+    To as many of either, at most 2,048, of the cohort evenly spread, so that they compare; and to
+    all of the synthetic ones, among which a copy may be any.
 
     Args:
         cohort: N images.
         synthetic: (M, C, H, W) brightness.
 
     Returns:
-        ``nearest`` (N,) to a synthetic image; ``nearest_real`` (N,) to a real one of another
-        patient, infinite where there is none.
+        ``nearest`` (N,) to as many synthetic images as real ones; ``nearest_of_all`` (N,) to any
+        synthetic image; ``nearest_real`` (N,) to a real one of another patient, infinite where
+        there is none.
     """
     among = pictures.spread(len(cohort), min(_SYNTHETIC, len(synthetic)))
     real = _small(torch.from_numpy(cohort.images(among)))
-    made = _small(synthetic[: len(among)])
-    found: dict[str, list[NDArray[np.float32]]] = {"nearest": [], "nearest_real": []}
+    made = _small(synthetic)
+    found: dict[str, list[NDArray[np.float32]]] = {
+        "nearest": [],
+        "nearest_of_all": [],
+        "nearest_real": [],
+    }
     for rows in batches(cohort):
         images = _small(torch.from_numpy(cohort.images(rows)))
         apart = cohort.patient_index[rows][:, None] != cohort.patient_index[among]
-        found["nearest"].append(nearest(images, made))
+        found["nearest"].append(nearest(images, made[: len(among)]))
+        found["nearest_of_all"].append(nearest(images, made))
         found["nearest_real"].append(nearest(images, real, apart))
     return {name: np.concatenate(pieces) for name, pieces in found.items()}
-
-
-def nearest_of_all(cohort: Cohort, synthetic: Tensor) -> NDArray[np.float32]:
-    """(N,) how near each image of a cohort is to any of the synthetic ones, however many."""
-    made = _small(synthetic)
-    pieces = [nearest(_small(torch.from_numpy(cohort.images(r))), made) for r in batches(cohort)]
-    return np.concatenate(pieces)
 
 
 def memory(
@@ -371,10 +371,12 @@ def memory(
     generator: np.random.Generator,
 ) -> dict[str, Estimate]:
     """``nearest`` and ``copies`` of what `distances` found; see the table of this module."""
-    near, other = found["nearest"], found["nearest_real"]
+    near, nearest_of_all, other = (
+        found[name] for name in ("nearest", "nearest_of_all", "nearest_real")
+    )
     known = np.isfinite(other) & (other > 0)
     parts = {"nearest": (np.where(known, near, 0), np.where(known, other, 0))}
-    copies = {"copies": np.where(known, _PERCENT * (near < _COPY * other), np.nan)}
+    copies = {"copies": np.where(known, _PERCENT * (nearest_of_all < _COPY * other), np.nan)}
     return ratios(parts, patients, resamples=resamples, generator=generator) | means(
         copies, patients, resamples=resamples, generator=generator
     )

@@ -16,7 +16,7 @@ from common.errors import ModelError, SpecError
 from common.spec import RunSpec
 from common.tasks import task_for
 from common.tasks.exhibits import Chart, Gallery
-from common.tasks.generation import Generation, bound_slopes, distances
+from common.tasks.generation import Generation, bound_slopes, distances, memory
 
 SIDE = 16
 Make = Callable[..., Generation]
@@ -281,14 +281,24 @@ def test_distances_are_those_of_a_slow_search_and_leave_the_patients_own_images_
     patients = np.arange(12) // 2
     found = distances(Images(images, np.zeros(12), patients), synthetic)  # type: ignore[arg-type]
     for row, image in enumerate(images):
-        made = [float((image - other).square().mean().sqrt()) for other in synthetic[:12]]
+        made = [float((image - other).square().mean().sqrt()) for other in synthetic]
         others = [
             float((image - other).square().mean().sqrt())
             for other, patient in zip(images, patients, strict=True)
             if patient != patients[row]
         ]
-        assert found["nearest"][row] == pytest.approx(min(made), abs=1e-5)
+        assert found["nearest"][row] == pytest.approx(min(made[:12]), abs=1e-5)
+        assert found["nearest_of_all"][row] == pytest.approx(min(made), abs=1e-5)
         assert found["nearest_real"][row] == pytest.approx(min(others), abs=1e-5)
+
+
+def test_a_copy_may_be_any_of_the_images_that_were_made():
+    images = torch.rand(4, 1, SIDE, SIDE, generator=source())
+    synthetic = torch.cat([torch.rand(30, 1, SIDE, SIDE, generator=source(2)), images[:1]])
+    cohort: Any = Images(images, np.zeros(4))
+    found = distances(cohort, synthetic)
+    told = memory(found, cohort.patient_index, resamples=0, generator=np.random.default_rng(1))
+    assert told["copies"].value == pytest.approx(25.0)
 
 
 def test_a_generator_that_gives_its_training_images_back_is_told_from_one_that_does_not(
