@@ -1,14 +1,12 @@
 """The Flower ServerApp: wiring only. It reads the run from the run's configuration and conducts it.
 
-In the field ``server.app:app`` keeps its runs below ``CLOISTER_COORDINATOR_HOME``, evaluates on
-the cohort that lies there, keeps the sites' witnesses there for all runs, and protects as the
-sites do. The simulation wires the same function to a folder and an observer of its own
-(`register`).
+The simulation wires `register` to a folder and an observer of its own. In the field
+`server.conductor` conducts, with the roster; ``server.app:app``, which a bundle has to name,
+refuses.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -23,7 +21,6 @@ from common.files import locked
 from common.spec import RunSpec
 from server.evaluation import CentralEvaluator
 from server.rounds import Conduct, FederatedRun
-from server.witness import WITNESS_FILE
 
 app = ServerApp()
 
@@ -68,16 +65,10 @@ def alone(folder: Path) -> Iterator[None]:
         yield
 
 
-def _installed_station(_: Context, spec: RunSpec) -> Station:
-    home = os.environ.get("CLOISTER_COORDINATOR_HOME")
-    if not home:
-        raise ConfigError(
-            "CLOISTER_COORDINATOR_HOME is not set: expected the folder that holds the evaluation "
-            "cohort and the runs"
-        )
-    folder = Path(home) / "runs" / (spec.run_id or spec.name)
-    conduct = Conduct(witnesses=Path(home) / WITNESS_FILE)
-    return Station(folder, Path(home) / "evaluation", conduct)
-
-
-register(app, _installed_station)
+@app.main()
+def _refuse(_: Grid, __: Context) -> None:
+    """A bundle has to name a server app; under Flower's own server a run would have no roster."""
+    raise ConfigError(
+        "a run is conducted by `cloister coordinator`, which knows who is enrolled, or by "
+        "`cloister simulate`; Flower's own server knows no roster"
+    )
