@@ -61,6 +61,8 @@ log = logging.getLogger("cloister.node")
 PID_FILE = "node.pid"
 LARGEST_SKEW = 3.0
 """Seconds by which the clock may be off: the coordinator refuses what is 5 s ahead of it."""
+_HANDING_OVER = 10.0
+"""Seconds that a released answer may take to come out of the worker while the node stops."""
 
 _KINDS = (INVITE, TRAIN, COUNT, CLOSE)
 _PACED = (TRAIN, COUNT)
@@ -222,6 +224,7 @@ class NodeService:
         self._worker = Worker(home, bounds, keystream)
         self._runs: OrderedDict[int, str] = OrderedDict()
         self._stop, self._stopped, self._now = threading.Event(), 0.0, threading.Event()
+        self._under_way = -math.inf  # when an attempt was seen under way by a node that stops
         self._told = Told(self._pace.tell)
         self._last_letter = self._mended = -math.inf
         self._wait = self._pace.idle
@@ -554,9 +557,12 @@ class NodeService:
         except CloisterError:
             return True
         try:
-            return not under_way(ledger.book, since)
+            if under_way(ledger.book, since):
+                self._under_way = time.monotonic()
         finally:
             ledger.disconnect()
+        # What has just been released is on its way out of the worker.
+        return time.monotonic() - self._under_way > _HANDING_OVER
 
 
 def under_way(book: Book, since: str) -> bool:
