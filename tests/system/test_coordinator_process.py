@@ -12,6 +12,8 @@ import pytest
 
 from server.runs import Run, Standing
 
+pytestmark = pytest.mark.slow
+
 Federation = Any
 
 
@@ -52,7 +54,6 @@ def test_the_model_is_that_of_a_simulation_of_the_same_run(
     assert found == [row["update_norm"] for row in federation.rows(undisturbed)]
 
 
-@pytest.mark.slow
 def test_a_coordinator_that_is_killed_in_mid_round_goes_on_with_the_same_model(
     federation: Federation, undisturbed: Run
 ):
@@ -72,7 +73,6 @@ def test_a_coordinator_that_is_killed_in_mid_round_goes_on_with_the_same_model(
     assert run.state.deaths == 0
 
 
-@pytest.mark.slow
 def test_a_conductor_that_is_killed_is_started_again(federation: Federation, undisturbed: Run):
     with federation.in_round(2, "south") as run:
         submission = run.state.submission
@@ -84,7 +84,6 @@ def test_a_conductor_that_is_killed_is_started_again(federation: Federation, und
     assert federation.charges("south", run) == 3
 
 
-@pytest.mark.slow
 def test_a_run_that_a_person_ends_is_over_at_the_sites(federation: Federation):
     def closings(name: str) -> int:
         return list(federation.heard(name)).count("query.close")
@@ -104,7 +103,6 @@ def test_a_run_that_a_person_ends_is_over_at_the_sites(federation: Federation):
     assert "is stopped; launch a new one" in str(error.value.stdout)
 
 
-@pytest.mark.slow
 def test_a_site_that_is_killed_in_mid_round_is_asked_again(
     federation: Federation, undisturbed: Run
 ):
@@ -117,7 +115,6 @@ def test_a_site_that_is_killed_in_mid_round_is_asked_again(
     assert federation.charges("south", run) == 4  # what was lost in training stays booked
 
 
-@pytest.mark.slow
 def test_a_run_without_its_quorum_says_so_and_is_resumed(federation: Federation):
     federation.leaves("south")
     federation.wait(lambda: "south" in federation.missing, "south to be missed")
@@ -130,7 +127,6 @@ def test_a_run_without_its_quorum_says_so_and_is_resumed(federation: Federation)
     assert run.state.standing is Standing.FINISHED, said
 
 
-@pytest.mark.slow
 def test_a_site_that_comes_late_is_missed_by_name_and_joins(federation: Federation):
     federation.leaves("south")
     with federation.in_round(2, "north", quorum="1") as run:
