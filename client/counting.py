@@ -1,8 +1,8 @@
 """A site's part in a federated evaluation: noised counts of its held-out patients.
 
 Each patient is represented by one image, drawn at random, so that a patient's part in the table
-is a function of that patient's record alone (PRIVACY.md 2). A cohort without held-out patients
-releases noise, like any other (PRIVACY.md 5). Every batch has one size, whoever is in it: a
+is a function of that patient's record alone (docs/privacy.md 2). A cohort without held-out patients
+releases noise, like any other (docs/privacy.md 5). Every batch has one size, whoever is in it: a
 kernel rounds otherwise for another size, and could carry another patient over the edge of a bin.
 """
 

@@ -1,8 +1,8 @@
 """The hospital's own limits, which no message can widen.
 
 A policy is read once from ``node.toml`` and frozen. Deciding is a pure function of policy, spec,
-ledger and clock; the cohort has no part in it (PRIVACY.md 5). What a limit leaves out is on the
-safe side: a node whose file names no operator and no network takes part in nothing.
+ledger and clock; the cohort has no part in it (docs/privacy.md 5). What a limit leaves out is on
+the safe side: a node whose file names no operator and no network takes part in nothing.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Budget(Section):
     """What the site may spend over its life: (epsilon, delta), counted by a Renyi filter.
 
     The filter adds up Renyi divergences at one fixed order, which stays valid when a coordinator
-    chooses each run by the results of the last (PRIVACY.md 9). `order` is best left out: it is
+    chooses each run by the results of the last (docs/privacy.md 9). `order` is best left out: it is
     then the one at which this budget goes farthest.
     """
 

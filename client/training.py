@@ -1,6 +1,6 @@
 """Local steps under DP-SGD: the only room that touches Opacus.
 
-What makes the guarantee, in the order of PRIVACY.md:
+What makes the guarantee, in the order of docs/privacy.md:
 
 1. Each patient enters a step independently with the public probability q = batch / declared size,
    from the keystream handed in; a batch is never truncated, redrawn or padded. A physical batch

@@ -44,7 +44,7 @@ Witness = Annotated[str, Field(pattern=f"^{_WITNESS}$")]
 
 The head is keyed by the node: it says nothing to anybody else, and nobody else can make one. A
 coordinator keeps the last one of each site and gives it back with each task; a node whose ledger
-does not lead there was rolled back, and stops (PRIVACY.md 11).
+does not lead there was rolled back, and stops (docs/privacy.md 11).
 """
 
 LARGEST_WEIGHT = 1e6

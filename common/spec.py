@@ -4,7 +4,7 @@ A run's file is TOML. It is read once, strictly: an unknown key is an error, a n
 string, and nothing is guessed. What is read becomes canonical JSON, whose SHA-256 is the run's
 digest; both are the same whatever the order of the keys, the spelling of a number (``1`` or
 ``1.0``) and the version of Python. Nothing in a spec is fitted on data: class weights, means and
-windows are literals that a person wrote (PRIVACY.md 3).
+windows are literals that a person wrote (docs/privacy.md 3).
 
 The file may hold a table ``[simulation]`` as well: where the data of a simulation lies. It is
 not part of the spec, has no place in its digest and never travels to a hospital.

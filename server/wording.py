@@ -1,6 +1,6 @@
 """How report and model card say a number, and the sentences that both print.
 
-A sentence here claims no more than PRIVACY.md does; change neither without the other.
+A sentence here claims no more than docs/privacy.md does; change neither without the other.
 """
 
 from __future__ import annotations

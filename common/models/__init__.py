@@ -2,7 +2,7 @@
 
 A new network is one function, ``RunSpec -> nn.Module``, and one line in the table below. What it
 returns of an image is computed from that image alone, so it holds no BatchNorm and no statistics
-of a batch (PRIVACY.md 2). The table names functions instead of importing them: MONAI takes
+of a batch (docs/privacy.md 2). The table names functions instead of importing them: MONAI takes
 seconds to import, and a run uses one network.
 
 What networks give, for B images, is what a task asks for (``NETWORK`` of its section):

@@ -57,7 +57,7 @@ class Detection(Task):
     image's boxes, a bell around each centre being punished less, and the absolute errors of
     offset and, with a weight of 0.1, of size, each averaged over the boxes. An image without a
     box is divided by one. ``loss.class_weights`` weigh the maps of centres. No sum runs over more
-    than one image (PRIVACY.md 2).
+    than one image (docs/privacy.md 2).
     """
 
     def losses(self, outputs: Tensor, targets: Tensor) -> Tensor:

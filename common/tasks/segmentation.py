@@ -47,7 +47,7 @@ class Segmentation(Task):
     A pixel's cross-entropy or focal loss is multiplied by the weight of its class, a literal of
     the spec, and an image's is the mean over its pixels. Dice is one minus the soft Dice of an
     image, averaged over the classes but the background by their weights (Milletari et al. 2016,
-    with sums in the denominator). No sum runs over more than one image (PRIVACY.md 2).
+    with sums in the denominator). No sum runs over more than one image (docs/privacy.md 2).
     """
 
     def losses(self, outputs: Tensor, targets: Tensor) -> Tensor:

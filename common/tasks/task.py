@@ -61,7 +61,7 @@ class Task(ABC):
 
     @abstractmethod
     def losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """One loss a row, never reduced over the batch (PRIVACY.md 2).
+        """One loss a row, never reduced over the batch (docs/privacy.md 2).
 
         Args:
             outputs: what the network gave for the rows of `examples`, of any floating type.
