@@ -7,7 +7,8 @@
     │   ├── IntakeError      one source file, with the reason a person can act on
     │   │   └── ReviewError  a person has to look at it, and may let it through
     │   ├── SealError        sealed bytes: damaged, or of another key
-    │   └── CohortError      a cohort directory that is missing, damaged or of another shape
+    │   ├── CohortError      a cohort directory that is missing, damaged or of another shape
+    │   └── PackageError     a trained model's folder: altered, unsigned, of another network
     ├── PeerError            the other side of the wire broke the protocol
     │   ├── MessageError     a message that is not on the closed list
     │   │   └── VersionError it is of another version of the protocol
@@ -61,6 +62,10 @@ class SealError(DataError):
 
 class CohortError(DataError):
     """A cohort directory is missing, damaged, or does not fit the run."""
+
+
+class PackageError(DataError):
+    """A trained model's folder is damaged, altered, or vouched for by nobody."""
 
 
 class PeerError(CloisterError):

@@ -13,7 +13,6 @@ privacy: without it they may give patients away. A run, or an intake, reads them
 from __future__ import annotations
 
 import csv
-import hashlib
 import io
 import json
 import shutil
@@ -28,21 +27,18 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
-from safetensors import SafetensorError
-from safetensors.numpy import load
 from torch import nn
 
 from client.intake.builder import CohortBuilder, ImageRecord
-from common import models
 from common.cohort import PIXEL_MAX, CohortMeta
-from common.errors import ConfigError, RunError, SpecError
+from common.errors import ConfigError, RunError
 from common.files import write_durably
+from common.package import Package
 from common.spec import DpSgd, RunSpec
 from common.tasks import task_for
 from common.tasks.generation import Drawn, Generation
 
 SYNTHETIC = "synthetic"
-MODEL_FILE = "model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -68,32 +64,18 @@ def load_generator(run: Path) -> Generator:
     """The generator of a finished run.
 
     Raises:
-        RunError: if it is no finished run, has another task, or its model is not its network's.
+        PackageError: if it is no finished run, or its model is not its network's.
+        RunError: if it has another task.
     """
-    try:
-        content = (run / MODEL_FILE).read_bytes()
-        spec = RunSpec.from_json((run / "spec.json").read_text("utf-8"), source=str(run))
-        weights = load(content)
-    except (OSError, UnicodeDecodeError, SafetensorError, SpecError) as error:
-        raise RunError(
-            f"{run}: not the folder of a finished run ({error}); expected one that holds spec.json "
-            f"and {MODEL_FILE}, as `cloister simulate` leaves it"
-        ) from error
+    package = Package.open(run, unsigned=True)  # it is used where it was made
+    spec = package.spec
     task = task_for(spec)
     if not isinstance(task, Generation):
         raise RunError(
             f"{run}: its task.name is {spec.task.name!r}, which makes no images; expected a run of "
             "'generation'"
         )
-    network = models.build(spec)
-    expected = {name: tuple(p.shape) for name, p in network.named_parameters()}
-    if {name: array.shape for name, array in weights.items()} != expected:
-        raise RunError(
-            f"{run / MODEL_FILE}: its weights are not those of {spec.model.name}; the folder holds "
-            "parts of two runs: copy it anew"
-        )
-    network.load_state_dict({name: torch.from_numpy(array) for name, array in weights.items()})
-    return Generator(task, network.eval(), hashlib.sha256(content).hexdigest())
+    return Generator(task, package.network(), package.model_sha256)
 
 
 def refuse_what_is_there(out: Path) -> None:

@@ -187,7 +187,7 @@ def test_what_ends_in_the_middle_leaves_nothing(finished, tmp_path: Path):
     [
         (lambda run, out: out.mkdir(), "is there already"),
         (lambda run, out: (run / "model.safetensors").unlink(), "not the folder of a finished run"),
-        (lambda run, out: (run / "model.safetensors").write_bytes(b"x" * 40), "not the folder"),
+        (lambda run, out: (run / "model.safetensors").write_bytes(b"x" * 40), "no safetensors"),
         (lambda run, out: (run / "spec.json").write_text("{}"), "not the folder"),
     ],
 )
