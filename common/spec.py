@@ -42,6 +42,18 @@ Rate = Annotated[float, Field(gt=0, le=1e6)]
 
 _LONGEST_SHOWN, _MOST_ERRORS = 120, 20
 
+Direction = Literal["sagittal", "coronal", "axial"]
+MOST_VOXELS = 2**28
+"""Of one volume: 1 GiB of float32."""
+
+
+def _is_none(value: object) -> bool:
+    return value is None
+
+
+def _by(sides: tuple[int, ...]) -> str:
+    return " x ".join(map(str, sides))
+
 
 class Section(BaseModel):
     """A table of the file: frozen, strict, without unknown keys or infinities."""
@@ -76,13 +88,14 @@ class Task(Section):
     Attributes:
         LOSSES: the values of ``loss.name`` that it has.
         LOSS_SETTINGS: the other keys of ``[loss]`` that mean something to it.
-        METRICS: its metrics by name, in the order of a report.
+        METRICS: its metrics by name, in the order of a report; a run has `RunSpec.metrics`.
         HEADLINE: the metric on top of a report; empty: that of ``evaluation.metric``.
         DRAWN: metrics that a report draws by round; empty: the first four.
         CAVEATS: what a user of such a model must bear in mind, a sentence each.
         NETWORK: what a network has to give (`common.models.Network.gives`).
         VIEWS: how many rows of a batch one image becomes in training.
         COUNTED: whether a site can release it as noised counts (``evaluation.federated``).
+        VOLUMES: whether it takes volumes (``input.depth``).
         name: by which the registry (`common.tasks.TASKS`) finds the class of the table.
         kind: what target a cohort must have for each image: a label of a ``binary``,
             ``multiclass`` or ``multilabel`` task, a ``mask``, ``boxes``, or ``none``.
@@ -98,6 +111,7 @@ class Task(Section):
     NETWORK: ClassVar[str]
     VIEWS: ClassVar[int] = 1
     COUNTED: ClassVar[bool] = False
+    VOLUMES: ClassVar[bool] = False
 
     name: str
     kind: str
@@ -113,6 +127,10 @@ class Task(Section):
     def outputs(self) -> int:
         """Units or maps of the network's last layer: one a class."""
         return len(self.classes)
+
+    def metrics(self, seen: Input) -> Mapping[str, Metric]:
+        """`METRICS`, of such images as a run has."""
+        return self.METRICS
 
     def problem_with(self, kind: str, classes: tuple[str, ...]) -> str:
         """Why a cohort of this kind and these classes does not serve; empty if it does."""
@@ -148,11 +166,16 @@ class Task(Section):
                 f"loss.class_weights has {len(weights)} numbers for {len(self.classes)} "
                 "classes; write one literal for each class"
             )
-        known = [name for name, metric in self.METRICS.items() if metric.chooses]
+        known = [name for name, metric in spec.metrics.items() if metric.chooses]
         if chosen not in known:
             raise ValueError(
                 f"evaluation.metric = {_shown(chosen)}: expected one of {', '.join(known)} for a "
                 f"task of {self.name}"
+            )
+        if spec.input.depth is not None and not self.VOLUMES:
+            raise ValueError(
+                f"input.depth = {spec.input.depth}: {self.name} takes images, no volumes; leave "
+                "it out"
             )
         if spec.evaluation.federated is not None and not self.COUNTED:
             raise ValueError(
@@ -178,6 +201,15 @@ class Input(Section):
     1st to 99th percentile. ``normalize``: ``literal`` is (x - mean) / std with the numbers given
     here (x in 0..1), ``image`` uses each image's own mean and deviation. ``frames``: which frame
     of a multi-frame file.
+
+    With ``depth`` an image is a volume on the grid depth x height x width, whose voxels are
+    ``spacing`` millimetres apart (of slices, rows, columns); it is resampled to that, never
+    scaled. ``pad`` then refuses a volume that is larger than the grid, ``crop`` cuts it around its
+    middle, and both fill up what is smaller. ``direction`` says which slices lie along the depth:
+    ``axial`` ones from the feet to the head, ``coronal`` from the back to the front, ``sagittal``
+    from the left to the right, whichever way they were taken. A window is that of the volume as a
+    whole. ``patch`` (depth, height, width) is what the network sees of a volume at once: in
+    training one at a random place, in evaluation all, overlapping by half; without it, everything.
     """
 
     channels: Literal[1, 3] = 1
@@ -189,6 +221,11 @@ class Input(Section):
     normalize: Literal["literal", "image"] = "literal"
     mean: tuple[float, ...] = (0.5,)
     std: tuple[Positive, ...] = (0.25,)
+    # Left out of the digest where they are not there: specs of flat images keep theirs.
+    depth: int | None = Field(None, ge=8, le=4096, exclude_if=_is_none)
+    spacing: tuple[Positive, Positive, Positive] | None = Field(None, exclude_if=_is_none)
+    direction: Direction | None = Field(None, exclude_if=_is_none)
+    patch: tuple[Count, Count, Count] | None = Field(None, exclude_if=_is_none)
 
     @model_validator(mode="after")
     def _one_number_a_channel(self) -> Self:
@@ -197,15 +234,57 @@ class Input(Section):
                 raise ValueError(f"{name} needs one number, or one for each of {self.channels}")
         return self
 
+    @model_validator(mode="after")
+    def _a_volume_is_described(self) -> Self:
+        described = {"spacing": self.spacing, "direction": self.direction}
+        if self.depth is None:
+            for name, given in (*described.items(), ("patch", self.patch)):
+                if given is not None:
+                    raise ValueError(f"{name} is of volumes; write depth as well, or leave it out")
+            return self
+        for name, given in described.items():
+            if given is None:
+                raise ValueError(f"depth = {self.depth}: {name} is missing, which a volume needs")
+        return self._checked_volume()
+
+    def _checked_volume(self) -> Self:
+        grid = self.sides
+        if self.fit == "stretch" or self.frames != "refuse":
+            raise ValueError(
+                f"fit = {self.fit!r}, frames = {self.frames!r}: a volume is never stretched and "
+                "has all its frames; write fit = 'pad' or 'crop', and leave frames out"
+            )
+        if math.prod(grid) > MOST_VOXELS:
+            raise ValueError(f"a grid of {_by(grid)} voxels; at most {MOST_VOXELS} are held")
+        if self.patch is not None and any(
+            p > side for p, side in zip(self.patch, grid, strict=True)
+        ):
+            raise ValueError(f"patch of {_by(self.patch)} in a grid of {_by(grid)}: it is larger")
+        return self
+
     @property
-    def shape(self) -> tuple[int, int, int]:
-        """(channels, height, width)."""
-        return self.channels, self.height, self.width
+    def sides(self) -> tuple[int, ...]:
+        """(height, width), or (depth, height, width) of a volume."""
+        return (
+            (self.height, self.width)
+            if self.depth is None
+            else (self.depth, self.height, self.width)
+        )
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(channels, height, width), or (channels, depth, height, width) of a volume."""
+        return self.channels, *self.sides
+
+    @property
+    def seen(self) -> tuple[int, ...]:
+        """The sides of what a network sees at once: the patch, or all."""
+        return self.patch or self.sides
 
     @property
     def preprocessing_digest(self) -> str:
         """SHA-256 of what intake does to an image; a cohort made otherwise does not fit the run."""
-        kept = self.model_dump(mode="json", exclude={"normalize", "mean", "std"})
+        kept = self.model_dump(mode="json", exclude={"normalize", "mean", "std", "patch"})
         return hashlib.sha256(_canonical(kept)).hexdigest()
 
 
@@ -503,6 +582,11 @@ class RunSpec(Section):
     def digest(self) -> str:
         """SHA-256 of the canonical JSON, in hex. It covers the run's identity as well."""
         return hashlib.sha256(self.canonical_json.encode()).hexdigest()
+
+    @property
+    def metrics(self) -> Mapping[str, Metric]:
+        """The metrics of the task by name, in the order of a report."""
+        return self.task.metrics(self.input)
 
     @property
     def total_steps(self) -> int:

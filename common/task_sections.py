@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from common.spec import Metric, NonNegative, Rate, Task
+from common.spec import Input, Metric, NonNegative, Rate, Task
 
 if TYPE_CHECKING:
     from common.spec import RunSpec
@@ -69,7 +69,7 @@ class Classification(_Labels):
 
 
 class Segmentation(Task):
-    """Which class each pixel has. The first of ``classes`` is the background."""
+    """Which class each pixel (or voxel) has. The first of ``classes`` is the background."""
 
     LOSSES: ClassVar[tuple[str, ...]] = ("cross-entropy", "focal", "dice", "dice-cross-entropy")
     METRICS: ClassVar[Mapping[str, Metric]] = {
@@ -78,10 +78,19 @@ class Segmentation(Task):
         "volume-error": Metric("Volume error", lower_is_better=True, unit="%"),
     }
     NETWORK: ClassVar[str] = "map"
+    VOLUMES: ClassVar[bool] = True
 
     name: Literal["segmentation"]
     kind: Literal["mask"] = "mask"
     classes: Annotated[tuple[str, ...], Field(min_length=2)]
+
+    def metrics(self, seen: Input) -> Mapping[str, Metric]:
+        """Of volumes lengths are in millimetres, and there is a difference in millilitres."""
+        if seen.depth is None:
+            return self.METRICS
+        distance = self.METRICS["hausdorff95"]._replace(unit="mm")
+        difference = Metric("Volume difference", lower_is_better=True, unit="ml")
+        return {**self.METRICS, "hausdorff95": distance, "volume-difference": difference}
 
 
 class Detection(Task):

@@ -66,7 +66,7 @@ def describe(record: RunRecord) -> dict[str, Any]:
         "data": _data(record),
         "training": _training(record),
         "privacy": _privacy(record),
-        "metrics": {name: _metric(metric) for name, metric in record.spec.task.METRICS.items()},
+        "metrics": {name: _metric(metric) for name, metric in record.spec.metrics.items()},
         "evaluation": {
             name: _part(record.final[name]) if name in record.final else None for name in PARTS
         },

@@ -323,7 +323,7 @@ def _evidence_of(path: Path) -> Iterator[None]:
 def _read_federated(path: Path, spec: RunSpec) -> Federated | None:
     if not path.exists():
         return None
-    found, known = _parse(path, Federated), spec.task.METRICS
+    found, known = _parse(path, Federated), spec.metrics
     for name in sorted(found.metrics.keys() - known.keys()):
         raise RunError(f"{path}: metric {name!r}: expected one of {', '.join(known)}; {_WAY_OUT}")
     return found

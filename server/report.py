@@ -141,7 +141,7 @@ class Headline:
 
 def _headline(record: RunRecord) -> Headline:
     name, part = record.headline, record.final.get("test")
-    metric = record.spec.task.METRICS[name]
+    metric = record.spec.metrics[name]
     found = part.metrics[name] if part else Estimate(None)
     return Headline(
         metric.title,
@@ -180,7 +180,7 @@ def _metric_rows(record: RunRecord) -> list[MetricRow]:
             None if metric.unit or not _within_one(test) else test,
             name == record.headline,
         )
-        for name, metric in record.spec.task.METRICS.items()
+        for name, metric in record.spec.metrics.items()
     ]
 
 
@@ -204,7 +204,7 @@ def _federated_rows(record: RunRecord) -> list[FederatedRow]:
         return []
     return [
         FederatedRow(
-            (metric := record.spec.task.METRICS[name]).title,
+            (metric := record.spec.metrics[name]).title,
             wording.figure(found.value, metric),
             wording.interval(found, metric),
         )
@@ -310,12 +310,12 @@ def _gallery(gallery: Gallery, most: int, most_bytes: int) -> ShownGallery:
 
 
 def _round_pictures(record: RunRecord) -> list[Picture]:
-    task = record.spec.task
-    drawn = task.DRAWN or tuple(task.METRICS)[:_CURVES_BY_ROUND]
+    metrics = record.spec.metrics
+    drawn = record.spec.task.DRAWN or tuple(metrics)[:_CURVES_BY_ROUND]
     names = dict.fromkeys((record.spec.evaluation.metric, *drawn))
     chosen = record.environment.model_round
     return [
-        figures.by_round(wording.titled(task.METRICS[name]), series, chosen)
+        figures.by_round(wording.titled(metrics[name]), series, chosen)
         for name in names
         if (series := list(_series(record, name)))
     ]
