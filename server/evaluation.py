@@ -127,7 +127,7 @@ def score_part(
     found = task_for(spec).score(
         evidence, patients, resamples=spec.evaluation.bootstrap, generator=generator
     )
-    metrics = {name: found.get(name, Estimate(None)) for name in spec.task.METRICS}
+    metrics = {name: found.get(name, Estimate(None)) for name in spec.metrics}
     return PartResult(evidence, patients, metrics, unit)
 
 
@@ -179,8 +179,13 @@ class CentralEvaluator:
         self._task = task_for(spec)
         self.parts: Mapping[PartName, Cohort] = split_cohort(cohort, spec)
 
-    def evaluate(self, model: nn.Module) -> EvaluationResult:
+    def evaluate(self, model: nn.Module, *, pictures: bool = False) -> EvaluationResult:
         """Evaluate `model` on both parts.
+
+        Args:
+            model: the network.
+            pictures: whether pictures of the test part are kept as well, if the run's file asks
+                for any: of the model that a run ends with, and of no other.
 
         The model is put into evaluation mode for as long as this takes, and on the evaluator's
         device for good. Answers that are not finite make metrics of None, not an error.
@@ -189,20 +194,25 @@ class CentralEvaluator:
         training = model.training
         model.to(device).eval()
         try:
-            results = {name: self._evaluate_part(model, name, device) for name in self.parts}
+            results = {
+                name: self._evaluate_part(
+                    model, name, device, _most_pictures(self._spec, name) if pictures else 0
+                )
+                for name in self.parts
+            }
         finally:
             model.train(training)
         return EvaluationResult(results.get("validation"), results.get("test"))
 
-    def _evaluate_part(self, model: nn.Module, name: PartName, device: torch.device) -> PartResult:
+    def _evaluate_part(
+        self, model: nn.Module, name: PartName, device: torch.device, pictures: int
+    ) -> PartResult:
         cohort = self.parts[name]
         found = self._task.evidence(model, cohort, device)
-        pictures = _most_pictures(self._spec, name)
-        evidence = {
-            key: array[:pictures] if key.startswith(GALLERY) else array
-            for key, array in found.items()
-            if pictures or not key.startswith(GALLERY)
-        }
+        evidence = {key: array for key, array in found.items() if not key.startswith(GALLERY)}
+        if pictures:
+            shown = self._task.gallery(model, cohort, device)
+            evidence |= {k: array[:pictures] for k, array in shown.items() if k.startswith(GALLERY)}
         part = score_part(self._spec, name, evidence, cohort.patient_index, cohort.unit)
         if all(found.value is None for found in part.metrics.values()):
             _log.warning("no metric has a value on the %s part: has the model diverged?", name)
@@ -300,7 +310,7 @@ class EarlyStopping:
     def of(cls, spec: RunSpec) -> Self:
         """Before the first round of a run."""
         e = spec.evaluation
-        lower = spec.task.METRICS[e.metric].lower_is_better
+        lower = spec.metrics[e.metric].lower_is_better
         return cls(e.metric, lower, e.patience, e.min_delta)
 
     @property

@@ -697,7 +697,7 @@ class FederatedRun:
             if self._state.stopping.best_round is not None
             else self._state.model.evaluated
         )
-        result = self._evaluator.evaluate(self._loaded(arrays))
+        result = self._evaluator.evaluate(self._loaded(arrays), pictures=True)
         self._journal.conclude(arrays, result, self._state.stopping)
         return arrays
 

@@ -70,7 +70,7 @@ class Classification(Task):
         probabilities = self._log_probabilities(outputs).exp()
         return probabilities[..., 1] if self.kind == "multilabel" else probabilities
 
-    def measured(self, outputs: Tensor, images: Tensor, targets: Tensor, first: int) -> Evidence:
+    def measured(self, outputs: Tensor, images: Tensor, targets: Tensor) -> Evidence:
         """Probabilities and labels of one batch."""
         probabilities = self.probabilities(outputs).float().cpu().numpy()
         return {"probabilities": probabilities, "labels": targets.cpu().numpy()}

@@ -135,17 +135,12 @@ class Detection(Task):
 
     # --- Evaluation ---------------------------------------------------------------------------
 
-    @torch.no_grad()
-    def evidence(self, network: nn.Module, cohort: Cohort, device: torch.device) -> Evidence:
-        """As `Task.evidence`, and pictures of images evenly spread over the cohort."""
-        kept = super().evidence(network, cohort, device)
+    def pictures(self, network: nn.Module, cohort: Cohort, device: torch.device) -> Evidence:
+        """Images evenly spread over the cohort; the boxes on them are evidence already."""
         rows = pictures.spread(len(cohort), self.spec.evaluation.gallery)
-        if not len(rows):
-            return kept
-        images = pictures.grey_levels(cohort.images(rows))
-        return dict(kept) | {"gallery_rows": rows, "gallery_images": images}
+        return {"gallery_rows": rows, "gallery_images": pictures.grey_levels(cohort.images(rows))}
 
-    def measured(self, outputs: Tensor, images: Tensor, targets: Tensor, first: int) -> Evidence:
+    def measured(self, outputs: Tensor, images: Tensor, targets: Tensor) -> Evidence:
         """The boxes of each image.
 
         Returns:

@@ -208,15 +208,19 @@ class Generation(Task):
         drawn = self.draw(network, _SYNTHETIC, torch.Generator().manual_seed(self.spec.seed))
         seen = normalise(drawn.images, self.spec.input)
         judge = _taught(seen, self._has(drawn.labels), self._loss_of_judge, self.spec.seed)
-        shown = min(self.spec.evaluation.gallery, len(cohort))
         kept = dict(super().evidence(judge.to(device), cohort, device))
-        kept |= distances(cohort, drawn.images)
-        if shown:
-            kept["gallery_samples"] = pictures.grey_levels(drawn.images[:shown].numpy())
-            kept["gallery_classes"] = self._has(drawn.labels[:shown]).numpy().astype(np.uint8)
-        return kept
+        return kept | distances(cohort, drawn.images)
 
-    def measured(self, outputs: Tensor, images: Tensor, targets: Tensor, first: int) -> Evidence:
+    def pictures(self, network: nn.Module, cohort: Cohort, device: torch.device) -> Evidence:
+        """The first of the synthetic images, with their classes."""
+        shown = min(self.spec.evaluation.gallery, len(cohort))
+        drawn = self.draw(network, shown, torch.Generator().manual_seed(self.spec.seed))
+        return {
+            "gallery_samples": pictures.grey_levels(drawn.images.numpy()),
+            "gallery_classes": self._has(drawn.labels).numpy().astype(np.uint8),
+        }
+
+    def measured(self, outputs: Tensor, images: Tensor, targets: Tensor) -> Evidence:
         """Probabilities of the judge (N, classes), labels, and whether they are numbers."""
         many = self._section.kind == "multilabel"
         probabilities = outputs.sigmoid() if many else outputs.softmax(dim=1)

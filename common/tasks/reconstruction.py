@@ -126,7 +126,7 @@ class Reconstruction(Task):
 
     @torch.no_grad()
     def evidence(self, network: nn.Module, cohort: Cohort, device: torch.device) -> Evidence:
-        """As `Task.evidence`, of noisy images where they are to be cleaned, and with pictures.
+        """As `Task.evidence`, of noisy images where they are to be cleaned.
 
         The noise of an image follows from the spec's seed and the image's number.
         """
@@ -137,14 +137,14 @@ class Reconstruction(Task):
             outputs = network(normalise(self._seen(images, int(rows[0])), self.spec.input))
             targets = torch.from_numpy(cohort.targets(rows))
             pieces.append(
-                dict(self.measured(outputs, images, targets, int(rows[0])))
+                dict(self.measured(outputs, images, targets))
                 | {"references": self._references(images, int(rows[0]), code)}
             )
         kept = {key: np.concatenate([piece[key] for piece in pieces]) for key in pieces[0]}
         kept["code"] = np.full(len(cohort), code, dtype=np.int64)
-        return kept | self._pictures(network, cohort, device)
+        return kept
 
-    def measured(self, outputs: Tensor, images: Tensor, targets: Tensor, first: int) -> Evidence:
+    def measured(self, outputs: Tensor, images: Tensor, targets: Tensor) -> Evidence:
         """Of each image, how far from it the network's is.
 
         Returns:
@@ -189,13 +189,9 @@ class Reconstruction(Task):
         own = [code] if code else []
         return own + [max(1, self._pixels // ratio) for ratio in _RATIOS]
 
-    def _pictures(
-        self, network: nn.Module, cohort: Cohort, device: torch.device
-    ) -> dict[str, NDArray[np.generic]]:
+    def pictures(self, network: nn.Module, cohort: Cohort, device: torch.device) -> Evidence:
         """Some images as they are, as they were seen, and as they came out."""
         rows = pictures.spread(len(cohort), self.spec.evaluation.gallery)
-        if not len(rows):
-            return {}
         images = torch.from_numpy(cohort.images(rows)).to(device)
         seen = torch.cat([self._seen(images[i : i + 1], int(row)) for i, row in enumerate(rows)])
         given, _ = self._split(network(normalise(seen, self.spec.input)))

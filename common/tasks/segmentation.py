@@ -66,23 +66,19 @@ class Segmentation(Task):
 
     # --- Evaluation ---------------------------------------------------------------------------
 
-    @torch.no_grad()
-    def evidence(self, network: nn.Module, cohort: Cohort, device: torch.device) -> Evidence:
-        """As `Task.evidence`, and pictures of images evenly spread over the cohort."""
-        kept = super().evidence(network, cohort, device)
+    def pictures(self, network: nn.Module, cohort: Cohort, device: torch.device) -> Evidence:
+        """Images evenly spread over the cohort, their masks and those that were found."""
         rows = pictures.spread(len(cohort), self.spec.evaluation.gallery)
-        if not len(rows):
-            return kept
         images = torch.from_numpy(cohort.images(rows)).to(device)
         found = network(normalise(images, self.spec.input)).argmax(dim=1)
-        return dict(kept) | {
+        return {
             "gallery_rows": rows,
             "gallery_images": pictures.grey_levels(images.cpu().numpy()),
             "gallery_true": cohort.targets(rows).astype(np.uint16),
             "gallery_found": found.cpu().numpy().astype(np.uint16),
         }
 
-    def measured(self, outputs: Tensor, images: Tensor, targets: Tensor, first: int) -> Evidence:
+    def measured(self, outputs: Tensor, images: Tensor, targets: Tensor) -> Evidence:
         """Of each image and class but the background, what the metrics are made of.
 
         Returns:

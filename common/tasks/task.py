@@ -124,20 +124,34 @@ class Task(ABC):
             images = torch.from_numpy(cohort.images(rows)).to(device)
             targets = torch.from_numpy(cohort.targets(rows)).to(device)
             outputs = network(normalise(images, self.spec.input))
-            first = int(rows[0])
-            pieces.append(self.measured(outputs.float(), images, targets, first))
+            pieces.append(self.measured(outputs.float(), images, targets))
         return {key: np.concatenate([piece[key] for piece in pieces]) for key in pieces[0]}
 
     @abstractmethod
-    def measured(self, outputs: Tensor, images: Tensor, targets: Tensor, first: int) -> Evidence:
+    def measured(self, outputs: Tensor, images: Tensor, targets: Tensor) -> Evidence:
         """What is kept of one batch.
 
         Args:
             outputs: the network's, float32.
             images: brightness in 0..1.
             targets: the cohort's.
-            first: the number of the first image, by which a gallery knows when it is full.
         """
+
+    def pictures(self, network: nn.Module, cohort: Cohort, device: torch.device) -> Evidence:
+        """What a gallery shows of some images of `cohort`; nothing, by default.
+
+        Asked for once, of the model that a run ends with, and only where ``evaluation.gallery``
+        is above 0; the network is in evaluation mode, and no gradient flows.
+
+        Returns:
+            Arrays whose names begin with ``gallery``, each with at most so many rows.
+        """
+        return {}
+
+    @torch.no_grad()
+    def gallery(self, network: nn.Module, cohort: Cohort, device: torch.device) -> Evidence:
+        """Everything that is kept of the images that may be shown; see `pictures`."""
+        return self.pictures(network, cohort, device)
 
     @abstractmethod
     def score(

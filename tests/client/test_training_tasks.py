@@ -67,7 +67,7 @@ class PairTask(Task):
                 parameter.add_(parameter.grad, alpha=-0.1 / self.steps)
                 parameter.grad = None
 
-    def measured(self, outputs: Tensor, images: Tensor, targets: Tensor, first: int) -> Any:
+    def measured(self, outputs: Tensor, images: Tensor, targets: Tensor) -> Any:
         raise NotImplementedError
 
     def score(self, evidence: Any, patients: Any, **_: Any) -> Any:

@@ -100,7 +100,7 @@ class Brightness(Task):
     def losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
         return (outputs[:, 0] - targets).square()
 
-    def measured(self, outputs: Tensor, images: Tensor, targets: Tensor, first: int) -> Evidence:
+    def measured(self, outputs: Tensor, images: Tensor, targets: Tensor) -> Evidence:
         return {"said": outputs[:, 0].numpy(), "true": self._true(images).numpy()}
 
     def score(

@@ -376,7 +376,7 @@ def test_a_class_that_is_nowhere_counts_in_no_mean(detection: Make):
 def test_a_network_that_gives_no_numbers_has_no_metrics(detection: Make):
     task, maps = detection(), perfect(IMAGES)
     maps[2, 0, 0, 0] = float("nan")
-    kept = task.measured(maps, torch.zeros(4, 1, HEIGHT, WIDTH), IMAGES, 0)
+    kept = task.measured(maps, torch.zeros(4, 1, HEIGHT, WIDTH), IMAGES)
     drawn = np.random.default_rng(1)
     made = task.score(kept, np.arange(4), resamples=5, generator=drawn)
     assert {estimate.value for estimate in made.values()} == {None}
@@ -414,6 +414,7 @@ def test_what_is_shown_is_where_the_boxes_are(detection: Make):
     assert task.score(kept, np.arange(4), resamples=0, generator=np.random.default_rng(1))[
         "map"
     ].value == pytest.approx(1.0)
+    kept = {**kept, **task.gallery(Knows(), cohort, torch.device("cpu"))}
     by_class, sensitivities, *charts, gallery = task.exhibits(kept, np.arange(4))
     assert isinstance(by_class, Table)
     assert isinstance(sensitivities, Table)
@@ -434,7 +435,7 @@ def test_what_is_shown_is_where_the_boxes_are(detection: Make):
     assert not drawn[0, : 3 * times - 1].any()
 
 
-def test_without_a_gallery_no_image_is_kept(detection: Make):
+def test_among_what_is_measured_is_no_image(detection: Make):
     cohort: Any = Boxed()
-    kept = detection().evidence(Knows(), cohort, torch.device("cpu"))
+    kept = detection(evaluation={"gallery": 4}).evidence(Knows(), cohort, torch.device("cpu"))
     assert set(kept) == {"found", "true", "finite"}

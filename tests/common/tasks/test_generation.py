@@ -242,10 +242,14 @@ def test_a_judge_taught_on_good_images_knows_real_ones(generation: Make, task):
         labels = torch.randint(2, (90, classes), generator=source()).float()
         labels[:, 1] = labels[:, 0]  # the painter shows the first and the last
     cohort = Images(real(labels, classes), labels)
-    evidence, figures = worth(made, Painter(8 + classes, classes), cohort)
+    painter = Painter(8 + classes, classes)
+    evidence, figures = worth(made, painter, cohort)
     auroc = figures["tstr-auroc"]
     assert auroc.value > (0.95 if classes == 2 else 0.6)
     assert auroc.low <= auroc.value <= auroc.high
+    network = pair_of(made)
+    network.generator = painter
+    evidence |= made.gallery(network, cohort, torch.device("cpu"))
     shown: Any = made.exhibits(evidence, np.arange(90))
     assert [type(each) for each in shown] == [Chart, Chart, Gallery]
     assert len(shown[-1].pictures) == len(shown[-1].captions) == 4
@@ -349,7 +353,9 @@ def test_what_does_not_fit_a_generation_is_refused(generation: Make, changes, me
         generation(**changes)
 
 
-def test_no_picture_is_kept_that_was_not_asked_for(generation: Make):
+def test_among_what_is_measured_is_no_picture(generation: Make):
     labels = torch.arange(20) % 2
-    evidence, _ = worth(generation(), Painter(10, 2), Images(real(labels, 2), labels))
+    evidence, _ = worth(
+        generation(evaluation={"gallery": 4}), Painter(10, 2), Images(real(labels, 2), labels)
+    )
     assert not [name for name in evidence if name.startswith("gallery")]

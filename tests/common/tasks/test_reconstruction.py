@@ -310,7 +310,9 @@ def test_a_report_shows_the_network_beside_what_needs_no_training(
 ):
     made = reconstruction(task=task, evaluation={"gallery": 3})
     evidence, figures = seen(made, Given(blur), drawn(images=12), np.arange(12) % 2)
-    shown = made.exhibits(evidence, np.arange(12))
+    cohort: Any = Images(drawn(images=12), np.arange(12) % 2)
+    pictures = made.gallery(Given(blur), cohort, torch.device("cpu"))
+    shown = made.exhibits({**evidence, **pictures}, np.arange(12))
     assert [type(each) for each in shown] == kinds
     gallery = shown[-1]
     assert isinstance(gallery, Gallery)
@@ -319,8 +321,8 @@ def test_a_report_shows_the_network_beside_what_needs_no_training(
         assert f"{figures['psnr'].value:.2f}" in shown[0].rows[-1][1]
 
 
-def test_no_picture_is_kept_that_was_not_asked_for(reconstruction: Make):
-    made = reconstruction()
+def test_among_what_is_measured_is_no_picture(reconstruction: Make):
+    made = reconstruction(evaluation={"gallery": 3})
     evidence, _ = seen(made, Given(blur), drawn(images=12))
     assert not [name for name in evidence if name.startswith("gallery")]
     assert not [each for each in made.exhibits(evidence, np.arange(12)) if type(each) is Gallery]

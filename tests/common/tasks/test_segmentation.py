@@ -263,9 +263,7 @@ def test_metrics_are_those_of_plain_loops_over_patients(segmentation: Make):
     true[0] = found[0]
     # One patient has nothing at all: he counts in no mean.
     found[PATIENTS == 2] = true[PATIENTS == 2] = 0
-    evidence = task.measured(
-        logits_of(found), torch.zeros(12, 1, 40, 40), torch.from_numpy(true), 0
-    )
+    evidence = task.measured(logits_of(found), torch.zeros(12, 1, 40, 40), torch.from_numpy(true))
     scores = task.score(evidence, PATIENTS, resamples=300, generator=np.random.default_rng(1))
     expected = one_patient_at_a_time(found, true, PATIENTS)
     assert set(scores) == set(expected) == set(task.spec.task.METRICS)
@@ -283,7 +281,7 @@ def test_a_volume_is_judged_whole_and_not_slice_by_slice(segmentation: Make):
     found = true.copy()
     found[1] = 0
     outputs = logits_of(found)[:, :2]
-    evidence = task.measured(outputs, torch.zeros(2, 1, 40, 40), torch.from_numpy(true), 0)
+    evidence = task.measured(outputs, torch.zeros(2, 1, 40, 40), torch.from_numpy(true))
 
     def dice(patients: list[int]) -> float | None:
         drawn = np.random.default_rng(1)
@@ -298,7 +296,7 @@ def test_a_network_that_gives_no_numbers_has_no_metrics(segmentation: Make):
     outputs = logits_of(labels(2, 5))
     outputs[1, 0, 3, 3] = float("nan")
     true = torch.from_numpy(labels(2, 6))
-    evidence = task.measured(outputs, torch.zeros(2, 1, 40, 40), true, 0)
+    evidence = task.measured(outputs, torch.zeros(2, 1, 40, 40), true)
     scores = task.score(evidence, np.array([0, 1]), resamples=5, generator=np.random.default_rng(1))
     assert {estimate.value for estimate in scores.values()} == {None}
 
@@ -339,6 +337,7 @@ def test_what_is_shown_is_what_was_found_and_is_spread_over_the_cohort(segmentat
     scores = task.score(evidence, PATIENTS, resamples=0, generator=np.random.default_rng(1))
     assert scores["dice"].value == 1
     assert scores["hausdorff95"].value == 0
+    evidence = {**evidence, **task.gallery(Answers(), cohort, torch.device("cpu"))}
     table, chart, gallery = task.exhibits(evidence, PATIENTS)
     assert isinstance(table, Table)
     assert [row[0] for row in table.rows] == CLASSES[1:]
@@ -360,6 +359,7 @@ def test_both_outlines_are_seen_where_they_differ_and_where_they_do_not(segmenta
     shown[0, 0, 10:20, 12:20] = 0.5
     cohort: Any = Masked(shown, true)
     evidence = task.evidence(Answers(), cohort, torch.device("cpu"))
+    evidence = {**evidence, **task.gallery(Answers(), cohort, torch.device("cpu"))}
     *_, gallery = task.exhibits(evidence, np.array([0]))
     assert isinstance(gallery, Gallery)
     (picture,) = gallery.pictures
@@ -373,8 +373,8 @@ def test_both_outlines_are_seen_where_they_differ_and_where_they_do_not(segmenta
     assert not (blue | orange)[:68].any()
 
 
-def test_without_a_gallery_no_image_is_kept(segmentation: Make):
-    task = segmentation(loss={"name": "dice"})
+def test_among_what_is_measured_is_no_image(segmentation: Make):
+    task = segmentation(loss={"name": "dice"}, evaluation={"gallery": 4})
     true = labels(12, 6)
     cohort: Any = Masked(true[:, None] / 2, true)
     evidence = task.evidence(Answers(), cohort, torch.device("cpu"))
