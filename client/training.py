@@ -127,13 +127,17 @@ class PatientOptimizer(DPOptimizer):  # type: ignore[misc]
             parameter.grad_sample = None
             parameter.summed_grad = torch.zeros_like(parameter)
 
-    def accumulate(self, rows: int) -> None:
+    def accumulate(self, patients: int) -> None:
         """Clip the per-patient gradients of one physical batch and add them to the sum.
 
-        The per-row gradients lie patient by patient, `rows` of each, and already carry the
-        factor of the mean over a patient's copies.
+        The per-row gradients lie patient by patient, and already carry the factor of the mean
+        over a patient's copies. How many rows a patient has is each layer's own: one that sees
+        the images of a study has more than one that sees what they were pooled to.
+
+        Raises:
+            ModelError: if a layer has not as many rows of each patient.
         """
-        gradients = [self._by_patient(parameter, rows) for parameter in self.params]
+        gradients = [self._by_patient(parameter, patients) for parameter in self.params]
         norms = _norms(gradients)
         finite = norms <= _LARGEST_NORM  # false of NaN
         if not finite.all():
@@ -162,11 +166,17 @@ class PatientOptimizer(DPOptimizer):  # type: ignore[misc]
             parameter.grad /= self.expected_batch_size
 
     @staticmethod
-    def _by_patient(parameter: nn.Parameter, rows: int) -> Tensor:
+    def _by_patient(parameter: nn.Parameter, patients: int) -> Tensor:
         samples: Tensor = parameter.grad_sample.float()  # type: ignore[attr-defined]
+        rows, left_over = divmod(len(samples), patients)
+        if left_over or not rows:
+            raise ModelError(
+                f"a layer of shape {tuple(parameter.shape)} saw {len(samples)} rows of {patients} "
+                "patients; expected as many rows of each, or no patient's gradient can be told"
+            )
         if rows == 1:
             return samples
-        return samples.view(-1, rows, *samples.shape[1:]).sum(dim=1)
+        return samples.view(patients, rows, *samples.shape[1:]).sum(dim=1)
 
 
 class LocalTrainer:
@@ -277,7 +287,7 @@ class LocalTrainer:
             total = loss.sum() if private else loss.sum() / self._spec.local.batch_size
             _backward(total)
             if private:
-                optimizer.accumulate(of_each)
+                optimizer.accumulate(len(part))
             losses.append(loss.detach().cpu())
         if private:
             optimizer.add_noise()

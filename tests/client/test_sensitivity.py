@@ -250,7 +250,7 @@ def clipped_alone(gradients: Tensor, clip_norm: float) -> Tensor:
     )
     optimizer.begin()
     parameter.grad_sample = gradients[:1]  # type: ignore[attr-defined]
-    optimizer.accumulate(rows=1)
+    optimizer.accumulate(patients=1)
     return parameter.summed_grad  # type: ignore[attr-defined,no-any-return]
 
 
@@ -402,16 +402,16 @@ def test_a_network_that_mixes_patients_is_found(make_bench, monkeypatch):
 class ClippedByImage(PatientOptimizer):
     """The image as unit where the patient was promised."""
 
-    def accumulate(self, rows: int) -> None:
-        super().accumulate(rows=1)
+    def accumulate(self, patients: int) -> None:
+        super().accumulate(len(self.params[0].grad_sample))
 
 
 class ClippedByLayer(PatientOptimizer):
     """Each parameter's gradient clipped to C by itself."""
 
-    def accumulate(self, copies: int) -> None:
+    def accumulate(self, patients: int) -> None:
         for parameter in self.params:
-            samples = self._by_patient(parameter, copies)
+            samples = self._by_patient(parameter, patients)
             norms = samples.flatten(1).norm(dim=1)
             factor = (self.max_grad_norm / norms).clamp(max=1.0)
             parameter.summed_grad += (factor @ samples.flatten(1)).view_as(parameter)
@@ -419,9 +419,9 @@ class ClippedByLayer(PatientOptimizer):
 
 
 class Unclipped(PatientOptimizer):
-    def accumulate(self, copies: int) -> None:
+    def accumulate(self, patients: int) -> None:
         for parameter in self.params:
-            parameter.summed_grad += self._by_patient(parameter, copies).sum(dim=0)
+            parameter.summed_grad += self._by_patient(parameter, patients).sum(dim=0)
             parameter.grad_sample = None
 
 
