@@ -31,16 +31,17 @@ from typing import Annotated, Any, BinaryIO, Literal, Self, TypeVar
 
 import numpy as np
 import torch
-from pydantic import AwareDatetime, Field, ValidationError, model_validator
+from pydantic import AwareDatetime, Field, ValidationError
 from safetensors import SafetensorError
 from safetensors.numpy import load
 from torch import nn
 
 from common import certificates, models
+from common.calibration import Calibration
 from common.certificates import BACKDATED, Certificate, Use, fingerprint, name_of, shown
 from common.clock import Clock
 from common.errors import IdentityError, PackageError, SpecError
-from common.spec import Count, Positive, RunSpec, Section
+from common.spec import RunSpec, Section
 
 MANIFEST, SIGNATURE = "manifest.json", "manifest.sig"
 SPEC, MODEL = "spec.json", "model.safetensors"
@@ -58,34 +59,6 @@ _CHUNK = 2**20
 _PART = r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}"
 _Hash = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Kind = Literal["package", "onnx", "monai"]
-
-
-class Calibration(Section):
-    """How a network's logits become probabilities that can be taken at their word.
-
-    A logit of output k becomes ``scales[k] · logit + shifts[k]``. ``temperature``: one scale for
-    all outputs, without shifts (Guo et al. 2017, arXiv:1706.04599). ``platt``: each output has its
-    own scale and shift (Platt 1999). Fitted on the validation part of the coordinator's own cohort.
-
-    Attributes:
-        outputs: what the network gives, in its order: the classes; of a binary task the positive.
-        patients: on how many it was fitted.
-    """
-
-    format: Literal["cloister calibration 1"] = "cloister calibration 1"
-    method: Literal["temperature", "platt"]
-    outputs: Annotated[tuple[str, ...], Field(min_length=1)]
-    scales: tuple[Positive, ...]
-    shifts: tuple[float, ...]
-    patients: Count
-
-    @model_validator(mode="after")
-    def _one_an_output(self) -> Self:
-        if not len(self.outputs) == len(self.scales) == len(self.shifts):
-            raise ValueError("expected one scale and one shift for each of outputs")
-        if self.method == "temperature" and (len(set(self.scales)) > 1 or any(self.shifts)):
-            raise ValueError("a temperature is one scale for all outputs, and no shift")
-        return self
 
 
 class Entry(Section):
@@ -202,7 +175,7 @@ class Package:
         card = there.card() if checked or _is_there(path / CARD) else {}
         _check_card(path, card, spec, sha256)
         signer = checked.signer if checked else None
-        return cls(path, spec, MappingProxyType(card), sha256, there.calibration(), signer)
+        return cls(path, spec, MappingProxyType(card), sha256, there.calibration(spec), signer)
 
     def network(self) -> nn.Module:
         """The network with its weights, in evaluation mode, on the CPU.
@@ -219,7 +192,9 @@ class Package:
             weights = load(content)
         except (SafetensorError, LookupError, TypeError, ValueError) as error:
             raise PackageError(f"{path}: no safetensors file ({error}); copy it anew") from None
-        expected = {name: (shape, np.dtype("f4")) for name, shape in models.shapes(self.spec).items()}
+        expected = {
+            name: (shape, np.dtype("f4")) for name, shape in models.shapes(self.spec).items()
+        }
         if {name: (array.shape, array.dtype) for name, array in weights.items()} != expected:
             raise PackageError(
                 f"{path}: its weights are not those of {self.spec.model.name}; the folder holds "
@@ -419,10 +394,14 @@ class _Reader:
             raise PackageError(f"{source}: expected a model card, a JSON object")
         return card
 
-    def calibration(self) -> Calibration | None:
-        if not _is_there(self.path / CALIBRATION):
+    def calibration(self, spec: RunSpec) -> Calibration | None:
+        source = self.path / CALIBRATION
+        if not _is_there(source):
             return None
-        return _parsed(Calibration, self.text(CALIBRATION), self.path / CALIBRATION)
+        found = _parsed(Calibration, self.text(CALIBRATION), source)
+        if problem := found.problem_with(spec):
+            raise PackageError(f"{source}: {problem}; copy the package anew")
+        return found
 
 
 def _check_card(path: Path, card: Mapping[str, Any], spec: RunSpec, model_sha256: str) -> None:
