@@ -62,6 +62,7 @@ def describe(record: RunRecord) -> dict[str, Any]:
         "spec_sha256": record.spec.digest,
         "model": _model(record),
         "intended_use": wording.INTENDED_USE,
+        "intended_inputs": wording.intended_inputs(record.spec),
         "not_for_clinical_use": wording.NOT_FOR_CLINICAL_USE,
         "data": _data(record),
         "training": _training(record),
@@ -149,6 +150,7 @@ def to_markdown(card: Mapping[str, Any]) -> str:
     sections = (
         _opening(card),
         _section("Intended use", [_safe(card["intended_use"])]),
+        _section("Intended inputs", [_safe(card["intended_inputs"])]),
         _section("Data", _data_lines(card["data"])),
         _section("Training", _training_lines(card)),
         _section("Privacy", _privacy_lines(card["privacy"])),

@@ -72,6 +72,7 @@ def render(record: RunRecord) -> str:
         claim=wording.claim(record),
         timing=wording.timing(record),
         not_for_clinical_use=wording.NOT_FOR_CLINICAL_USE,
+        intended_inputs=wording.intended_inputs(record.spec),
         counted=words.counted,
         task=words.task(record.spec.task),
         headline=_headline(record),

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from common.spec import Metric, Task
+from common.spec import Metric, RunSpec, Task
 from common.tasks import words
 from common.tasks.estimates import Estimate
 from server.record import RunRecord, Spend
@@ -219,6 +219,23 @@ def limitations(record: RunRecord) -> tuple[str, ...]:
         *record.spec.task.CAVEATS,
         "Intervals show the chance of the sample of patients, not of training.",
     )
+
+
+def intended_inputs(spec: RunSpec) -> str:
+    """For which images the operator has declared the model, in a sentence."""
+    use = spec.use
+    said = []
+    if use.modalities:
+        said.append(f"modality {listed(use.modalities)}")
+    if use.body_parts:
+        said.append(f"body part {listed(use.body_parts)}")
+    if use.smallest_side is not None:
+        said.append(f"no side below {use.smallest_side} pixels")
+    if use.largest_side is not None:
+        said.append(f"no side above {use.largest_side} pixels")
+    if not said:
+        return "The operator has not declared for which images it is meant."
+    return f"Images as the operator has declared: {'; '.join(said)}."
 
 
 def _unit_sentence(unit: str) -> tuple[str, ...]:

@@ -6,6 +6,7 @@ import copy
 import json
 import math
 import pickle
+import re
 import subprocess
 import sys
 from contextlib import suppress
@@ -318,6 +319,30 @@ def test_an_option_that_came_later_leaves_the_digest_of_those_who_do_not_use_it(
     assert "gallery" not in plain.canonical_json
     assert shown.digest != plain.digest
     assert RunSpec.from_json(shown.canonical_json).evaluation.gallery == 8
+
+
+def test_what_a_model_is_meant_for_is_declared_and_else_leaves_the_digest():
+    plain = read(RUN)
+    assert read(RUN + "\n[use]\nmodalities = []\n").digest == plain.digest
+    assert "use" not in json.loads(plain.canonical_json)
+    declared = read(RUN + '\n[use]\nmodalities = ["CR"]\nbody_parts = ["CHEST"]\n')
+    assert declared.digest != plain.digest
+    assert RunSpec.from_json(declared.canonical_json).use.body_parts == ("CHEST",)
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ('modalities = ["cr"]', "use.modalities.0 = 'cr'"),
+        ('body_parts = ["' + "A" * 17 + '"]', "use.body_parts.0"),
+        ("smallest_side = 0", "use.smallest_side = 0"),
+        ("smallest_side = 9\nlargest_side = 8", "smallest_side = 9 is above largest_side = 8"),
+        ("modality = 1", "unknown key"),
+    ],
+)
+def test_a_declaration_of_use_that_cannot_be_is_refused(line: str, said: str):
+    with pytest.raises(SpecError, match=re.escape(said)):
+        read(f"{RUN}\n[use]\n{line}\n")
 
 
 @pytest.mark.parametrize("name", [None, *TASKS_OF_THE_HOUSE])

@@ -66,6 +66,17 @@ def test_both_forms_say_of_each_site_whether_its_replies_were_paced(build_run, p
     assert f"- {free}" in text
 
 
+def test_the_card_says_for_which_images_the_model_is_meant(build_run):
+    directory = build_run(rounds=2)
+    said = "The operator has not declared for which images it is meant."
+    assert json.loads(write_card(directory).json.read_text())["intended_inputs"] == said
+    use = {"modalities": ["CR", "DX"], "body_parts": ["CHEST"], "smallest_side": 512}
+    spec = json.loads((directory / "spec.json").read_text()) | {"use": use}
+    (directory / "spec.json").write_text(RunSpec.from_json(json.dumps(spec)).canonical_json)
+    text = write_card(directory).markdown.read_text()
+    assert "modality CR and DX; body part CHEST; no side below 512 pixels." in text
+
+
 def test_a_run_that_protects_has_no_warning(build_run):
     files = write_card(build_run(protection="protected", rounds=2))
     card = json.loads(files.json.read_text())
