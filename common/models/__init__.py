@@ -50,17 +50,20 @@ class Network(NamedTuple):
 
 
 NETWORKS = {
+    "alexnet": Network("common.models.alexnet:alexnet", smallest_side=16, takes_width=True),
     "autoencoder": Network("common.models.autoencoder:autoencoder", 16, True, "image"),
     "centernet": Network("common.models.centernet:centernet", 32, True, "boxes"),
     "compact-cnn": Network("common.models.cnn:compact_cnn", smallest_side=16, takes_width=True),
     "dcgan": Network("common.models.gan:dcgan", 16, True, "pair"),
     "densenet121": Network("common.models.monai:densenet121", smallest_side=32),
+    "efficientnet-b0": Network("common.models.monai:efficientnet_b0", smallest_side=16),
     "pooled-cnn": Network("common.models.cnn:pooled_cnn", smallest_side=16, takes_width=True),
     "reference-cnn": Network("common.models.cnn:reference_cnn", smallest_side=46),
     "resnet18": Network("common.models.monai:resnet18", smallest_side=16),
     "small-cnn": Network("common.models.cnn:small_cnn", smallest_side=16, takes_width=True),
     "unet": Network("common.models.unet:unet", 32, True, "map"),
     "vae": Network("common.models.autoencoder:vae", 16, True, "image"),
+    "vit": Network("common.models.vit:vit", smallest_side=16, takes_width=True),
 }
 
 

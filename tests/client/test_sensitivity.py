@@ -37,7 +37,7 @@ TOLERANCE = 1e-5  # of C, for float32
 # it costs depends on how a kernel adds for that size of batch; the guarantee is for real numbers.
 EDGES = 2e-3
 
-HEAVY = ("resnet18", "densenet121")
+HEAVY = ("resnet18", "densenet121", "efficientnet-b0")
 LIGHT = tuple(name for name in models.names("vector") if name not in HEAVY)
 LOSSES = ("cross-entropy", "mse", "focal")
 LOADED = {"class_weights": [0.5, 3.0], "label_smoothing": 0.1}
@@ -331,6 +331,7 @@ def one_patient_at_a_time(bench: Bench, inputs: Tensor, labels: NDArray[Any]) ->
         *((name, "binary", 3) for name in LIGHT if name != "small-cnn"),
         ("resnet18", "binary", 1),
         ("densenet121", "binary", 3),
+        ("efficientnet-b0", "multiclass", 3),
     ],
 )
 def test_the_sum_is_that_of_patients_taken_one_at_a_time(make_bench, model, kind, copies):

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from opacus import GradSampleModule
 from torch import nn
 
 from common import models
@@ -34,15 +35,26 @@ SIZES = [
     ("resnet18", (3, 64, 80)),
     ("densenet121", (1, 32, 32)),
     ("densenet121", (3, 64, 48)),
+    ("alexnet", (1, 28, 28)),
+    ("alexnet", (3, 64, 90)),
+    ("efficientnet-b0", (1, 16, 40)),
+    ("efficientnet-b0", (3, 64, 80)),
+    ("vit", (1, 28, 28)),
+    ("vit", (3, 70, 66)),
+    ("vit", (1, 130, 128)),
 ]
 SMALLEST = {
+    "alexnet": 16,
     "compact-cnn": 16,
     "densenet121": 32,
+    "efficientnet-b0": 16,
     "pooled-cnn": 16,
     "reference-cnn": 46,
     "resnet18": 16,
     "small-cnn": 16,
+    "vit": 16,
 }
+WITH_WIDTH = ("alexnet", "compact-cnn", "pooled-cnn", "small-cnn", "vit")
 
 
 def make_spec(
@@ -124,6 +136,29 @@ def test_reference_cnn_has_the_published_number_of_parameters():
     assert sum(parameter.numel() for parameter in model.parameters()) == 3_453_121
 
 
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [("alexnet", (1, 70, 66)), ("efficientnet-b0", (1, 64, 70)), ("vit", (3, 66, 75))],
+    ids=str,
+)
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing")
+def test_the_hooks_give_each_image_its_own_gradient(name, shape):
+    """Against plain autograd, one image at a time, at sizes that the tests of sums do not have."""
+    width = {"width": 6} if name in WITH_WIDTH else {}
+    spec, batch = make_spec(name, shape, task=FOUR, model=width), images(2, shape)
+    hooked = GradSampleModule(models.build(spec), loss_reduction="sum", strict=True)
+    hooked(batch).square().mean(dim=1).sum().backward()
+    alone = models.build(spec)
+    named = dict(alone.named_parameters())
+    found = {key: p.grad_sample for key, p in hooked._module.named_parameters()}
+    assert set(found) == set(named)
+    for number, image in enumerate(batch):
+        slopes = torch.autograd.grad(alone(image[None]).square().mean(), list(named.values()))
+        assert any(slope.abs().max() > 1e-3 for slope in slopes)
+        for key, slope in zip(named, slopes, strict=True):
+            assert torch.allclose(found[key][number], slope, rtol=1e-3, atol=1e-5), key
+
+
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 @pytest.mark.parametrize("name", models.names("vector"))
 def test_an_image_is_seen_by_its_own_output_alone_in_training(name, dropout):
@@ -151,17 +186,16 @@ def test_dropout_leaves_the_names_of_the_weights(name):
     assert list(plain) == list(dropped)
 
 
-def test_width_scales_the_small_cnn():
+@pytest.mark.parametrize("name", ["small-cnn", "alexnet", "vit"])
+def test_width_scales_a_network(name):
     def count(**options: Any) -> int:
-        built = models.build(make_spec("small-cnn", model=options))
+        built = models.build(make_spec(name, model=options))
         return sum(parameter.numel() for parameter in built.parameters())
 
-    assert count(width=4) < count(width=6) < count() < count(width=64)
+    assert count(width=4) < count(width=6) < count(width=7) < count() <= count(width=64)
 
 
-@pytest.mark.parametrize(
-    "name", sorted(set(models.names("vector")) - {"compact-cnn", "pooled-cnn", "small-cnn"})
-)
+@pytest.mark.parametrize("name", sorted(set(models.names("vector")) - set(WITH_WIDTH)))
 def test_width_is_refused_where_it_means_nothing(name):
     with pytest.raises(ModelError, match=r"model\.width = 16"):
         models.build(make_spec(name, model={"width": 16}))
