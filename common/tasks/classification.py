@@ -18,6 +18,7 @@ from torch.nn import functional
 from common import task_sections
 from common.errors import ModelError
 from common.spec import Loss, RunSpec
+from common.tasks.answers import Answer
 from common.tasks.classification_exhibits import exhibits
 from common.tasks.estimates import Estimate
 from common.tasks.exhibits import Exhibit
@@ -74,6 +75,15 @@ class Classification(Task):
         """Probabilities and labels of one batch."""
         probabilities = self.probabilities(outputs).float().cpu().numpy()
         return {"probabilities": probabilities, "labels": targets.cpu().numpy()}
+
+    def without_answers(self) -> str:
+        """Nothing: every image has its probabilities."""
+        return ""
+
+    def answers(self, outputs: Tensor, images: Tensor) -> Sequence[Answer]:
+        """The probabilities of each image."""
+        probabilities = self.probabilities(outputs).cpu().numpy()
+        return [Answer(bool(np.isfinite(row).all()), row) for row in probabilities]
 
     def score(
         self,

@@ -33,6 +33,7 @@ from common.errors import ModelError
 from common.models.centernet import GEOMETRY, STRIDE
 from common.task_sections import Detection as Section
 from common.tasks import pictures, words
+from common.tasks.answers import Answer
 from common.tasks.augment import Motion, moved_boxes
 from common.tasks.estimates import Estimate, Floats, estimates, ratio
 from common.tasks.exhibits import Chart, Exhibit, Gallery, Line, Table
@@ -152,6 +153,18 @@ class Detection(Task):
             "true": targets.cpu().numpy(),
             "finite": outputs.flatten(1).isfinite().all(dim=1).cpu().numpy(),
         }
+
+    def without_answers(self) -> str:
+        """Nothing: every image has its boxes, or none."""
+        return ""
+
+    def answers(self, outputs: Tensor, images: Tensor) -> Sequence[Answer]:
+        """The boxes of each image with a certainty above the threshold."""
+        finite = outputs.flatten(1).isfinite().all(dim=1).tolist()
+        certain = self.spec.evaluation.threshold
+        found = self.found(outputs).cpu().numpy()
+        kept = [rows[(rows[:, 4] >= 0) & (rows[:, 5] > certain)] for rows in found]
+        return [Answer(ok, boxes=boxes) for ok, boxes in zip(finite, kept, strict=True)]
 
     def score(
         self,

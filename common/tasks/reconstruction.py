@@ -33,6 +33,7 @@ from common.errors import ModelError
 from common.spec import RunSpec
 from common.task_sections import Reconstruction as Section
 from common.tasks import pictures, words
+from common.tasks.answers import Answer
 from common.tasks.curves import Column, roc
 from common.tasks.estimates import Estimate, Floats, estimates, means
 from common.tasks.exhibits import Chart, Exhibit, Gallery, Line, Table
@@ -200,6 +201,17 @@ class Reconstruction(Task):
             f"gallery_{name}": pictures.grey_levels(value.cpu().numpy())
             for name, value in levels.items()
         }
+
+    def without_answers(self) -> str:
+        """Why such a model says nothing of an image: it gives one back, unless it scores it."""
+        goal = self._section.goal
+        return "" if goal == "anomaly" else f"its goal is {goal!r}: it gives images, no answers"
+
+    def answers(self, outputs: Tensor, images: Tensor) -> Sequence[Answer]:
+        """The anomaly score of each image."""
+        errors, _ = compare(self._split(outputs)[0], images)
+        finite = outputs.flatten(1).isfinite().all(dim=1).tolist()
+        return [Answer(ok, anomaly=e) for ok, e in zip(finite, errors.tolist(), strict=True)]
 
     def score(
         self,

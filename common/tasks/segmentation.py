@@ -31,6 +31,7 @@ from common.cohort import Cohort
 from common.errors import ModelError
 from common.spec import Loss
 from common.tasks import pictures, words
+from common.tasks.answers import Answer
 from common.tasks.augment import Motion, moved_masks
 from common.tasks.estimates import Estimate, Floats, estimates, means, ratio
 from common.tasks.exhibits import Chart, Exhibit, Gallery, Line, Table
@@ -98,6 +99,16 @@ class Segmentation(Task):
             "hausdorff95": distances.reshape(pixels.shape[:2]),
             "finite": outputs.flatten(1).isfinite().all(dim=1).cpu().numpy(),
         }
+
+    def without_answers(self) -> str:
+        """Why such a model says nothing of single images."""
+        return "" if self.spec.input.depth is None else "it takes volumes, and no single images"
+
+    def answers(self, outputs: Tensor, images: Tensor) -> Sequence[Answer]:
+        """The mask of each image."""
+        finite = outputs.flatten(1).isfinite().all(dim=1).tolist()
+        masks = outputs.argmax(dim=1).cpu().numpy().astype(np.uint16)
+        return [Answer(ok, mask=mask) for ok, mask in zip(finite, masks, strict=True)]
 
     def score(
         self,

@@ -24,7 +24,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from common.cohort import Cohort
+from common.errors import ModelError
 from common.spec import RunSpec
+from common.tasks.answers import Answer
 from common.tasks.augment import Motion
 from common.tasks.estimates import Estimate
 from common.tasks.exhibits import Exhibit
@@ -152,6 +154,24 @@ class Task(ABC):
     def gallery(self, network: nn.Module, cohort: Cohort, device: torch.device) -> Evidence:
         """Everything that is kept of the images that may be shown; see `pictures`."""
         return self.pictures(network, cohort, device)
+
+    # --- Use --------------------------------------------------------------------------------
+
+    def without_answers(self) -> str:
+        """Why such a model says nothing of single new images; empty if it does."""
+        return f"a model of {self.spec.task.name} says nothing of single images"
+
+    def answers(self, outputs: Tensor, images: Tensor) -> Sequence[Answer]:
+        """What a network says of new images, one answer an image.
+
+        Args:
+            outputs: the network's, float32.
+            images: (B, channels, height, width) brightness in 0..1.
+
+        Raises:
+            ModelError: if such a model has no answers; see `without_answers`.
+        """
+        raise ModelError(self.without_answers())
 
     @abstractmethod
     def score(
