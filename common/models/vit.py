@@ -86,7 +86,7 @@ class VisionTransformer(nn.Module):
         """(B, C, H, W) to (B, outputs)."""
         squares = self.squares(self.fill(images)).flatten(2).transpose(1, 2)
         numbers = torch.arange(squares.shape[1] + 1, device=images.device)
-        positions = self.positions(numbers.expand(len(images), -1))
+        positions = self.positions(numbers.expand(images.shape[0], -1))
         places = positions + functional.pad(squares, (0, 0, 1, 0))
         first = self.norm(self.blocks(places)[:, 0])
         return self.output(self.dropout(first))  # type: ignore[no-any-return]

@@ -76,6 +76,10 @@ class Classification(Task):
         probabilities = self.probabilities(outputs).float().cpu().numpy()
         return {"probabilities": probabilities, "labels": targets.cpu().numpy()}
 
+    def served(self, outputs: Tensor) -> Mapping[str, Tensor]:
+        """Logits, and (B, classes) probabilities."""
+        return {"logits": outputs, "probabilities": self.probabilities(outputs)}
+
     def without_answers(self) -> str:
         """Nothing: every image has its probabilities."""
         return ""

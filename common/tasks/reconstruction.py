@@ -202,6 +202,10 @@ class Reconstruction(Task):
             for name, value in levels.items()
         }
 
+    def served(self, outputs: Tensor) -> Mapping[str, Tensor]:
+        """The images in brightness, not cut to 0..1."""
+        return {"image": self._split(outputs)[0]}
+
     def without_answers(self) -> str:
         """Why such a model says nothing of an image: it gives one back, unless it scores it."""
         goal = self._section.goal

@@ -100,6 +100,10 @@ class Segmentation(Task):
             "finite": outputs.flatten(1).isfinite().all(dim=1).cpu().numpy(),
         }
 
+    def served(self, outputs: Tensor) -> Mapping[str, Tensor]:
+        """Probabilities of every pixel's classes, of the shape of the logits."""
+        return {"probabilities": functional.softmax(outputs, dim=1)}
+
     def without_answers(self) -> str:
         """Why such a model says nothing of single images."""
         return "" if self.spec.input.depth is None else "it takes volumes, and no single images"

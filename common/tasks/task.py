@@ -157,6 +157,16 @@ class Task(ABC):
 
     # --- Use --------------------------------------------------------------------------------
 
+    def served(self, outputs: Tensor) -> Mapping[str, Tensor]:
+        """What a model that is exported gives to other programs, by name; the last is what counts.
+
+        Made by torch's operations alone, for B images of any B: an export records them.
+
+        Args:
+            outputs: the network's, float32.
+        """
+        return {"outputs": outputs}
+
     def without_answers(self) -> str:
         """Why such a model says nothing of single new images; empty if it does."""
         return f"a model of {self.spec.task.name} says nothing of single images"
