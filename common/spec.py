@@ -44,12 +44,18 @@ CodeString = Annotated[str, Field(pattern=r"^[A-Z0-9_][A-Z0-9_ ]{0,15}$")]  # DI
 _LONGEST_SHOWN, _MOST_ERRORS = 120, 20
 
 Direction = Literal["sagittal", "coronal", "axial"]
+AFTER_INTAKE = ("normalize", "mean", "std", "patch", "images")
+"""Keys of `Input` that say nothing of how a cohort is made: one serves whatever they are."""
 MOST_VOXELS = 2**28
 """Of one volume: 1 GiB of float32."""
 
 
 def _is_none(value: object) -> bool:
     return value is None
+
+
+def _is_one(number: int) -> bool:
+    return number == 1
 
 
 def _by(sides: tuple[int, ...]) -> str:
@@ -97,6 +103,7 @@ class Task(Section):
         VIEWS: how many rows of a batch one image becomes in training.
         COUNTED: whether a site can release it as noised counts (``evaluation.federated``).
         VOLUMES: whether it takes volumes (``input.depth``).
+        STUDIES: whether it takes several images of a study at once (``input.images``).
         name: by which the registry (`common.tasks.TASKS`) finds the class of the table.
         kind: what target a cohort must have for each image: a label of a ``binary``,
             ``multiclass`` or ``multilabel`` task, a ``mask``, ``boxes``, or ``none``.
@@ -113,6 +120,7 @@ class Task(Section):
     VIEWS: ClassVar[int] = 1
     COUNTED: ClassVar[bool] = False
     VOLUMES: ClassVar[bool] = False
+    STUDIES: ClassVar[bool] = False
 
     name: str
     kind: str
@@ -173,6 +181,16 @@ class Task(Section):
                 f"evaluation.metric = {_shown(chosen)}: expected one of {', '.join(known)} for a "
                 f"task of {self.name}"
             )
+        if spec.input.images > 1 and not self.STUDIES:
+            raise ValueError(
+                f"input.images = {spec.input.images}: {self.name} takes one image at a time; leave "
+                "it out"
+            )
+        if spec.input.images > 1 and spec.privacy.unit == "image":
+            raise ValueError(
+                f"input.images = {spec.input.images}: the images of a study are one patient's, and "
+                "privacy.unit = 'image' protects one image; write 'patient'"
+            )
         if spec.input.depth is not None and not self.VOLUMES:
             raise ValueError(
                 f"input.depth = {spec.input.depth}: {self.name} takes images, no volumes; leave "
@@ -201,7 +219,8 @@ class Input(Section):
     the range of its values; ``range`` is the range of the image's values; ``percentile`` is its
     1st to 99th percentile. ``normalize``: ``literal`` is (x - mean) / std with the numbers given
     here (x in 0..1), ``image`` uses each image's own mean and deviation. ``frames``: which frame
-    of a multi-frame file.
+    of a multi-frame file. ``images``: how many images of a study go into one decision; 1: each
+    image for itself.
 
     With ``depth`` an image is a volume on the grid depth x height x width, whose voxels are
     ``spacing`` millimetres apart (of slices, rows, columns); it is resampled to that, never
@@ -227,6 +246,7 @@ class Input(Section):
     spacing: tuple[Positive, Positive, Positive] | None = Field(None, exclude_if=_is_none)
     direction: Direction | None = Field(None, exclude_if=_is_none)
     patch: tuple[Count, Count, Count] | None = Field(None, exclude_if=_is_none)
+    images: int = Field(1, ge=1, le=64, exclude_if=_is_one)
 
     @model_validator(mode="after")
     def _one_number_a_channel(self) -> Self:
@@ -285,7 +305,7 @@ class Input(Section):
     @property
     def preprocessing_digest(self) -> str:
         """SHA-256 of what intake does to an image; a cohort made otherwise does not fit the run."""
-        kept = self.model_dump(mode="json", exclude={"normalize", "mean", "std", "patch"})
+        kept = self.model_dump(mode="json", exclude=set(AFTER_INTAKE))
         return hashlib.sha256(_canonical(kept)).hexdigest()
 
 

@@ -59,6 +59,7 @@ class Classification(_Labels):
     )
     NETWORK: ClassVar[str] = "vector"
     COUNTED: ClassVar[bool] = True
+    STUDIES: ClassVar[bool] = True
 
     name: Literal["classification"] = "classification"
 
