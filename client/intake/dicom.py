@@ -180,7 +180,7 @@ class FileReader:
                 return replace(found, put_aside=True)
             clean = self.deidentify(file.header, task.decision)
             geometry = file.geometry(self.limits)
-            frames = self._frames(geometry)
+            frames = frames_of(geometry, self.settings, self.limits)
             decode = FrameDecoder(file, element, geometry)
             kept = self._judged(clean, entry, frames, decode, found)
             if kept.images and found.names_patient and self.registry is not None:
@@ -257,24 +257,29 @@ class FileReader:
             raise IntakeError(f"{NO_LABEL}: its {self.labels.key} is not in the label table")
         return self.labels.entries[key]
 
-    def _frames(self, geometry: Geometry) -> range:
-        """Which frames the spec's rule takes."""
-        count, rule = geometry.frames, self.settings.frames
-        if count > 1 and rule == "refuse":
-            raise IntakeError(
-                f"it has {counted(count)} frames and input.frames = 'refuse'; 'first', 'middle' or "
-                "'all' in the run's spec would take it"
-            )
-        if rule != "all":
-            first = count // 2 if rule == "middle" else 0
-            return range(first, first + 1)
-        each = math.prod(self.settings.shape) * PIXEL.itemsize
-        if count * each > self.limits.stored_bytes:
-            raise IntakeError(
-                f"{counted(count)} frames would take {each} bytes each in the cohort; at most "
-                f"{self.limits.stored_bytes} of one file: use frames = 'first' or 'middle'"
-            )
-        return range(count)
+
+def frames_of(geometry: Geometry, settings: Input, limits: Limits) -> range:
+    """Which frames of an object the spec's rule takes.
+
+    Raises:
+        IntakeError: if it takes none of such an object, or they are too many.
+    """
+    count, rule = geometry.frames, settings.frames
+    if count > 1 and rule == "refuse":
+        raise IntakeError(
+            f"it has {counted(count)} frames and input.frames = 'refuse'; 'first', 'middle' or "
+            "'all' in the run's spec would take it"
+        )
+    if rule != "all":
+        first = count // 2 if rule == "middle" else 0
+        return range(first, first + 1)
+    each = math.prod(settings.shape) * PIXEL.itemsize
+    if count * each > limits.stored_bytes:
+        raise IntakeError(
+            f"{counted(count)} frames would take {each} bytes each in the cohort; at most "
+            f"{limits.stored_bytes} of one file: use frames = 'first' or 'middle'"
+        )
+    return range(count)
 
 
 def spread(frames: int) -> range:

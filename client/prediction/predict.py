@@ -1,0 +1,379 @@
+"""A trained model on new studies: what they are, what it says of each image, what is written.
+
+    look      every object says what it is; what the model is not meant for is refused by name
+    read      the rest is decoded study by study over all cores, as the intake does it
+    answer    batch by batch, in that order; rows go to the disk as they come
+    finish    the folder takes its name
+
+A refused object costs itself and no other. Memory holds what objects there are, and the images
+and answers of one study.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+from client.intake.deid.engine import Engine
+from client.intake.deid.profile import Profile
+from client.intake.deid.seam import CohortDeidentifier
+from client.intake.items import Item, listed
+from client.intake.keys import SiteKey
+from client.intake.pool import Bounds, Pool, WorkerLostError
+from client.intake.source import NotUsed
+from client.prediction.answering import Answered, Model
+from client.prediction.output import FORMAT, Results, check_target
+from client.prediction.reading import Look, Looked, Named, Prepare, Prepared, StudyReader
+from client.prediction.rows import HOW, Row, Rows, Seen, Study
+from common.errors import PackageError
+from common.package import Package
+from common.spec import Input
+
+Question = Look | Prepare
+Reply = Looked | Prepared
+Progress = Callable[[str, int, int], None]
+"""Told what is being done, how much of it is done, and of how much."""
+
+COPY = "a copy of another object, byte for byte, which is answered"
+AMBIGUOUS = "other bytes have the same SOP Instance UID: one of them has a wrong one"
+NOT_NUMBERS = "the network's outputs are not numbers"
+NO_CARD = (
+    "Not for clinical use. The model came without a card: for what it was made, and how well it "
+    "does, is not said."
+)
+IDENTITIES = (
+    "True identifiers of patients. This folder is readable by its owner alone and must stay "
+    "within the hospital."
+)
+
+
+class Mapper(Protocol):
+    """Reads objects, however many at a time: a `Pool`."""
+
+    def map(self, tasks: Iterable[Question]) -> Iterator[Reply | WorkerLostError]:
+        """What became of each, in the order of the tasks."""
+
+
+Workers = Callable[[StudyReader, int, Bounds], AbstractContextManager[Mapper]]
+
+
+class Told(NamedTuple):
+    """One image that was answered, without its pixels."""
+
+    seen: Seen
+    answered: Answered
+    row: Row
+
+
+class Addition(Protocol):
+    """Something more that is made of a study, such as a structured report."""
+
+    def of_study(
+        self, items: Mapping[str, Item], images: Sequence[Told]
+    ) -> Iterator[tuple[str, bytes]]:
+        """Files by name; `items` finds each image's object by its place."""
+
+
+@dataclass(frozen=True)
+class Order:
+    """What is asked.
+
+    Args:
+        model: opened.
+        source: a folder, a ZIP or a DICOMDIR.
+        target: the folder of the results, not there yet.
+        profile: the hospital's, by which a cohort's pixels are made.
+        workers: processes that read; one for each core if 0.
+        additions: what is made of each study besides.
+        bounds: what one object may take.
+    """
+
+    model: Model
+    source: Path
+    target: Path
+    profile: Profile = field(default_factory=Profile)
+    workers: int = 0
+    additions: tuple[Addition, ...] = ()
+    bounds: Bounds = field(default_factory=Bounds)
+
+    @property
+    def reader(self) -> StudyReader:
+        """What reads one object."""
+        spec = self.model.package.spec
+        engine = Engine(self.profile, SiteKey.random())
+        return StudyReader(spec.input, spec.use, CohortDeidentifier(engine))
+
+
+@dataclass
+class Summary:
+    """What became of a source.
+
+    Attributes:
+        images: that were answered.
+        studies: with at least one such image.
+        refused: what was not, and why.
+        decisions: how many images each class was decided for.
+    """
+
+    images: int = 0
+    studies: int = 0
+    refused: list[NotUsed] = field(default_factory=list)
+    decisions: Counter[str] = field(default_factory=Counter)
+
+
+def predict(order: Order, progress: Progress | None = None, pool: Workers = Pool) -> Summary:
+    """Answer all that can be answered; what cannot is named with its reason.
+
+    Raises:
+        ConfigError: if the results cannot be put where they should.
+        IntakeError: if there is no such source.
+        PackageError: if the model's card is of another preprocessing.
+        RunError: if the disk is full.
+    """
+    check_target(order.target)
+    check_preprocessing(order.model.package)
+    listing = listed(order.source)
+    workers = order.workers or len(os.sched_getaffinity(0))
+    columns = columns_of(order.model)
+    with (
+        Results.at(order.target, columns) as results,
+        pool(order.reader, workers, order.bounds) as readers,
+    ):
+        work = _Prediction(order, results, readers, progress or (lambda *_: None))
+        for gone in listing.unusable:
+            work.refuse(Named(gone.what), gone.reason)
+        work.run(listing.items)
+        results.finish(head_of(order.model))
+    return work.summary
+
+
+def check_preprocessing(package: Package) -> None:
+    """What the card says of the input is what is done here.
+
+    Raises:
+        PackageError: otherwise.
+    """
+    model = package.card.get("model")
+    said = model.get("input") if isinstance(model, dict) else None
+    if said is None:
+        return
+    try:
+        digest = Input.model_validate_json(json.dumps(said)).preprocessing_digest
+    except ValueError:
+        digest = ""
+    ours = package.spec.input.preprocessing_digest
+    if digest != ours:
+        raise PackageError(
+            f"{package.path}: its card describes another preprocessing than its spec (SHA-256 "
+            f"{digest[:12] or 'of nothing'} and {ours[:12]}); copy the model anew"
+        )
+
+
+class _Prediction:
+    """One pass over a source."""
+
+    def __init__(self, order: Order, results: Results, readers: Mapper, progress: Progress) -> None:
+        self.summary = Summary()
+        self._order = order
+        self._results = results
+        self._readers = readers
+        self._progress = progress
+        self._rows = Rows(order.model.package.spec)
+        self._lost: Counter[str] = Counter()
+
+    def run(self, items: Sequence[Item]) -> None:
+        """Look, then answer study by study."""
+        by_place = {item.place: item for item in items}
+        wanted = self._wanted(self._looked(items))
+        answered = self._order.model.answers(self._images(wanted, by_place))
+        studies = itertools.groupby(answered, key=lambda one: one[0].named.study)
+        for _, images in studies:
+            self._study(images, by_place)
+
+    def refuse(self, named: Named, reason: str) -> None:
+        """Write down that an object is not answered."""
+        self.summary.refused.append(NotUsed(named.place, reason))
+        self._lost[named.study] += 1
+        self._results.add(
+            "refused",
+            {
+                "file": named.place,
+                "patient_id": named.patient,
+                "study_instance_uid": named.study,
+                "series_instance_uid": named.series,
+                "sop_instance_uid": named.instance,
+                "reason": reason,
+            },
+        )
+
+    def _looked(self, items: Sequence[Item]) -> Iterator[Named]:
+        """What can be answered, as far as its header says."""
+        replies = self._readers.map(map(Look, items))
+        for done, (item, reply) in enumerate(zip(items, replies, strict=True), start=1):
+            self._progress("Looking", done, len(items))
+            if isinstance(reply, WorkerLostError):
+                self.refuse(Named(item.place), str(reply))
+            elif isinstance(reply, Looked) and reply.reason:
+                self.refuse(reply.named, reply.reason)
+            elif isinstance(reply, Looked) and not reply.ignored:
+                yield reply.named
+
+    def _wanted(self, found: Iterable[Named]) -> list[Named]:
+        """One object for each instance, sorted; of instances that several are, none or one."""
+        by_instance: defaultdict[str, list[Named]] = defaultdict(list)
+        for named in found:
+            by_instance[named.instance].append(named)
+        wanted = []
+        for same in by_instance.values():
+            first, *others = sorted(same, key=lambda named: named.place)
+            differ = len({named.sha256 for named in same}) > 1
+            for named in others if not differ else same:
+                self.refuse(named, AMBIGUOUS if differ else COPY)
+            if not differ:
+                wanted.append(first)
+        return sorted(wanted, key=lambda named: named.order)
+
+    def _images(
+        self, wanted: Sequence[Named], items: Mapping[str, Item]
+    ) -> Iterator[tuple[Seen, Any]]:
+        """The images of these objects, in order; what cannot be read is refused on the way."""
+        tasks = (Prepare(items[named.place], named.instance) for named in wanted)
+        replies = self._readers.map(tasks)
+        for done, (named, reply) in enumerate(zip(wanted, replies, strict=True), start=1):
+            self._progress("Answering", done, len(wanted))
+            if isinstance(reply, Prepared) and not reply.reason:
+                for frame in reply.frames:
+                    yield Seen(named, frame, reply.size, reply.count), frame.pixels
+            else:
+                self.refuse(named, reply.reason if isinstance(reply, Prepared) else str(reply))
+
+    def _study(self, images: Iterable[tuple[Seen, Answered]], items: Mapping[str, Item]) -> None:
+        """Write what is said of one study."""
+        study: Study | None = None
+        kept: list[Told] = []
+        for seen, answered in images:
+            if not answered.answer.finite:
+                self.refuse(seen.named, NOT_NUMBERS)
+                continue
+            study = study or Study(self._rows.spec, seen.named)
+            row = self._rows.of_image(
+                self.summary.images + 1, seen, answered.answer, answered.calibrated
+            )
+            self._write(study, seen, row)
+            if self._order.additions:
+                kept.append(Told(seen.without_pixels, answered._replace(picture=None), row))
+        if study is None:
+            return
+        self.summary.studies += 1
+        for addition in self._order.additions:
+            for name, content in addition.of_study(items, kept):
+                self._results.write(name, content)
+        study.refused = self._lost.pop(study.named.study, 0)
+        self._results.add("studies", study.row())
+
+    def _write(self, study: Study, seen: Seen, row: Row) -> None:
+        self.summary.images += 1
+        decided = row.get("decision", ())
+        self.summary.decisions.update([decided] if isinstance(decided, str) else decided)
+        study.add(seen, row)
+        self._results.add("images", row)
+
+
+_WHO = ("patient_id", "accession_number", "study_instance_uid")
+_IMAGE = (
+    "number",
+    *_WHO,
+    "series_instance_uid",
+    "sop_instance_uid",
+    "frame",
+    "modality",
+    "rows",
+    "columns",
+)
+_REFUSED = (
+    "file",
+    "patient_id",
+    "study_instance_uid",
+    "series_instance_uid",
+    "sop_instance_uid",
+    "reason",
+)
+
+
+def columns_of(model: Model) -> dict[str, tuple[str, ...]]:
+    """The columns of each CSV, which follow from the model alone."""
+    task = model.package.spec.task
+    image, study = _columns_by_kind(model)
+    named = [
+        tuple(
+            f"{key} {{{name}}}" if by_class else key
+            for key, by_class in columns
+            for name in (_classes_of(task.kind, task.classes, key) if by_class else ("",))
+        )
+        for columns in (image, study)
+    ]
+    return {
+        "images": (*_IMAGE, *named[0], "caveats", "file", "file_sha256"),
+        "studies": (*_WHO, "images", "refused", *named[1]),
+        "refused": _REFUSED,
+    }
+
+
+def _classes_of(kind: str, classes: tuple[str, ...], key: str) -> tuple[str, ...]:
+    return classes[1:] if kind == "mask" else classes
+
+
+def _columns_by_kind(
+    model: Model,
+) -> tuple[tuple[tuple[str, bool], ...], tuple[tuple[str, bool], ...]]:
+    """Of an image and of a study: the columns, and whether there is one for each class."""
+    kind = model.package.spec.task.kind
+    if kind == "mask":
+        return (("pixels", True), ("area_mm2", True)), (("pixels", True),)
+    if kind == "boxes":
+        return (("boxes", False),), (("boxes", True), ("largest_score", True))
+    if kind == "none":
+        scores = (("mean_anomaly_score", False), ("largest_anomaly_score", False))
+        return (("anomaly_score", False),), scores
+    keys = ["raw_probability"] + ["probability"] * (model.calibration is not None)
+    image = (("decision", False), *((key, True) for key in reversed(keys)))
+    study = tuple((f"{how}_{key}", True) for key in reversed(keys) for how in ("mean", "largest"))
+    return image, study
+
+
+def head_of(model: Model) -> dict[str, Any]:
+    """What ``predictions.json`` says before the rows."""
+    package = model.package
+    spec, card, signer = package.spec, package.card, package.signer
+    said = [card.get(key) for key in ("not_for_clinical_use", "intended_use")]
+    warnings = [*filter(None, said), *card.get("limitations", ())] if card else [NO_CARD]
+    return {
+        "format": FORMAT,
+        "made": datetime.now(UTC).isoformat(timespec="seconds"),
+        "identities": IDENTITIES,
+        "model": {
+            "name": spec.name,
+            "run_id": spec.run_id,
+            "network": spec.model.name,
+            "task": spec.task.name,
+            "kind": spec.task.kind,
+            "classes": list(spec.task.classes),
+            "model_sha256": package.model_sha256,
+            "spec_sha256": spec.digest,
+            "preprocessing_sha256": spec.input.preprocessing_digest,
+            "threshold": spec.evaluation.threshold,
+            "signed_by": signer and f"{signer.coordinator} of {signer.federation}",
+            "calibration": package.calibration and package.calibration.model_dump(mode="json"),
+            "intended_inputs": spec.use.model_dump(mode="json"),
+        },
+        "warnings": warnings,
+        "aggregation": HOW,
+    }

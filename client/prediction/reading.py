@@ -1,0 +1,290 @@
+"""New studies, object by object: first what each says it is, then its images as a cohort has them.
+
+Both happen in the intake's worker processes, and by the intake's own functions: the header goes
+through the hospital's profile, text in the pixels is blanked, and brightness and shape follow the
+run's `Input`, so that a network sees here what it was trained on. What is kept beside the pixels
+is the opposite of a cohort's: the true identifiers, by which a hospital can act on an answer.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+from pydicom.dataset import Dataset
+
+from client.intake.deid.burned_in import risk_of
+from client.intake.deid.classes import SECONDARY_CAPTURE, check_class
+from client.intake.deid.seam import CleanFile, Deidentifier
+from client.intake.deidentify import counted, quoted, text_of
+from client.intake.dicom import frames_of
+from client.intake.display import brightness
+from client.intake.frames import Plane, plane_of
+from client.intake.items import Item
+from client.intake.part10 import DicomFile, Directory, FrameDecoder, Geometry, Limits
+from client.intake.pixels import to_shape
+from client.intake.quiet import quiet
+from common.errors import IntakeError
+from common.spec import Input, Use
+
+_UID = re.compile(r"[0-9]{1,64}(\.[0-9]{1,64})*")
+_LONGEST_UID = 64
+_PIECE = 2**20
+_LAST, _DIGITS = 2**31 - 1, 10
+NO_MODALITY = "the model does not say for which modalities it is meant"
+NO_BODY_PART = "the model does not say for which body parts it is meant"
+
+
+@dataclass(frozen=True)
+class Named:
+    """Who and what an object is, as its header says.
+
+    Attributes:
+        place: its path within the source.
+        sha256: of its bytes.
+        number: its Instance Number, or the last there can be.
+    """
+
+    place: str
+    sha256: str = ""
+    patient: str = ""
+    accession: str = ""
+    study: str = ""
+    series: str = ""
+    instance: str = ""
+    modality: str = ""
+    number: int = _LAST
+
+    @property
+    def order(self) -> tuple[str, str, int, str, str]:
+        """By which objects are sorted: studies and series together, images as they were taken."""
+        return self.study, self.series, self.number, self.instance, self.place
+
+
+@dataclass(frozen=True)
+class Looked:
+    """What an object is, and why it is not answered; neither of a DICOMDIR, which is none."""
+
+    named: Named
+    reason: str = ""
+    ignored: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Frame:
+    """One image as the network sees it.
+
+    Attributes:
+        number: of the frame, from 0.
+        pixels: (channels, height, width) of the run, 0..65535.
+        plane: where it lies in the patient; None where the header does not say.
+    """
+
+    number: int
+    pixels: NDArray[np.uint16]
+    plane: Plane | None = None
+    caveats: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """The images of one object, or why there are none.
+
+    Attributes:
+        size: rows and columns of the source.
+        frames: that are answered.
+        count: how many frames the object has.
+    """
+
+    reason: str = ""
+    size: tuple[int, int] = (0, 0)
+    frames: tuple[Frame, ...] = ()
+    count: int = 0
+
+
+@dataclass(frozen=True)
+class Look:
+    """A question to `StudyReader`: what is this?"""
+
+    item: Item
+
+
+@dataclass(frozen=True)
+class Prepare:
+    """A question to `StudyReader`: its images, if it still is what it was."""
+
+    item: Item
+    instance: str
+
+
+@dataclass(frozen=True)
+class StudyReader:
+    """Reads one object at a time; works in any process, and raises nothing.
+
+    Args:
+        settings: the run's `Input`.
+        use: what the model is meant for.
+        deidentify: by which a cohort's pixels are made; its pseudonyms are not used.
+        limits: what a file may ask for.
+    """
+
+    settings: Input
+    use: Use
+    deidentify: Deidentifier
+    limits: Limits = field(default_factory=Limits)
+
+    def __call__(self, task: Look | Prepare) -> Looked | Prepared:
+        """Answer a question; all that is wrong with an object is in the answer."""
+        return self._look(task.item) if isinstance(task, Look) else self._prepare(task)
+
+    def _look(self, item: Item) -> Looked:
+        named = Named(item.place)
+        try:
+            with quiet(), item.open(self.limits.read_bytes) as stream:
+                sha256 = _digest(stream)
+                file = DicomFile.parse(stream, self.limits)
+                named = _named(item.place, sha256, file.header)
+                self._check(file)
+            return Looked(named)
+        except Directory:
+            return Looked(named, ignored=True)
+        except Exception as error:  # noqa: BLE001
+            # Parsers raise whatever the bytes of a broken file drive them to.
+            return Looked(named, reason_of(error))
+
+    def _check(self, file: DicomFile) -> None:
+        """Refuse what the header alone shows to be nothing for this model.
+
+        Raises:
+            IntakeError: with the reason.
+        """
+        header = file.header
+        check_class(header)
+        if text_of(header, "SOPClassUID") in SECONDARY_CAPTURE:
+            raise IntakeError("it is a secondary capture, no image as a scanner makes it")
+        for keyword in ("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID"):
+            uid = text_of(header, keyword)
+            if not _UID.fullmatch(uid) or len(uid) > _LONGEST_UID:
+                raise IntakeError(f"its {keyword} is missing or no UID: no answer could name it")
+        check_use(self.use, header, file.geometry(self.limits))
+        file.pixel_element()
+
+    def _prepare(self, task: Prepare) -> Prepared:
+        try:
+            with quiet(), task.item.open(self.limits.read_bytes) as stream:
+                file = DicomFile.parse(stream, self.limits)
+                if text_of(file.header, "SOPInstanceUID") != task.instance:
+                    raise IntakeError("it was changed while it was being read")
+                return self._prepared(file)
+        except Exception as error:  # noqa: BLE001
+            # Codecs raise whatever the bytes of a broken file drive them to.
+            return Prepared(reason_of(error))
+
+    def _prepared(self, file: DicomFile) -> Prepared:
+        element = file.pixel_element()
+        geometry = file.geometry(self.limits)
+        decode = FrameDecoder(file, element, geometry)
+        clean, said = self.deidentify(file.header), caveats_of(self.use, file.header)
+        frames = tuple(
+            self._frame(file.header, clean, decode, number, said)
+            for number in frames_of(geometry, self.settings, self.limits)
+        )
+        return Prepared("", (geometry.rows, geometry.columns), frames, geometry.frames)
+
+    def _frame(
+        self,
+        header: Dataset,
+        clean: CleanFile,
+        decode: FrameDecoder,
+        number: int,
+        said: tuple[str, ...],
+    ) -> Frame:
+        """What the intake does to a frame of a file for a cohort (`client.intake.dicom`)."""
+        shown = brightness(decode(number), clean.header, number, self.settings.window)
+        kept = clean.frame(number, shown)
+        if kept.boxes:
+            said = (*said, f"what looks like text was blanked: {counted(len(kept.boxes))} boxes")
+        plane = None
+        with suppress(IntakeError):
+            plane = plane_of(header, number)
+        return Frame(number, to_shape(kept.pixels, self.settings), plane, said)
+
+
+def check_use(use: Use, header: Dataset, geometry: Geometry) -> None:
+    """Refuse an image for which the model is not meant, or that does not say what it is.
+
+    Raises:
+        IntakeError: with what was seen, and what is declared.
+    """
+    for what, keyword, declared in (
+        ("modality", "Modality", use.modalities),
+        ("body part", "BodyPartExamined", use.body_parts),
+    ):
+        seen = text_of(header, keyword).upper()
+        if declared and seen not in declared:
+            raise IntakeError(
+                f"its {what} is {quoted(seen) if seen else 'not given'}; the model is meant for "
+                f"{', '.join(declared)}"
+            )
+    sides = (geometry.rows, geometry.columns)
+    shown = f"it has {counted(sides[0])} x {counted(sides[1])} pixels; the model is meant for"
+    if use.smallest_side is not None and min(sides) < use.smallest_side:
+        raise IntakeError(f"{shown} sides of at least {use.smallest_side}")
+    if use.largest_side is not None and max(sides) > use.largest_side:
+        raise IntakeError(f"{shown} sides of at most {use.largest_side}")
+
+
+def caveats_of(use: Use, header: Dataset) -> tuple[str, ...]:
+    """What whoever reads an answer must bear in mind of this object."""
+    said = []
+    if not use.modalities:
+        said.append(NO_MODALITY)
+    if not use.body_parts:
+        said.append(NO_BODY_PART)
+    if risk := risk_of(header):
+        said.append(f"{risk}: text in its pixels is likely, and may have moved the answer")
+    if text_of(header, "LossyImageCompression") == "01":
+        said.append("it was compressed with loss")
+    if text_of(header, "PresentationIntentType").upper() == "FOR PROCESSING":
+        said.append("it is for processing, not for presentation")
+    return tuple(said)
+
+
+def reason_of(error: Exception) -> str:
+    """Why an object is not answered; the text of a foreign error is not shown: it may quote."""
+    if isinstance(error, IntakeError):
+        return str(error)
+    if isinstance(error, MemoryError):
+        return "it needs more memory than a worker may take"
+    if isinstance(error, OSError) and error.strerror:
+        return f"cannot be read ({error.strerror})"
+    return f"cannot be read ({type(error).__name__})"
+
+
+def _named(place: str, sha256: str, header: Dataset) -> Named:
+    number = text_of(header, "InstanceNumber")
+    return Named(
+        place=place,
+        sha256=sha256,
+        patient=text_of(header, "PatientID"),
+        accession=text_of(header, "AccessionNumber"),
+        study=text_of(header, "StudyInstanceUID"),
+        series=text_of(header, "SeriesInstanceUID"),
+        instance=text_of(header, "SOPInstanceUID"),
+        modality=text_of(header, "Modality"),
+        number=int(number) if number.isdecimal() and len(number) < _DIGITS else _LAST,
+    )
+
+
+def _digest(stream: BinaryIO) -> str:
+    """SHA-256 of a stream from its beginning, where it stands again afterwards."""
+    digest = hashlib.sha256()
+    while piece := stream.read(_PIECE):
+        digest.update(piece)
+    stream.seek(0)
+    return digest.hexdigest()

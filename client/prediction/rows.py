@@ -1,0 +1,229 @@
+"""What the files say of one image and of one study, as plain data.
+
+A study's probabilities are the mean and the largest over its answered images. A study has no
+decision: the threshold on the model's card is one for images.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from client.intake.frames import Plane
+from client.prediction.geometry import boxes_to_source, mask_to_source
+from client.prediction.reading import Frame, Named
+from common.spec import RunSpec
+from common.tasks.answers import Answer
+
+HOW = (
+    "Of a study: the mean and the largest of its images' probabilities, boxes and pixels summed, "
+    "the mean and the largest anomaly score. A study has no decision of its own."
+)
+_PARALLEL = 1e-3
+_REGULAR = 0.1
+_DIGITS = 6
+_NOTHING = np.zeros((0, 0, 0), dtype=np.uint16)
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True, eq=False)
+class Seen:
+    """One image that was answered.
+
+    Attributes:
+        named: whose it is.
+        frame: of its object.
+        size: rows and columns of the source.
+        count: frames of its object.
+    """
+
+    named: Named
+    frame: Frame
+    size: tuple[int, int]
+    count: int = 1
+
+    @property
+    def without_pixels(self) -> Seen:
+        """The same, for what is made of a whole study."""
+        return replace(self, frame=replace(self.frame, pixels=_NOTHING))
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Makes rows of answers of one run."""
+
+    spec: RunSpec
+
+    def of_image(
+        self, number: int, seen: Seen, answer: Answer, calibrated: NDArray[np.float64] | None
+    ) -> Row:
+        """The row of image `number`."""
+        named = seen.named
+        row: Row = {
+            "number": number,
+            "file": named.place,
+            "file_sha256": named.sha256,
+            "patient_id": named.patient,
+            "accession_number": named.accession,
+            "study_instance_uid": named.study,
+            "series_instance_uid": named.series,
+            "sop_instance_uid": named.instance,
+            "frame": seen.frame.number + 1,
+            "frames": seen.count,
+            "modality": named.modality,
+            "rows": seen.size[0],
+            "columns": seen.size[1],
+        }
+        return row | self._said(seen, answer, calibrated) | {"caveats": list(seen.frame.caveats)}
+
+    def _said(self, seen: Seen, answer: Answer, calibrated: NDArray[np.float64] | None) -> Row:
+        if answer.probabilities is not None:
+            return self._probabilities(answer.probabilities, calibrated)
+        if answer.mask is not None:
+            return self._mask(seen, answer.mask)
+        if answer.boxes is not None:
+            return {"boxes": self._boxes(seen, answer.boxes)}
+        return {"anomaly_score": answer.anomaly}
+
+    def _probabilities(
+        self, raw: NDArray[np.float32], calibrated: NDArray[np.float64] | None
+    ) -> Row:
+        spec, classes = self.spec, self.spec.task.classes
+        threshold = spec.evaluation.threshold
+        decided: Any
+        if spec.task.kind == "multiclass":
+            decided = classes[int(raw.argmax())]
+        elif spec.task.kind == "binary":
+            decided = classes[int(raw[1] > threshold)]
+        else:
+            decided = [name for name, p in zip(classes, raw, strict=True) if p > threshold]
+        return {
+            "decision": decided,
+            "raw_probability": _named(classes, raw),
+            "probability": None if calibrated is None else _named(classes, calibrated),
+        }
+
+    def _mask(self, seen: Seen, mask: NDArray[np.uint16]) -> Row:
+        classes = self.spec.task.classes
+        counts = np.bincount(
+            mask_to_source(mask, seen.size, self.spec.input).ravel(), minlength=len(classes)
+        )
+        pixels = {name: int(counts[number]) for number, name in enumerate(classes) if number}
+        plane = seen.frame.plane
+        each = None if plane is None else plane.spacing[0] * plane.spacing[1]
+        areas = {n: None if each is None else round(c * each, _DIGITS) for n, c in pixels.items()}
+        return {"pixels": pixels, "area_mm2": areas}
+
+    def _boxes(self, seen: Seen, boxes: NDArray[np.float32]) -> list[Row]:
+        there = boxes_to_source(boxes[:, :4], seen.size, self.spec.input)
+        return [
+            {
+                "class": self.spec.task.classes[int(kind)],
+                "score": _short(certainty),
+                **dict(zip(("left", "top", "right", "bottom"), map(_short, box), strict=True)),
+            }
+            for box, kind, certainty in zip(there, boxes[:, 4], boxes[:, 5], strict=True)
+        ]
+
+
+@dataclass
+class Study:
+    """What is said of one study, from the rows of its images; it holds no image."""
+
+    spec: RunSpec
+    named: Named
+    images: int = 0
+    refused: int = 0
+    _values: dict[tuple[str, str], list[float]] = field(default_factory=lambda: defaultdict(list))
+    _slices: dict[str, list[tuple[Plane | None, Mapping[str, float | None]]]] = field(
+        default_factory=lambda: defaultdict(list)
+    )
+
+    def add(self, seen: Seen, row: Row) -> None:
+        """Count one of its images in."""
+        self.images += 1
+        for key in ("raw_probability", "probability", "pixels"):
+            for name, value in (row.get(key) or {}).items():
+                self._values[key, name].append(value)
+        if "boxes" in row:
+            for name in self.spec.task.classes:
+                scores = [box["score"] for box in row["boxes"] if box["class"] == name]
+                self._values["boxes", name].append(len(scores))
+                self._values["score", name].append(max(scores, default=0.0))
+        if "anomaly_score" in row:
+            self._values["anomaly_score", ""].append(row["anomaly_score"])
+        if "area_mm2" in row:
+            self._slices[seen.named.series].append((seen.frame.plane, row["area_mm2"]))
+
+    def row(self) -> Row:
+        """What is said of it."""
+        return {
+            "patient_id": self.named.patient,
+            "accession_number": self.named.accession,
+            "study_instance_uid": self.named.study,
+            "images": self.images,
+            "refused": self.refused,
+            **dict(self._said()),
+        }
+
+    def _said(self) -> Iterator[tuple[str, Any]]:
+        for key in ("raw_probability", "probability"):
+            if self._of(key):
+                yield f"mean_{key}", self._each(key, np.mean)
+                yield f"largest_{key}", self._each(key, np.max)
+        if self._of("boxes"):
+            yield "boxes", self._each("boxes", np.sum)
+            yield "largest_score", self._each("score", np.max)
+        if self._of("pixels"):
+            yield "pixels", self._each("pixels", np.sum)
+            yield "volume_mm3", {name: volumes(slices) for name, slices in self._slices.items()}
+        if scores := self._values.get(("anomaly_score", "")):
+            yield "mean_anomaly_score", float(np.mean(scores))
+            yield "largest_anomaly_score", float(np.max(scores))
+
+    def _of(self, key: str) -> dict[str, list[float]]:
+        return {name: values for (kept, name), values in self._values.items() if kept == key}
+
+    def _each(self, key: str, how: Any) -> dict[str, float]:
+        return {name: _short(how(values)) for name, values in self._of(key).items()}
+
+
+def volumes(
+    slices: Sequence[tuple[Plane | None, Mapping[str, float | None]]],
+) -> Mapping[str, float] | None:
+    """Volumes by class of the slices of one series; None unless they are parallel and regular.
+
+    Args:
+        slices: of each where it lies, and its areas by class in mm².
+
+    Returns:
+        In mm³: the areas times the distance of neighbouring slices.
+    """
+    planes = [plane for plane, _ in slices if plane is not None]
+    if len(planes) != len(slices) or len(planes) < 2:
+        return None
+    normal = planes[0].normal
+    if any(np.abs(plane.normal - normal).max() > _PARALLEL for plane in planes):
+        return None
+    places = np.sort([float(plane.position @ normal) for plane in planes])
+    gaps = np.diff(places)
+    gap = float(np.median(gaps))
+    if gap <= 0 or np.abs(gaps - gap).max() > _REGULAR * gap:
+        return None
+    names = slices[0][1]
+    return {
+        name: round(gap * sum(areas[name] or 0.0 for _, areas in slices), _DIGITS) for name in names
+    }
+
+
+def _named(classes: Sequence[str], values: NDArray[Any]) -> dict[str, float]:
+    return {name: _short(value) for name, value in zip(classes, values, strict=True)}
+
+
+def _short(value: float) -> float:
+    return round(float(value), _DIGITS)
