@@ -150,7 +150,7 @@ class Data(Section):
     unit: Unit
     kind: Literal["binary", "multiclass", "multilabel", "mask", "boxes", "none"]
     classes: tuple[str, ...]
-    shape: tuple[Count, Count, Count]
+    shape: Annotated[tuple[Count, ...], Field(min_length=3, max_length=4)]
     preprocessing: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
     @field_validator("classes")

@@ -16,6 +16,7 @@ from client.policy import LedgerFiles
 from common import accounting
 from common.cohort import Cohort, CohortMeta
 from common.errors import ConfigError
+from deploy.run_words import sides_of
 
 _OWN = (KEY_FILE, LedgerFiles().witness, LEDGER, POLICY_FILE)  # the policy comes last
 
@@ -140,7 +141,7 @@ def data_table(meta: CohortMeta) -> str:
         f"unit = {_quoted(meta.unit)}\n"
         f"kind = {_quoted(meta.kind)}\n"
         f"classes = {_quoted(list(meta.classes))}\n"
-        f"shape = {_quoted(list(meta.shape))}  # channels, height, width\n"
+        f"shape = {_quoted(list(meta.shape))}  # {sides_of(meta.shape)}\n"
         f"preprocessing = {_quoted(meta.preprocessing_digest)}\n"
     )
 

@@ -12,6 +12,7 @@ from typing import NamedTuple
 from client.policy import Names, Policy
 from common import accounting
 from deploy.intake_report_words import choices
+from deploy.run_words import sides_of
 
 
 class Paragraph(NamedTuple):
@@ -185,7 +186,7 @@ def _data(policy: Policy) -> Iterator[str]:
     shape = " x ".join(map(str, data.shape))
     yield (
         f"Only runs for these data are taken: {data.kind}, classes {_listed(data.classes)}, "
-        f"{shape} pixels (channels, height, width), one {data.unit} to a pseudonym, preprocessing "
+        f"{shape} pixels ({sides_of(data.shape)}), one {data.unit} to a pseudonym, preprocessing "
         f"{data.preprocessing[:12]}…"
     )
 

@@ -14,13 +14,18 @@ def sentences(spec: RunSpec) -> Iterator[str]:
     return map(printable, _sentences(spec))
 
 
+def sides_of(shape: tuple[int, ...]) -> str:
+    """What the numbers of an image's shape, or of a volume's, are."""
+    return ", ".join(("channels", *["depth"][len(shape) < 4 :], "height", "width"))
+
+
 def _sentences(spec: RunSpec) -> Iterator[str]:
-    channels, height, width = spec.input.shape
+    shape = " x ".join(map(str, spec.input.shape))
     task, local, looks = spec.task, spec.local, spec.augmentation
     classes = f" ({', '.join(task.classes)})" if task.classes else ""
     yield (
         f"learns a {words.task(task)}{classes} with {spec.model.name} "
-        f"from {channels} x {height} x {width} images"
+        f"from {shape} {'images' if spec.input.depth is None else 'volumes'}"
     )
     yield (
         f"{spec.rounds} rounds; in each, every site makes {local.steps} "

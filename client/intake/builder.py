@@ -237,7 +237,7 @@ class CohortBuilder:
 
     Args:
         path: the cohort's directory, which must not exist.
-        shape: (channels, height, width) of every image.
+        shape: (channels, height, width) of every image, of volumes with their depth.
         key: of 32 bytes, seals it; None leaves it plain.
         task: that the cohort is for; without one there are neither masks nor boxes.
 
@@ -248,7 +248,7 @@ class CohortBuilder:
     def __init__(
         self,
         path: Path,
-        shape: tuple[int, int, int],
+        shape: tuple[int, ...],
         key: bytes | None = None,
         task: Task | None = None,
     ) -> None:
@@ -299,7 +299,7 @@ class CohortBuilder:
         Args:
             record: its names and its label.
             pixels: of the cohort's shape.
-            mask: (height, width) class numbers, where the task has masks.
+            mask: class numbers of its sides, where the task has masks.
 
         Raises:
             CohortError: if a shape or type differs, the target is none of the task's, or the disk
@@ -345,7 +345,7 @@ def problem_with_target(
         task: that the cohort is for; None: one with labels.
         label: the image's.
         mask: the image's.
-        size: (height, width) of the image.
+        size: the sides of the image.
     """
     kind, classes = ("", 0) if task is None else (task.kind, len(task.classes))
     if (mask is not None) != (kind == "mask"):

@@ -38,12 +38,13 @@ def augment(
     """Change each image by its own draw; see `Augmentation` for what is drawn and its units.
 
     An image is flipped, then sheared, zoomed, rotated about its centre and shifted in a single
-    bilinear resampling; beyond its border an image goes on with the pixels of the border. What
+    bilinear resampling; beyond its border an image goes on with the pixels of the border. All
+    slices of a volume are changed alike, each in its plane. What
     becomes of an image depends on that image and its own draw alone. ``multiplicity`` is the
     caller's: hand in the copies.
 
     Args:
-        images: (B, C, H, W) float32, on any device.
+        images: (B, C, H, W) float32, or volumes (B, C, D, H, W), on any device.
         augmentation: what to change. Where it asks for nothing, `images` itself is returned and
             nothing is drawn.
         generator: the source of randomness, on any device.
@@ -59,8 +60,12 @@ def augment(
         motion = motion._replace(upended=_half(images, generator))
     if augmentation.rotate or augmentation.shift or augmentation.shear or augmentation.zoom:
         motion = motion._replace(matrices=_draw_matrices(images, augmentation, generator))
-    images = _flipped(images, motion)
-    return (images if motion.matrices is None else resample(images, motion.matrices)), motion
+    if motion.mirrored is motion.upended is motion.matrices is None:
+        return images, motion
+    planes = _flipped(_planes(images), motion)
+    if motion.matrices is not None:
+        planes = resample(planes, motion.matrices)
+    return planes.view(images.shape), motion
 
 
 def moved_masks(masks: Tensor, motion: Motion) -> Tensor:
@@ -70,16 +75,16 @@ def moved_masks(masks: Tensor, motion: Motion) -> Tensor:
     no second organ.
 
     Args:
-        masks: (B, H, W) class numbers, of whole numbers below 2 ** 24.
+        masks: (B, H, W) class numbers, of whole numbers below 2 ** 24; of volumes (B, D, H, W).
         motion: what became of the images.
 
     Returns:
         A tensor of the shape and type of `masks`.
     """
-    planes = _flipped(masks[:, None], motion)
+    planes = _flipped(_planes(masks), motion)
     if motion.matrices is not None:
         planes = resample(planes.float(), motion.matrices, mode="nearest", beyond="zeros")
-    return planes[:, 0].to(masks.dtype)
+    return planes.view(masks.shape).to(masks.dtype)
 
 
 def moved_boxes(boxes: Tensor, motion: Motion) -> Tensor:
@@ -155,6 +160,11 @@ def resample(
     scale = matrices.new_tensor([[1, height / width, 2], [width / height, 1, 2]])
     grid = functional.affine_grid(matrices * scale, list(images.shape), align_corners=False)
     return functional.grid_sample(images, grid, mode=mode, padding_mode=beyond, align_corners=False)
+
+
+def _planes(values: Tensor) -> Tensor:
+    """(B, …, H, W) as (B, planes, H, W)."""
+    return values.reshape(len(values), -1, *values.shape[-2:])
 
 
 def _half(images: Tensor, generator: torch.Generator) -> Tensor:

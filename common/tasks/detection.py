@@ -79,7 +79,7 @@ class Detection(Task):
         outputs, classes = outputs.float(), len(self.spec.task.classes)
         # Columns in which no image has a box add nothing to any.
         targets = targets[:, (targets[..., 4] >= 0).any(dim=0)]
-        boxes = _in_cells(targets, self.spec.input.shape, outputs.shape[-2:])
+        boxes = _in_cells(targets, self.spec.input.sides, outputs.shape[-2:])
         count = boxes.there.sum(dim=1).clamp_min(1)
         centres = self._centres(outputs[:, :classes], boxes) / count
         found = (
@@ -359,8 +359,8 @@ class _InCells(NamedTuple):
     geometry: Tensor
 
 
-def _in_cells(targets: Tensor, shape: tuple[int, int, int], grid: torch.Size) -> _InCells:
-    sides = targets.new_tensor([shape[2], shape[1]]) / STRIDE
+def _in_cells(targets: Tensor, pixels: tuple[int, ...], grid: torch.Size) -> _InCells:
+    sides = targets.new_tensor([pixels[1], pixels[0]]) / STRIDE
     there = targets[..., 4] >= 0
     low, high = (targets[..., start : start + 2] * sides for start in (0, 2))
     most = targets.new_tensor([grid[1] - 1, grid[0] - 1])

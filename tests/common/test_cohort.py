@@ -69,7 +69,7 @@ def private(unit: str) -> RunSpec:
     return parse_run_text(text, source="test.toml").spec
 
 
-def pixels_of(number: int, shape: tuple[int, int, int] = (1, 8, 10)) -> NDArray[np.uint16]:
+def pixels_of(number: int, shape: tuple[int, ...] = (1, 8, 10)) -> NDArray[np.uint16]:
     return np.random.default_rng(number).integers(0, 65536, shape, dtype=np.uint16)
 
 
