@@ -18,6 +18,7 @@ from common.cohort import Cohort
 from common.messages import Arrays
 from common.noise import Keystream
 from common.spec import RunSpec
+from common.studies import rows_for
 from common.tasks import counts
 from common.tasks.classification import Classification
 from common.tasks.preprocess import normalise
@@ -45,7 +46,8 @@ def noised_counts(
     Returns:
         (columns, 2, bins) float32; see `common.tasks.counts`.
     """
-    table = counts.tabulate(spec, *_predictions(spec, weights, cohort, keystream, device))
+    rows = rows_for(spec, cohort)
+    table = counts.tabulate(spec, *_predictions(spec, weights, rows, keystream, device))
     noise = keystream.derive("noise").gaussian(table.size).reshape(table.shape)
     return (table + counts.deviation(spec) * noise).astype(np.float32)
 
@@ -54,7 +56,7 @@ def noised_counts(
 def _predictions(
     spec: RunSpec, weights: Arrays, cohort: Cohort, keystream: Keystream, device: torch.device
 ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """(patients, classes) probabilities and the labels of one random image of each patient."""
+    """(patients, classes) probabilities and labels of one random image or study of each patient."""
     owned = [cohort.rows_of(patient) for patient in range(len(cohort.patients))]
     drawn = keystream.derive("images").below(np.array([len(r) for r in owned], dtype=np.int64))
     rows = np.array([r[which] for r, which in zip(owned, drawn, strict=True)], dtype=np.int64)

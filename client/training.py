@@ -5,11 +5,11 @@ What makes the guarantee, in the order of docs/privacy.md:
 1. Each patient enters a step independently with the public probability q = batch / declared size,
    from the keystream handed in; a batch is never truncated, redrawn or padded. A physical batch
    may be smaller than the logical one: it bounds memory, not the mechanism.
-2. One random image of each sampled patient, in `multiplicity` augmented copies of as many rows
-   as the task makes of an image, gives one loss a patient: the mean over the copies of the sum
-   over their rows. A patient's rows never cross a physical batch. Losses are summed, a patient's
-   gradient is clipped to L2 norm C in float32, and one that is not finite, or too long for its
-   norm to be taken, becomes zero.
+2. One random image of each sampled patient (or images of one random study), in `multiplicity`
+   augmented copies of as many rows as the task makes of it, gives one loss a patient: the mean
+   over the copies of the sum over their rows. A patient's rows never cross a physical batch.
+   Losses are summed, a patient's gradient is clipped to L2 norm C in float32, and one that is not
+   finite, or too long for its norm to be taken, becomes zero.
 3. Gaussian noise of deviation sigma x C from the keystream, then division by the public batch
    size. An empty batch releases noise like any other.
 4. Weight decay, momentum and FedProx's proximal term act on the noised sum: post-processing. So
@@ -41,6 +41,7 @@ from common.errors import ModelError, Refusal, RefusalCode
 from common.messages import LARGEST_WEIGHT
 from common.noise import Keystream
 from common.spec import DpSgd, FedProx, RunSpec, Sgd
+from common.studies import rows_for
 from common.tasks import task_for
 from common.tasks.augment import augment
 from common.tasks.preprocess import normalise
@@ -206,7 +207,7 @@ class LocalTrainer:
         compute: Compute | None = None,
     ) -> None:
         self._spec = spec
-        self._cohort = cohort
+        self._cohort = rows_for(spec, cohort)
         self._mechanism = mechanism
         self._rate = sampling_rate(spec, declared_size)
         _check_mechanism(mechanism, spec, self._rate)
@@ -267,18 +268,19 @@ class LocalTrainer:
         )
 
     def _sample(self, keystream: Keystream) -> NDArray[np.int64]:
-        """One random image row for each patient that the Poisson draw took."""
+        """One random image or study for each patient that the Poisson draw took."""
         patients = np.flatnonzero(keystream.uniform(len(self._cohort.patients)) < self._rate)
         images = [self._cohort.rows_of(int(patient)) for patient in patients]
         chosen = keystream.below(np.array([len(rows) for rows in images], dtype=np.int64))
         pairs = zip(images, chosen, strict=True)
-        return np.array([rows[which] for rows, which in pairs], dtype=np.int64)
+        rows = np.array([rows[which] for rows, which in pairs], dtype=np.int64)
+        return self._cohort.drawn(rows, keystream.below)
 
     def _step(
         self, optimizer: Any, rows: NDArray[np.int64], generator: torch.Generator, weights: Arrays
     ) -> list[Tensor]:
         """One logical batch, in physical batches; returns the patients' losses."""
-        of_each = self._spec.augmentation.multiplicity * self._task.views
+        of_each = self._spec.augmentation.multiplicity * self._task.views * self._spec.input.images
         losses = []
         private = isinstance(optimizer, PatientOptimizer)
         optimizer.begin() if private else optimizer.zero_grad()

@@ -24,7 +24,7 @@ import hashlib
 import json
 import re
 import sqlite3
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
@@ -37,7 +37,7 @@ from numpy.typing import NDArray
 from common.cohort_seal import SEAL_FILE, SEALED_IMAGES, SEALED_INDEX, CohortSeal
 from common.errors import CohortError, SealError
 from common.sealed import OVERHEAD
-from common.spec import Input, RunSpec
+from common.spec import AFTER_INTAKE, Input, RunSpec
 
 FORMAT = 3
 _READ = (1, 2, FORMAT)
@@ -60,6 +60,7 @@ Unit = Literal["patient", "image"]
 _PLAIN, _SEALED = (INDEX_FILE, IMAGES_FILE), (SEALED_INDEX, SEALED_IMAGES, SEAL_FILE)
 _DIGEST = re.compile(r"([0-9a-f]{64})?")
 Rows = Sequence[int] | NDArray[np.int64]
+Draw = Callable[[NDArray[np.int64]], NDArray[np.int64]]
 LABELLED = ("binary", "multiclass", "multilabel")
 FEWEST_CLASSES = dict.fromkeys((*LABELLED, "mask"), 2) | {"boxes": 1, "none": 0}
 _AT_ONCE = 64  # masks that are looked through together
@@ -160,12 +161,14 @@ class CohortMeta:
 class _Index(NamedTuple):
     """The table ``image`` as arrays, one entry an image, in the order of the stored images.
 
-    ``digests`` are the SHA-256 of the stored pixels, (images, 32). ``boxes`` is (images, most, 5),
-    where ``most`` is 0 unless boxes are the target.
+    ``studies`` are numbers, equal for the images of one study of one patient. ``digests`` are the
+    SHA-256 of the stored pixels, (images, 32). ``boxes`` is (images, most, 5), where ``most`` is 0
+    unless boxes are the target.
     """
 
     patients: tuple[str, ...]
     patient_index: NDArray[np.int64]
+    studies: NDArray[np.int64]
     labels: NDArray[Any]
     splits: NDArray[np.str_]
     digests: NDArray[np.uint8]
@@ -187,6 +190,7 @@ class Cohort:
         patients: sorted pseudonyms of those with at least one image; for an image-level cohort
             each image has its own.
         patient_index: (images,) for each image the index of its patient.
+        study_index: (images,) a number for each image, equal for those of one study.
         labels: (images,) int64 class indices, or (images, classes) float32 of 0 and 1 for a
             multilabel task; a zero each where images have no label, see `targets`.
         splits: (images,) ``""``, ``"train"``, ``"validation"`` or ``"test"``.
@@ -209,6 +213,7 @@ class Cohort:
         present, inverse = np.unique(index.patient_index[self._rows], return_inverse=True)
         self.patients = tuple(index.patients[number] for number in present)
         self.patient_index: NDArray[np.int64] = inverse.astype(np.int64)
+        self.study_index: NDArray[np.int64] = index.studies[self._rows]
         self.labels: NDArray[Any] = index.labels[self._rows]
         self.splits: NDArray[np.str_] = index.splits[self._rows]
 
@@ -273,6 +278,11 @@ class Cohort:
         return self.meta.shape
 
     @property
+    def row_shape(self) -> tuple[int, ...]:
+        """The shape of what one number of `images` reads."""
+        return self.shape
+
+    @property
     def preprocessing_digest(self) -> str:
         """SHA-256 of what intake did to every image; see `Input.preprocessing_digest`."""
         return self.meta.preprocessing_digest
@@ -302,6 +312,15 @@ class Cohort:
         stored = self._stored(self._rows[np.asarray(rows, dtype=np.int64)])
         channels = self.shape[0]
         return np.divide(stored[:, :channels], np.float32(PIXEL_MAX), dtype=np.float32)
+
+    def drawn(self, rows: Rows, below: Draw) -> NDArray[np.int64]:
+        """What `images` and `targets` take for `rows` where something is left to chance: nothing.
+
+        Args:
+            rows: as `images`.
+            below: gives for each bound a uniform integer from 0 to below it.
+        """
+        return np.asarray(rows, dtype=np.int64)
 
     def targets(self, rows: Rows) -> NDArray[Any]:
         """What is to be learned of images.
@@ -481,7 +500,7 @@ class Cohort:
 
 def _preprocessing(settings: Input) -> str:
     """Every setting of the input in one line, for a person who compares two of them."""
-    kept = settings.model_dump(mode="json", exclude={"normalize", "mean", "std"})
+    kept = settings.model_dump(mode="json", exclude=set(AFTER_INTAKE))
     return " ".join(f"{key}={value}" for key, value in sorted(kept.items()))
 
 
@@ -540,18 +559,22 @@ def _connect(file: Path, seal: CohortSeal | None) -> sqlite3.Connection:
 
 
 def _read_index(database: sqlite3.Connection, meta: CohortMeta) -> _Index:
-    asked = "SELECT row, patient, label, split, sha256 FROM image ORDER BY row"
+    asked = "SELECT row, patient, label, split, sha256, study FROM image ORDER BY row"
     rows = database.execute(asked).fetchall()
     if any(number != row[0] for number, row in enumerate(rows)):
         raise CohortError("its images are not numbered 0, 1, 2, …")
     names, index = np.unique(np.array([row[1] for row in rows], dtype=np.str_), return_inverse=True)
+    _, named = np.unique(np.array([row[5] for row in rows], dtype=np.str_), return_inverse=True)
+    studies = index.astype(np.int64) * (len(rows) + 1) + named
     splits = np.array([row[3] for row in rows], dtype=np.str_)
     if not np.isin(splits, SPLITS).all():
         raise CohortError(f"a split is not one of {', '.join(map(repr, SPLITS))}")
     texts, digests = [row[2] for row in rows], _digests([row[4] for row in rows])
     labels = _labels(texts, meta)
     boxes = _boxes(texts if meta.kind == "boxes" else (), len(meta.classes))
-    return _Index(tuple(map(str, names)), index.astype(np.int64), labels, splits, digests, boxes)
+    return _Index(
+        tuple(map(str, names)), index.astype(np.int64), studies, labels, splits, digests, boxes
+    )
 
 
 def _digests(texts: Sequence[Any]) -> NDArray[np.uint8]:

@@ -22,6 +22,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from common import studies
 from common.cohort import Cohort, Unit
 from common.errors import CohortError, RunError
 from common.files import write_durably
@@ -164,8 +165,8 @@ class CentralEvaluator:
         device: where models are evaluated; None means wherever a model lies.
 
     Raises:
-        CohortError: if the cohort does not fit the spec, has no image to evaluate, or has a
-            patient marked for both parts.
+        CohortError: if the cohort does not fit the spec, has no image to evaluate, has a patient
+            marked for both parts, or a study of which nobody can say what class it has.
     """
 
     def __init__(
@@ -177,7 +178,12 @@ class CentralEvaluator:
         self._spec = spec
         self._device = device
         self._task = task_for(spec)
-        self.parts: Mapping[PartName, Cohort] = split_cohort(cohort, spec)
+        parts = split_cohort(cohort, spec)
+        self.parts: Mapping[PartName, Cohort] = {
+            name: studies.rows_for(spec, part) for name, part in parts.items()
+        }
+        for part in self.parts.values():
+            studies.check(part)
 
     def evaluate(self, model: nn.Module, *, pictures: bool = False) -> EvaluationResult:
         """Evaluate `model` on both parts.

@@ -107,27 +107,34 @@ def write_cohort(tmp_path: Path) -> Callable[..., Cohort]:
     """Write and open a real cohort that fits a spec.
 
     Called with the spec, `owners` (a patient's number for each image), and if wished `labels`
-    and `pixels`; both are drawn where they are not given.
+    and `pixels`, which are drawn where they are not given, `studies` (a name for each image; one
+    of each patient if not given) and `splits`.
     """
 
-    def write(
+    def write(  # noqa: PLR0913 - what a test may want of a cohort
         spec: RunSpec,
         owners: Sequence[int],
         *,
-        labels: Sequence[int] | None = None,
+        labels: Sequence[Any] | None = None,
         pixels: NDArray[np.uint16] | None = None,
         name: str = "cohort",
+        studies: Sequence[str] | None = None,
+        splits: Sequence[str] | None = None,
     ) -> Cohort:
         rng = np.random.default_rng(len(owners))
         classes, shape = len(spec.task.classes), spec.input.shape
-        chosen = rng.integers(0, classes, len(owners)) if labels is None else labels
+        chosen = rng.integers(0, classes, len(owners)).tolist() if labels is None else labels
         drawn = rng.integers(0, 65536, (len(owners), *shape), dtype=np.uint16)
         path = tmp_path / name
         with CohortBuilder(path, shape) as builder:
             for row, (owner, label) in enumerate(zip(owners, chosen, strict=True)):
                 image = (drawn if pixels is None else pixels)[row]
                 patient = f"p{owner:05d}"
-                builder.add(ImageRecord(patient, "st", "se", str(row), int(label), 20, 20), image)
+                study = "st" if studies is None else studies[row]
+                split = "" if splits is None else splits[row]
+                kept = tuple(label) if isinstance(label, list | tuple) else int(label)
+                record = ImageRecord(patient, study, "se", str(row), kept, 20, 20, split)
+                builder.add(record, image)
             unit = spec.privacy.unit
             builder.finish(CohortMeta.of(spec, unit=unit, source="test", created="2026-01-01"))
         return Cohort.open(path)

@@ -66,6 +66,8 @@ NETWORKS = {
     "vit": Network("common.models.vit:vit", smallest_side=16, takes_width=True),
 }
 
+_OF_STUDY = "common.models.studies:of_study"
+
 
 def names(gives: str | None = None) -> tuple[str, ...]:
     """The names that ``spec.model.name`` may have, sorted; of those alone that give `gives`."""
@@ -80,16 +82,14 @@ def build(spec: RunSpec) -> nn.Module:
 
     Raises:
         ModelError: if the name is not in the registry, the network does not give what the task
-            takes, the images are too small for it, or the spec sets an option that it does not
-            have.
+            takes, the images are too small for it, the spec sets an option that it does not
+            have, or several images of a study have to be seen by a network without features.
     """
-    network = _network_for(spec)
-    factory = pkgutil.resolve_name(network.factory)
+    _network_for(spec)
     # Seeding the CPU's generator alone: torch.manual_seed would seed every device's.
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.default_generator.manual_seed(spec.seed)
-        model: nn.Module = factory(spec)
-    return model.float()
+        return _made(spec).float()
 
 
 @lru_cache(maxsize=32)
@@ -99,9 +99,9 @@ def shapes(spec: RunSpec) -> Mapping[str, tuple[int, ...]]:
     Raises:
         ModelError: as `build`.
     """
-    factory = pkgutil.resolve_name(_network_for(spec).factory)
+    _network_for(spec)
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
-        model: nn.Module = factory(spec)
+        model = _made(spec)
     return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
 
@@ -138,6 +138,14 @@ def _check_layer(name: str, module: nn.Module) -> None:
         raise ModelError(
             f"{name}: {kind} works in place, on which per-patient gradients fail; use inplace=False"
         )
+
+
+def _made(spec: RunSpec) -> nn.Module:
+    """The network, around which there is another where it is to see several images at once."""
+    factory = pkgutil.resolve_name(NETWORKS[spec.model.name].factory)
+    around = pkgutil.resolve_name(_OF_STUDY) if spec.input.images > 1 else None
+    model: nn.Module = around(factory, spec) if around else factory(spec)
+    return model
 
 
 def _network_for(spec: RunSpec) -> Network:

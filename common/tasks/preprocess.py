@@ -23,12 +23,19 @@ def normalise(images: Tensor, spec: Input) -> Tensor:
     zeros under ``image``.
 
     Args:
-        images: (B, C, H, W), any floating type, values in 0..1.
+        images: (B, C, H, W), (B, C, D, H, W) of volumes or (B, K, C, H, W) of studies, any floating
+            type, values in 0..1, and NaN where a study has no image.
         spec: the run's input.
 
     Returns:
         (B, C, H, W) float32 on the device of `images`, which are not changed.
     """
+    if spec.images == 1:
+        return _each(images, spec)
+    return _each(images.flatten(0, 1), spec).view(images.shape)
+
+
+def _each(images: Tensor, spec: Input) -> Tensor:
     pixels = images.to(torch.float32)
     if spec.normalize == "literal":
         return (pixels - _by_channel(spec.mean, pixels)) / _by_channel(spec.std, pixels)

@@ -213,6 +213,6 @@ class Task(ABC):
 def batches(cohort: Cohort) -> Iterator[NDArray[np.int64]]:
     """Image numbers of a cohort in order, as many at a time as fit into little memory."""
     smallest, largest = _BATCH_IMAGES
-    size = max(smallest, min(largest, _BATCH_PIXELS // int(np.prod(cohort.shape))))
+    size = max(smallest, min(largest, _BATCH_PIXELS // int(np.prod(cohort.row_shape))))
     for start in range(0, len(cohort), size):
         yield np.arange(start, min(start + size, len(cohort)), dtype=np.int64)
