@@ -206,7 +206,7 @@ class RunRecord:
         if part is None:
             return ()
         with self.evidence():
-            shown = task_for(self.spec).exhibits(part.evidence, part.patient_index)
+            shown = task_for(self.spec).shown(part.evidence, part.patient_index)
         pictures = self.spec.evaluation.gallery > 0
         return [one for one in shown if pictures or not isinstance(one, Gallery)]
 

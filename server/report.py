@@ -34,6 +34,7 @@ _MOST_INCIDENTS = 40
 _GALLERY_BYTES = 16 << 20  # of pixels; a page of more would not open on a phone
 _DARK = 0.55  # from this share on, a cell of the confusion matrix has white text
 _SHOWN_WIDTH = 210  # of a picture in a gallery, at least, where there is room
+_BROAD = 2  # times its height, from which on a picture needs more room
 _FIGURE = re.compile(r"–|[-−+]?[0-9][0-9.,]*( ?\S{1,3})?")
 _INTERVAL = re.compile(r"|[-−]?[0-9][0-9.,]* to [-−]?[0-9][0-9.,]*")
 _ESTIMATE = re.compile(r"–|[-−+]?[0-9][0-9.,]*( ?\S{1,3})?( \([-−0-9., to]+\))?")
@@ -243,11 +244,15 @@ class ShownTable:
 
 @dataclass(frozen=True)
 class ShownGallery:
-    """A gallery and its pictures; coarse ones are enlarged by the browser, pixel by pixel."""
+    """A gallery and its pictures; coarse ones are enlarged by the browser, pixel by pixel.
+
+    `broad` are those in which several stand beside each other.
+    """
 
     gallery: Gallery
     pictures: Sequence[Picture]
     coarse: bool
+    broad: bool
 
 
 @dataclass(frozen=True)
@@ -303,8 +308,9 @@ def _column(texts: Sequence[str]) -> str:
 
 def _gallery(gallery: Gallery, most: int, most_bytes: int) -> ShownGallery:
     kept = replace(gallery, pictures=gallery.pictures[:most], captions=gallery.captions[:most])
-    coarse = gallery.pictures.shape[2] < _SHOWN_WIDTH
-    return ShownGallery(kept, figures.tiles(kept, most_bytes), coarse)
+    height, width = gallery.pictures.shape[1:3]
+    tiles = figures.tiles(kept, most_bytes)
+    return ShownGallery(kept, tiles, width < _SHOWN_WIDTH, width > _BROAD * height)
 
 
 # --- Rounds and sites -------------------------------------------------------------------------

@@ -7,6 +7,7 @@ Ito's, which people with colour blindness tell apart.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,8 @@ LEGEND = "True: the whole blue line. Found: the broken orange one."
 
 SMALLEST_SHOWN = 256  # a smaller image is enlarged, so that a line is thinner than what it bounds
 _DASH = 6
+_GAP = 4
+_STRONGEST = 0.8  # of a map over an image, which must still be seen
 _THIN = 400  # pixels of a picture's side for each pixel that a line is widened by
 
 Pixels = NDArray[np.uint8]
@@ -45,6 +48,22 @@ def canvas(levels: Pixels) -> Pixels:
     """(C, H, W) grey levels, one channel or three, to an enlarged (H', W', 3) picture."""
     colours = np.broadcast_to(levels, (3, *levels.shape[1:])).transpose(1, 2, 0)
     return np.ascontiguousarray(enlarged(colours, enlargement(*levels.shape[1:])))
+
+
+def overlaid(levels: Pixels, values: NDArray[Any]) -> Pixels:
+    """`canvas` with (H, W) values in -1..1 over it: above 0 orange, below it blue, 0 unchanged."""
+    picture = canvas(levels)
+    over = enlarged(values, enlargement(*values.shape))[..., None]
+    colours = np.where(over > 0, FOUND, TRUE)
+    strength = _STRONGEST * np.abs(over)
+    return np.asarray(np.rint(picture + strength * (colours - picture)), dtype=np.uint8)
+
+
+def beside(drawn: Sequence[Pixels]) -> Pixels:
+    """Pictures of one height in one row, (H, W, 3), with a white gap between them."""
+    gap = np.full((len(drawn[0]), _GAP, 3), 255, dtype=np.uint8)
+    joined = [part for picture in drawn for part in (picture, gap)][:-1]
+    return np.concatenate(joined, axis=1)
 
 
 def enlarged(pixels: NDArray[Any], times: int) -> NDArray[Any]:

@@ -45,7 +45,6 @@ _SMALLEST_ERROR = 1e-10  # 100 dB, far below one grey level of 16 bits
 _MEDIANS = (3, 5)
 _RATIOS = (2, 4, 8, 16, 32, 64)
 _UNKNOWN = -1
-_GAP = 4
 
 
 class Reconstruction(Task):
@@ -349,7 +348,10 @@ class Reconstruction(Task):
         columns = [images, given, difference]
         if self._section.goal == "denoise":
             columns.insert(1, seen)
-        shown = [_beside(row) for row in zip(*columns, strict=True)]
+        shown = [
+            pictures.beside([pictures.canvas(levels) for levels in row])
+            for row in zip(*columns, strict=True)
+        ]
         what = "noisy, " if self._section.goal == "denoise" else ""
         captions = [
             f"PSNR {evidence['psnr'][row]:.1f} dB, SSIM {evidence['ssim'][row]:.2f}"
@@ -363,14 +365,6 @@ class Reconstruction(Task):
             "difference.",
             note="The darker the difference, the larger; white is none.",
         )
-
-
-def _beside(levels: Sequence[NDArray[np.uint8]]) -> NDArray[np.uint8]:
-    """Pictures in one row, (H, W, 3), with a white gap between them."""
-    drawn = [pictures.canvas(each) for each in levels]
-    gap = np.full((len(drawn[0]), _GAP, 3), 255, dtype=np.uint8)
-    joined = [part for picture in drawn for part in (picture, gap)][:-1]
-    return np.concatenate(joined, axis=1)
 
 
 def abnormal(targets: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from common.cohort import Cohort
 from common.errors import ModelError
 from common.spec import RunSpec
+from common.tasks import explained
 from common.tasks.answers import Answer
 from common.tasks.augment import Motion
 from common.tasks.estimates import Estimate
@@ -152,8 +153,9 @@ class Task(ABC):
 
     @torch.no_grad()
     def gallery(self, network: nn.Module, cohort: Cohort, device: torch.device) -> Evidence:
-        """Everything that is kept of the images that may be shown; see `pictures`."""
-        return self.pictures(network, cohort, device)
+        """`pictures`, and what the network's answers to some of these images rest on."""
+        shown = self.pictures(network, cohort, device)
+        return {**shown, **explained.evidence(self, network, cohort, device)}
 
     # --- Use --------------------------------------------------------------------------------
 
@@ -204,6 +206,11 @@ class Task(ABC):
     def exhibits(self, evidence: Evidence, patients: NDArray[np.int64]) -> Sequence[Exhibit]:
         """What the report shows of the test part, beyond the metrics; drawn by the server."""
         return ()
+
+    def shown(self, evidence: Evidence, patients: NDArray[np.int64]) -> Sequence[Exhibit]:
+        """`exhibits`, and explanations where there are any."""
+        own = self.exhibits(evidence, patients)
+        return [*own, *explained.exhibits(evidence, patients, self.spec)]
 
     def without_value(self, evidence: Evidence) -> str:
         """Why the headline has no value on this evidence, in a sentence."""
