@@ -300,8 +300,7 @@ class LocalTrainer:
     def _losses(self, rows: NDArray[np.int64], generator: torch.Generator) -> Tensor:
         """(patients,) losses, each the mean over the copies of that patient's image."""
         task, copies = self._task, self._spec.augmentation.multiplicity
-        images = torch.from_numpy(self._cohort.images(rows)).repeat_interleave(copies, dim=0)
-        targets = torch.from_numpy(self._cohort.targets(rows)).repeat_interleave(copies, dim=0)
+        images, targets = task.taken(self._cohort, rows, copies, generator)
         images, motion = augment(images, self._spec.augmentation, generator)
         targets = task.moved(targets, motion).to(self._device)
         with torch.no_grad():

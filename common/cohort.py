@@ -4,9 +4,10 @@ A cohort is a directory of two files, pseudonymised patient data both (mode 0600
 their sealed forms (`common.cohort_seal`), which only the holder of a key can read:
 
 ``images.u16``
-    raw little-endian uint16 in C order, shape (images, planes, height, width). The first planes
-    are the channels; value / 65535 is the brightness in 0..1. Where the target is a mask it is
-    the last plane: the number of each pixel's class.
+    raw little-endian uint16 in C order, shape (images, planes, height, width), of volumes
+    (images, planes, depth, height, width). The first planes are the channels; value / 65535 is the
+    brightness in 0..1. Where the target is a mask it is the last plane: the number of each pixel's
+    class.
 ``index.sqlite``
     ``meta`` (what was done, for which classes) and ``image`` (one row an image: pseudonyms,
     label, SHA-256 of its stored pixels, size of the original, split). The label is JSON: a class
@@ -22,6 +23,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 import sqlite3
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -63,7 +65,7 @@ Rows = Sequence[int] | NDArray[np.int64]
 Draw = Callable[[NDArray[np.int64]], NDArray[np.int64]]
 LABELLED = ("binary", "multiclass", "multilabel")
 FEWEST_CLASSES = dict.fromkeys((*LABELLED, "mask"), 2) | {"boxes": 1, "none": 0}
-_AT_ONCE = 64  # masks that are looked through together
+_AT_ONCE = 2**22  # pixels of masks that are looked through together
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,8 @@ class CohortMeta:
 
     ``unit`` is what one pseudonym stands for: ``image`` where the source names no patients.
     ``kind`` is what there is to be learned: a label (``binary``, ``multiclass``, ``multilabel``),
-    a ``mask``, ``boxes`` or ``none``. ``shape`` is that of an image, without its mask.
+    a ``mask``, ``boxes`` or ``none``. ``shape`` is that of an image or a volume (`Input.shape`),
+    without its mask.
     ``preprocessing`` says in words what intake did to every image; its digest is what a run is
     compared with. ``source`` is the kind of source (``dicom``), ``created`` a date.
     ``deidentification`` is the SHA-256 of profile, table and code of the de-identification; ``""``
@@ -82,7 +85,7 @@ class CohortMeta:
     unit: Unit
     kind: str
     classes: tuple[str, ...]
-    shape: tuple[int, int, int]
+    shape: tuple[int, ...]
     preprocessing: str
     preprocessing_digest: str
     source: str
@@ -96,7 +99,7 @@ class CohortMeta:
                 f"and one of {', '.join(FEWEST_CLASSES)}"
             )
         few = len(self.classes) < FEWEST_CLASSES[self.kind]
-        if len(self.shape) != 3 or min(self.shape) < 1 or few:
+        if len(self.shape) not in (3, 4) or min(self.shape) < 1 or few:
             raise CohortError(f"shape {self.shape}, classes {self.classes}: not those of a cohort")
         if not _DIGEST.fullmatch(self.deidentification):
             raise CohortError(
@@ -121,10 +124,10 @@ class CohortMeta:
         )
 
     @property
-    def stored_shape(self) -> tuple[int, int, int]:
-        """(planes, height, width): the channels, and the mask if there is one."""
-        channels, height, width = self.shape
-        return channels + (self.kind == "mask"), height, width
+    def stored_shape(self) -> tuple[int, ...]:
+        """(planes, …): the channels, and the mask if there is one, of an image's sides."""
+        channels, *sides = self.shape
+        return channels + (self.kind == "mask"), *sides
 
     @property
     def image_bytes(self) -> int:
@@ -273,8 +276,8 @@ class Cohort:
         return self.meta.kind
 
     @property
-    def shape(self) -> tuple[int, int, int]:
-        """(channels, height, width) of every image."""
+    def shape(self) -> tuple[int, ...]:
+        """(channels, height, width) of every image, of volumes (channels, depth, height, width)."""
         return self.meta.shape
 
     @property
@@ -304,7 +307,7 @@ class Cohort:
             rows: image numbers within this view, in any order, repeated or not.
 
         Returns:
-            (len(rows), channels, height, width) in 0..1, a copy.
+            (len(rows), *shape) in 0..1, a copy.
 
         Raises:
             CohortError: if a sealed image is not what was sealed for its row.
@@ -330,7 +333,8 @@ class Cohort:
 
         Returns:
             By `kind`: (N,) int64 class numbers; (N, classes) float32 of 0 and 1 for a multilabel
-            task; (N, height, width) int64 class numbers of a mask's pixels; (N, most, 5) float32
+            task; (N, height, width) int64 class numbers of a mask's pixels, of volumes
+            (N, depth, height, width); (N, most, 5) float32
             boxes, left, top, right and bottom in parts of the sides and the class, those that an
             image has not being zeros of class -1; (N, 0) float32 for none.
 
@@ -356,11 +360,44 @@ class Cohort:
         if self.kind != "mask":
             return np.asarray(self.labels[:, None] == known)
         found = np.zeros((len(self), len(known)), dtype=np.bool_)
-        for start in range(0, len(self), _AT_ONCE):
-            masks = self.targets(np.arange(start, min(start + _AT_ONCE, len(self))))
+        at_once = max(1, _AT_ONCE // math.prod(self.shape[1:]))
+        for start in range(0, len(self), at_once):
+            masks = self._mask_planes(self._rows[start : start + at_once])
             for number in known:
-                found[start : start + len(masks), number] = (masks == number).any(axis=(1, 2))
+                has = (masks == number).reshape(len(masks), -1).any(axis=1)
+                found[start : start + len(masks), number] = has
         return found
+
+    def patches(
+        self, rows: Rows, corners: NDArray[np.int64], sides: Sequence[int]
+    ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        """Parts of volumes with their masks; of a plain cohort no more than they are is read.
+
+        Args:
+            rows: N image numbers within this view, in any order, repeated or not.
+            corners: (N, 3) the first slice, row and column of each part.
+            sides: depth, height and width of every part.
+
+        Returns:
+            (N, channels, *sides) in 0..1 and (N, *sides) class numbers, copies.
+
+        Raises:
+            CohortError: if there are no volumes with masks here, a part is not within its volume,
+                and as `targets`.
+        """
+        last = np.array(self.shape[1:]) - np.array(sides) if len(self.shape) > 3 else np.zeros(0)
+        if self.kind != "mask" or not len(last) or (corners < 0).any() or (corners > last).any():
+            raise CohortError(
+                f"{self.path}: parts of {tuple(sides)} of images of {self.shape} with "
+                f"{self.kind!r}; expected parts within volumes that have masks"
+            )
+        wanted = self._rows[np.asarray(rows, dtype=np.int64)]
+        found = np.empty((len(wanted), self.meta.stored_shape[0], *sides), dtype=PIXEL)
+        for number, (row, corner) in enumerate(zip(wanted, corners, strict=True)):
+            within = tuple(slice(c, c + side) for c, side in zip(corner, sides, strict=True))
+            found[number] = self._planes(int(row))[:, *within]
+        images = np.divide(found[:, :-1], np.float32(PIXEL_MAX), dtype=np.float32)
+        return images, self._checked(found[:, -1]).astype(np.int64)
 
     def rows_of(self, patient: int) -> NDArray[np.int64]:
         """Image numbers of patient number `patient`, ascending; never empty."""
@@ -448,8 +485,23 @@ class Cohort:
             found = np.frombuffer(opened, dtype=PIXEL)
         return found.reshape(len(rows), *self.meta.stored_shape)
 
+    def _planes(self, row: int) -> NDArray[np.uint16]:
+        """One stored image by its row in the file, of a plain cohort not read yet."""
+        if self._seal is None:
+            found: NDArray[np.uint16] = self._mapped[row].view(PIXEL)
+        else:
+            found = np.frombuffer(self._opened(self._seal, row), dtype=PIXEL)
+        return found.reshape(self.meta.stored_shape)
+
     def _masks(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
-        masks = self._stored(self._rows[rows])[:, -1].astype(np.int64)
+        return self._mask_planes(self._rows[rows]).astype(np.int64)
+
+    def _mask_planes(self, rows: NDArray[np.int64]) -> NDArray[np.uint16]:
+        """Stored masks by their rows in the file."""
+        return self._checked(self._stored(rows)[:, -1])
+
+    def _checked(self, masks: NDArray[np.uint16]) -> NDArray[np.uint16]:
+        """Masks that have no pixel but of the classes."""
         if masks.max(initial=0) >= len(self.classes):
             raise CohortError(
                 f"{self.path}: a mask has a pixel of class number {masks.max()}; expected one of "

@@ -9,7 +9,7 @@ What networks give, for B images, is what a task asks for (``NETWORK`` of its se
 
 ==========  ======================================================================================
 ``vector``  (B, outputs) logits
-``map``     (B, outputs, H, W) logits of every pixel
+``map``     (B, outputs, H, W) logits of every pixel, of volumes (B, outputs, D, H, W)
 ``boxes``   (B, outputs, H / 4, W / 4) maps of centres, sizes and offsets
 ``image``   (B, channels, H, W), or a row an image where a code's numbers stand behind the pixels
 ``pair``    a generator and a discriminator, of which the task knows the use
@@ -41,12 +41,14 @@ class Network(NamedTuple):
         smallest_side: the least height and width of an image, in pixels.
         takes_width: whether ``spec.model.width`` means something to it.
         gives: what it returns; see the table of this module.
+        smallest_depth: the fewest slices of a volume; 0: it takes no volumes.
     """
 
     factory: str
     smallest_side: int
     takes_width: bool = False
     gives: Gives = "vector"
+    smallest_depth: int = 0
 
 
 NETWORKS = {
@@ -61,7 +63,7 @@ NETWORKS = {
     "reference-cnn": Network("common.models.cnn:reference_cnn", smallest_side=46),
     "resnet18": Network("common.models.monai:resnet18", smallest_side=16),
     "small-cnn": Network("common.models.cnn:small_cnn", smallest_side=16, takes_width=True),
-    "unet": Network("common.models.unet:unet", 32, True, "map"),
+    "unet": Network("common.models.unet:unet", 32, True, "map", smallest_depth=16),
     "vae": Network("common.models.autoencoder:vae", 16, True, "image"),
     "vit": Network("common.models.vit:vit", smallest_side=16, takes_width=True),
 }
@@ -150,7 +152,7 @@ def _made(spec: RunSpec) -> nn.Module:
 
 def _network_for(spec: RunSpec) -> Network:
     """The line of the registry that the spec asks for, if it fits the spec."""
-    name, (_, height, width) = spec.model.name, spec.input.shape
+    name, (*slices, height, width) = spec.model.name, spec.input.seen
     asked = spec.task.NETWORK
     fitting = ", ".join(names(asked)) or "none, for there is no such network"
     if name not in NETWORKS:
@@ -162,9 +164,19 @@ def _network_for(spec: RunSpec) -> Network:
             f"{asked!r}; expected one of {fitting}"
         )
     if min(height, width) < network.smallest_side:
+        where = "input.patch" if spec.input.patch else "input"
         raise ModelError(
-            f"input.height x input.width = {height} x {width}: {name} needs at least "
+            f"{where}.height x {where}.width = {height} x {width}: {name} needs at least "
             f"{network.smallest_side} pixels on either side"
+        )
+    if slices and not network.smallest_depth:
+        raise ModelError(
+            f"model.name = {name!r}: it takes images, and input.depth asks for volumes"
+        )
+    if slices and slices[0] < network.smallest_depth:
+        raise ModelError(
+            f"{slices[0]} slices of a volume (input.depth, input.patch): {name} needs at least "
+            f"{network.smallest_depth}"
         )
     if spec.model.width is not None and not network.takes_width:
         raise ModelError(

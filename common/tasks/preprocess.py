@@ -18,7 +18,8 @@ def normalise(images: Tensor, spec: Input) -> Tensor:
     """Centre and scale images as the spec's input says.
 
     ``literal`` is (x - mean) / std with the spec's numbers, by channel; ``image`` uses each
-    image's own mean and standard deviation over all its channels and pixels, so that an image's
+    image's own mean and standard deviation over all its channels and pixels (of a volume those
+    that the network sees at once), so that an image's
     result is a function of that image alone whatever batch it comes in. A flat image becomes
     zeros under ``image``.
 
@@ -28,7 +29,7 @@ def normalise(images: Tensor, spec: Input) -> Tensor:
         spec: the run's input.
 
     Returns:
-        (B, C, H, W) float32 on the device of `images`, which are not changed.
+        float32 of that shape on the device of `images`, which are not changed.
     """
     if spec.images == 1:
         return _each(images, spec)
@@ -39,9 +40,12 @@ def _each(images: Tensor, spec: Input) -> Tensor:
     pixels = images.to(torch.float32)
     if spec.normalize == "literal":
         return (pixels - _by_channel(spec.mean, pixels)) / _by_channel(spec.std, pixels)
-    deviation, mean = torch.std_mean(pixels, dim=(1, 2, 3), correction=0, keepdim=True)
+    deviation, mean = torch.std_mean(
+        pixels, dim=tuple(range(1, pixels.dim())), correction=0, keepdim=True
+    )
     return (pixels - mean) / deviation.clamp_min(_SMALLEST_DEVIATION)
 
 
 def _by_channel(numbers: tuple[float, ...], like: Tensor) -> Tensor:
-    return torch.tensor(numbers, dtype=like.dtype, device=like.device).view(1, -1, 1, 1)
+    by_channel = torch.tensor(numbers, dtype=like.dtype, device=like.device)
+    return by_channel.view(1, -1, *[1] * (like.dim() - 2))

@@ -3,9 +3,11 @@
 =============  ==================================================================================
 dice           2 TP / (2 TP + FP + FN) of a class's pixels over all images of a patient
 hausdorff95    the 95th percentile of the distances from the outline of one mask to that of the
-               other, the larger of both directions, in pixels of the network's input; by image,
-               then the mean over a patient's images
+               other, the larger of both directions, in pixels of the network's input, of volumes
+               in millimetres; by image, then the mean over a patient's images
 volume-error   100 |found - true| / true, of a class's pixels over all images of a patient
+volume-        of volumes alone: |found - true| of a class over all volumes of a patient, in
+difference     millilitres
 =============  ==================================================================================
 
 Each is computed by class and patient, averaged over the patients, then over the classes but the
@@ -17,7 +19,9 @@ for what it does not find). Without a true pixel a volume error has no meaning.
 
 from __future__ import annotations
 
+import pkgutil
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial, reduce
 from typing import Any
 
 import numpy as np
@@ -35,11 +39,11 @@ from common.tasks.answers import Answer
 from common.tasks.augment import Motion, moved_masks
 from common.tasks.estimates import Estimate, Floats, estimates, means, ratio
 from common.tasks.exhibits import Chart, Exhibit, Gallery, Line, Table
-from common.tasks.preprocess import normalise
 from common.tasks.task import Evidence, Task
 
 _SMOOTH = 1.0  # a pixel: a class that is in neither mask costs nothing, and no quotient is 0 / 0
 _TINY = 1e-12
+_ML = 1000.0  # cubic millimetres of a millilitre
 
 
 class Segmentation(Task):
@@ -54,6 +58,8 @@ class Segmentation(Task):
     def losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """One loss an image: (B, classes, H, W) logits and (B, H, W) int64 to (B,) float32.
 
+        Of volumes both have a depth before the height, here as in all that follows.
+
         Raises:
             ModelError: if a shape is another.
         """
@@ -61,22 +67,74 @@ class Segmentation(Task):
         log_p = functional.log_softmax(outputs.float(), dim=1)
         return _FORMULAS[self.spec.loss.name](log_p, targets, self.spec.loss)
 
+    def taken(
+        self, cohort: Cohort, rows: NDArray[np.int64], copies: int, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
+        """As `Task.taken`; of volumes with a patch, a part at a uniformly random place a copy.
+
+        No more of a plain cohort is read than the parts are.
+        """
+        seen = self.spec.input
+        if seen.patch is None:
+            return super().taken(cohort, rows, copies, generator)
+        of_each = np.repeat(rows, copies)
+        room = torch.tensor(seen.sides) - torch.tensor(seen.patch) + 1
+        drawn = torch.rand(len(of_each), len(room), generator=generator, dtype=torch.float64)
+        corners = (drawn * room).long().minimum(room - 1)
+        images, masks = cohort.patches(of_each, corners.numpy(), seen.patch)
+        return torch.from_numpy(images), torch.from_numpy(masks)
+
     def moved(self, targets: Tensor, motion: Motion) -> Tensor:
         """The masks after their images were changed by `motion`."""
         return moved_masks(targets, motion)
 
     # --- Evaluation ---------------------------------------------------------------------------
 
+    def through(self, network: nn.Module, images: Tensor) -> Tensor:
+        """As `Task.through`; of volumes with a patch, window by window and blended (MONAI)."""
+        patch = self.spec.input.patch
+        if patch is None:
+            return super().through(network, images)
+        one = partial(super().through, network)
+        # Named, not imported: MONAI takes seconds.
+        slide = pkgutil.resolve_name("monai.inferers.utils:sliding_window_inference")
+        outputs: Tensor = slide(images, patch, 1, one, overlap=0.5, mode="gaussian")
+        return outputs
+
     def pictures(self, network: nn.Module, cohort: Cohort, device: torch.device) -> Evidence:
-        """Images evenly spread over the cohort, their masks and those that were found."""
+        """Images evenly spread over the cohort, their masks and those that were found.
+
+        Of a volume the slice in which most pixels are of a class, of its mask or else of what was
+        found, and in the middle where there are none.
+        """
         rows = pictures.spread(len(cohort), self.spec.evaluation.gallery)
+        if self.spec.input.depth is not None:
+            shown = [self._slice(network, cohort, int(row), device) for row in rows]
+            return {"gallery_rows": rows} | {
+                key: np.stack([s[key] for s in shown]) for key in shown[0]
+            }
         images = torch.from_numpy(cohort.images(rows)).to(device)
-        found = network(normalise(images, self.spec.input)).argmax(dim=1)
+        found = self.through(network, images).argmax(dim=1)
         return {
             "gallery_rows": rows,
             "gallery_images": pictures.grey_levels(images.cpu().numpy()),
             "gallery_true": cohort.targets(rows).astype(np.uint16),
             "gallery_found": found.cpu().numpy().astype(np.uint16),
+        }
+
+    def _slice(
+        self, network: nn.Module, cohort: Cohort, row: int, device: torch.device
+    ) -> dict[str, NDArray[Any]]:
+        """The slice of one volume that is shown, its number from 0."""
+        images, (true,) = torch.from_numpy(cohort.images([row])), cohort.targets([row])
+        found = self.through(network, images.to(device)).argmax(dim=1)[0].cpu().numpy()
+        marked = true > 0 if true.any() else found > 0
+        which = int(marked.sum(axis=(1, 2)).argmax()) if marked.any() else len(true) // 2
+        return {
+            "gallery_slices": np.array(which),
+            "gallery_images": pictures.grey_levels(images[:, :, which].numpy())[0],
+            "gallery_true": true[which].astype(np.uint16),
+            "gallery_found": found[which].astype(np.uint16),
         }
 
     def measured(self, outputs: Tensor, images: Tensor, targets: Tensor) -> Evidence:
@@ -87,13 +145,16 @@ class Segmentation(Task):
             (B, classes - 1) float32, NaN where neither mask has the class; ``finite`` (B,):
             whether the network's outputs were numbers.
         """
-        classes = torch.arange(1, outputs.shape[1], device=outputs.device)[:, None, None]
+        sides = tuple(range(2, outputs.dim()))
+        classes = torch.arange(1, outputs.shape[1], device=outputs.device)
+        classes = classes.view(-1, *(1 for _ in sides))
         found, true = (labels[:, None] == classes for labels in (outputs.argmax(dim=1), targets))
-        pixels = torch.stack([m.sum(dim=(2, 3)) for m in (found & true, found, true)], dim=2)
+        pixels = torch.stack([m.sum(dim=sides) for m in (found & true, found, true)], dim=2)
         pairs = zip(
             found.flatten(0, 1).cpu().numpy(), true.flatten(0, 1).cpu().numpy(), strict=True
         )
-        distances = np.array([hausdorff95(*pair) for pair in pairs], dtype=np.float32)
+        spacing = self.spec.input.spacing
+        distances = np.array([hausdorff95(*pair, spacing) for pair in pairs], dtype=np.float32)
         return {
             "pixels": pixels.cpu().numpy(),
             "hausdorff95": distances.reshape(pixels.shape[:2]),
@@ -124,8 +185,8 @@ class Segmentation(Task):
     ) -> Mapping[str, Estimate]:
         """See the table above, the mean over the classes; None where a network gave no numbers."""
         if not evidence["finite"].all():
-            return dict.fromkeys(self.spec.task.METRICS, Estimate(None))
-        values = by_patient(evidence, patients)
+            return dict.fromkeys(self.spec.metrics, Estimate(None))
+        values = self._by_patient(evidence, patients)
         people = np.arange(len(values["dice"]))
 
         def over_classes(weights: Floats) -> dict[str, Floats]:
@@ -143,7 +204,7 @@ class Segmentation(Task):
 
     def exhibits(self, evidence: Evidence, patients: NDArray[np.int64]) -> Sequence[Exhibit]:
         """Metrics by class, how Dice lies among the patients, and outlines on images."""
-        values = by_patient(evidence, patients)
+        values = self._by_patient(evidence, patients)
         shown: list[Exhibit] = []
         if evidence["finite"].all():
             shown = [self._by_class(evidence, values), self._dice_of_patients(values["dice"])]
@@ -155,9 +216,13 @@ class Segmentation(Task):
     def _names(self) -> tuple[str, ...]:
         return self.spec.task.classes[1:]
 
+    def _by_patient(self, evidence: Evidence, patients: NDArray[np.int64]) -> dict[str, Floats]:
+        spacing = self.spec.input.spacing
+        return by_patient(evidence, patients, spacing and float(np.prod(spacing)) / _ML)
+
     def _by_class(self, evidence: Evidence, values: Mapping[str, Floats]) -> Table:
         found, true = (evidence["pixels"][:, :, which] > 0 for which in (1, 2))
-        metrics = self.spec.task.METRICS
+        metrics = self.spec.metrics
         rows = []
         for number, name in enumerate(self._names):
             columns = {metric: values[metric][:, number] for metric in metrics}
@@ -171,15 +236,23 @@ class Segmentation(Task):
             distance = words.number(float(near.mean()) if len(near) else None)
             rows.append((name, *cells, distance, str(missed), str(invented)))
         titles = [f"{m.title} ({m.unit})" if m.unit else m.title for m in metrics.values()]
+        unit, thing = metrics["hausdorff95"].unit, self._thing
+        last = (f"Where both are outlined ({unit})", f"{thing}s missed", f"{thing}s invented")
+        thing = thing.lower()
         return Table(
             "By class",
-            ("Class", *titles, "Where both are outlined (px)", "Images missed", "Images invented"),
+            ("Class", *titles, *last),
             rows,
             "Means over the patients, with their 95 % intervals. Where only one of the two "
-            "outlines is there, an image's Hausdorff distance is its diagonal; the column beside "
-            "it is the mean over the images in which both are. Missed are the images in which the "
-            "class is and was not found, invented those in which it was found and is not.",
+            f"outlines is there, the Hausdorff distance is the {thing}'s diagonal; a column of its "
+            f"own has the mean over the {thing}s in which both are. Missed are the {thing}s in "
+            "which the class is and was not found, invented those in which it was found and is "
+            "not.",
         )
+
+    @property
+    def _thing(self) -> str:
+        return "Image" if self.spec.input.depth is None else "Volume"
 
     def _means_of(self, columns: Mapping[str, Floats]) -> Mapping[str, Estimate]:
         """The mean of each column of figures, one a patient."""
@@ -209,13 +282,14 @@ class Segmentation(Task):
     def _gallery(self, evidence: Evidence) -> Gallery:
         kept = (evidence[f"gallery_{name}"] for name in ("rows", "images", "true", "found"))
         drawn, captions = [], []
-        for row, levels, true, found in zip(*kept, strict=True):
+        slices = evidence.get("gallery_slices", np.zeros(len(evidence["gallery_rows"]), np.int64))
+        for row, levels, true, found, slice_ in zip(*kept, slices, strict=True):
             picture = pictures.canvas(levels)
             times = pictures.enlargement(*true.shape)
             pictures.draw_true(picture, pictures.outline(pictures.enlarged(true, times)))
             pictures.draw_found(picture, pictures.outline(pictures.enlarged(found, times)))
             drawn.append(picture)
-            captions.append(self._caption(int(row), evidence["pixels"][row]))
+            captions.append(self._caption(int(row), evidence["pixels"][row], int(slice_)))
         return Gallery(
             "Outlines",
             np.stack(drawn),
@@ -224,24 +298,30 @@ class Segmentation(Task):
             pictures.LEGEND,
         )
 
-    def _caption(self, row: int, pixels: NDArray[np.int64]) -> str:
+    def _caption(self, row: int, pixels: NDArray[np.int64], shown: int) -> str:
         dice = _dice(pixels.astype(np.float64))
         parts = [
             f"{name} {value:.2f}"
             for name, value in zip(self._names, dice, strict=True)
             if np.isfinite(value)
         ]
-        return f"Image {row + 1}: " + (f"Dice {', '.join(parts)}" if parts else "nothing to find")
+        depth = self.spec.input.depth
+        which = "" if depth is None else f", slice {shown + 1} of {depth}"
+        return f"{self._thing} {row + 1}{which}: " + (
+            f"Dice {', '.join(parts)}" if parts else "nothing to find"
+        )
 
     def _check_shapes(self, outputs: Tensor, targets: Tensor) -> None:
         classes = len(self.spec.task.classes)
         expected = (len(outputs), classes, *outputs.shape[2:])
         wanted = (len(outputs), *outputs.shape[2:])
-        if outputs.dim() != 4 or outputs.shape != expected or targets.shape != wanted:
+        sides = len(self.spec.input.sides)
+        if outputs.dim() != 2 + sides or outputs.shape != expected or targets.shape != wanted:
+            named = ", ".join(("depth", "height", "width")[-sides:])
             raise ModelError(
                 f"a segmentation of {classes} classes met outputs of shape {tuple(outputs.shape)} "
-                f"and masks of shape {tuple(targets.shape)}; expected (images, {classes}, height, "
-                "width) and (images, height, width)"
+                f"and masks of shape {tuple(targets.shape)}; expected (images, {classes}, {named}) "
+                f"and (images, {named})"
             )
 
 
@@ -259,7 +339,9 @@ def _one_hot(log_p: Tensor, targets: Tensor) -> Tensor:
 
 def _over_pixels(values: Tensor, log_p: Tensor, targets: Tensor, loss: Loss) -> Tensor:
     """(B, classes, H, W) summed over the classes, weighted by the true one, mean over pixels."""
-    return (values.sum(dim=1) * _weights(log_p, loss)[targets]).mean(dim=(1, 2))
+    return (values.sum(dim=1) * _weights(log_p, loss)[targets]).mean(
+        dim=tuple(range(1, targets.dim()))
+    )
 
 
 def _smoothed(log_p: Tensor, targets: Tensor, loss: Loss) -> Tensor:
@@ -279,7 +361,8 @@ def _focal(log_p: Tensor, targets: Tensor, loss: Loss) -> Tensor:
 
 def _dice_loss(log_p: Tensor, targets: Tensor, loss: Loss) -> Tensor:
     p, true = log_p.exp()[:, 1:], _one_hot(log_p, targets)[:, 1:]
-    common, sizes = (p * true).sum(dim=(2, 3)), (p + true).sum(dim=(2, 3))
+    sides = tuple(range(2, p.dim()))
+    common, sizes = (p * true).sum(dim=sides), (p + true).sum(dim=sides)
     missing = 1 - (2 * common + _SMOOTH) / (sizes + _SMOOTH)
     weights = _weights(log_p, loss)[1:]
     return missing @ (weights / weights.sum())
@@ -300,39 +383,57 @@ _FORMULAS: dict[str, Callable[[Tensor, Tensor, Loss], Tensor]] = {
 # --- Metrics ------------------------------------------------------------------------------------
 
 
-def hausdorff95(found: NDArray[np.bool_], true: NDArray[np.bool_]) -> float:
-    """The 95th percentile Hausdorff distance of two (H, W) masks, in pixels.
+def hausdorff95(
+    found: NDArray[np.bool_], true: NDArray[np.bool_], spacing: Sequence[float] | None = None
+) -> float:
+    """The 95th percentile Hausdorff distance of two masks, in pixels.
 
     NaN where both are empty, the image's diagonal where one is.
+
+    Args:
+        found: (H, W), or (D, H, W).
+        true: likewise.
+        spacing: of the pixels along each side, which gives the distance its unit.
     """
     either = found | true
     if not either.any():
         return float("nan")
     if not (found.any() and true.any()):
-        return float(np.hypot(*found.shape))
-    rows, columns = (np.flatnonzero(either.any(axis=axis)) for axis in (1, 0))
-    inside = np.s_[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+        lengths = np.array(found.shape) * (1 if spacing is None else spacing)
+        return float(reduce(np.hypot, lengths))
+    (inside,) = ndimage.find_objects(either.astype(np.uint8))
     edges = [mask[inside] & ~ndimage.binary_erosion(mask[inside]) for mask in (found, true)]
     there, back = (
-        np.percentile(ndimage.distance_transform_edt(~other)[edge], 95)
+        np.percentile(ndimage.distance_transform_edt(~other, sampling=spacing)[edge], 95)
         for edge, other in (edges, reversed(edges))
     )
     return float(max(there, back))
 
 
-def by_patient(evidence: Evidence, patients: NDArray[np.int64]) -> dict[str, Floats]:
-    """Each metric as (patients, classes - 1), NaN where it has no meaning."""
+def by_patient(
+    evidence: Evidence, patients: NDArray[np.int64], millilitres: float | None = None
+) -> dict[str, Floats]:
+    """Each metric as (patients, classes - 1), NaN where it has no meaning.
+
+    Args:
+        evidence: of N images.
+        patients: (N,) integers; equal numbers are one patient.
+        millilitres: of a voxel, where images are volumes.
+    """
     _, index = np.unique(patients, return_inverse=True)
     pixels = _summed(evidence["pixels"].astype(np.float64), index)
     distances = evidence["hausdorff95"].astype(np.float64)
     known = np.isfinite(distances)
     totals = _summed(np.where(known, distances, 0), index)
     found, true = pixels[..., 1], pixels[..., 2]
-    return {
+    values = {
         "dice": _dice(pixels),
         "hausdorff95": ratio(totals, _summed(known.astype(np.float64), index)),
         "volume-error": ratio(100 * np.abs(found - true), true),
     }
+    if millilitres is not None:
+        values["volume-difference"] = np.abs(found - true) * millilitres
+    return values
 
 
 def _dice(pixels: Floats) -> Floats:

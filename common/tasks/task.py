@@ -43,6 +43,7 @@ begins with ``validation_`` are no names of evidence.
 
 _BATCH_PIXELS = 1 << 22  # 16 MB of float32 into the first layer, whatever the image's size
 _BATCH_IMAGES = (8, 512)
+_VOLUME = 4  # numbers in the shape of one
 
 
 class Task(ABC):
@@ -61,6 +62,21 @@ class Task(ABC):
         self.views = spec.task.VIEWS
 
     # --- Training -----------------------------------------------------------------------------
+
+    def taken(
+        self, cohort: Cohort, rows: NDArray[np.int64], copies: int, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
+        """What a step takes of a cohort: `copies` of each image with its target, image by image.
+
+        Args:
+            cohort: the site's.
+            rows: image numbers.
+            copies: of each; a task that takes a part of an image takes another for each copy.
+            generator: the source of randomness, on any device.
+        """
+        images = torch.from_numpy(cohort.images(rows)).repeat_interleave(copies, dim=0)
+        targets = torch.from_numpy(cohort.targets(rows)).repeat_interleave(copies, dim=0)
+        return images, targets
 
     @abstractmethod
     def losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
@@ -116,6 +132,11 @@ class Task(ABC):
 
     # --- Evaluation ---------------------------------------------------------------------------
 
+    def through(self, network: nn.Module, images: Tensor) -> Tensor:
+        """What `network` gives for whole images, (B, …) brightness in 0..1: all at once."""
+        outputs: Tensor = network(normalise(images, self.spec.input))
+        return outputs
+
     @torch.no_grad()
     def evidence(self, network: nn.Module, cohort: Cohort, device: torch.device) -> Evidence:
         """What is kept of a network's answers on `cohort`; the network is in evaluation mode.
@@ -126,7 +147,7 @@ class Task(ABC):
         for rows in batches(cohort):
             images = torch.from_numpy(cohort.images(rows)).to(device)
             targets = torch.from_numpy(cohort.targets(rows)).to(device)
-            outputs = network(normalise(images, self.spec.input))
+            outputs = self.through(network, images)
             pieces.append(self.measured(outputs.float(), images, targets))
         return {key: np.concatenate([piece[key] for piece in pieces]) for key in pieces[0]}
 
@@ -218,8 +239,11 @@ class Task(ABC):
 
 
 def batches(cohort: Cohort) -> Iterator[NDArray[np.int64]]:
-    """Image numbers of a cohort in order, as many at a time as fit into little memory."""
-    smallest, largest = _BATCH_IMAGES
+    """Image numbers of a cohort in order, as many at a time as fit into little memory.
+
+    Volumes one by one: of a volume a network holds each layer in three dimensions.
+    """
+    smallest, largest = _BATCH_IMAGES if len(cohort.shape) < _VOLUME else (1, 1)
     size = max(smallest, min(largest, _BATCH_PIXELS // int(np.prod(cohort.row_shape))))
     for start in range(0, len(cohort), size):
         yield np.arange(start, min(start + size, len(cohort)), dtype=np.int64)

@@ -316,7 +316,7 @@ class Masked:
 
     def __init__(self, images: np.ndarray, masks: np.ndarray) -> None:
         self._images, self._masks = images.astype(np.float32), masks
-        self.shape = images.shape[1:]
+        self.shape = self.row_shape = images.shape[1:]
 
     def __len__(self) -> int:
         return len(self._images)
