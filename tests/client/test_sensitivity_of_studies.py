@@ -75,6 +75,8 @@ def make_bench(  # noqa: PLR0913, PLR0917 - it is put together from these
 
         drawn = Cohort.drawn
 
+    in_memory: Any = ArrayStudies
+
     def make(  # noqa: PLR0913 - what the cases differ in
         model: str = "small-cnn",
         *,
@@ -109,7 +111,7 @@ def make_bench(  # noqa: PLR0913, PLR0917 - it is put together from these
                 name: rng.uniform(-largest_weight, largest_weight, array.shape).astype(np.float32)
                 for name, array in weights.items()
             }
-        cohort = ArrayStudies(images, labels)
+        cohort = in_memory(images, labels)
         trainer = make_trainer(spec, cohort, PATIENTS, physical_images=physical * copies * PLACES)
         return Bench(spec, cohort, trainer, weights, (watch_steps, quiet_keystream))
 
@@ -220,7 +222,8 @@ class OutOfOrder(StudyNetwork):
         def mixed(rows: Tensor) -> Tensor:
             by_place = rows.unflatten(0, (-1, places)).transpose(0, 1)
             features: Tensor = encoder(by_place.flatten(0, 1))
-            return features.unflatten(0, (places, -1)).transpose(0, 1).flatten(0, 1)
+            ordered: Tensor = features.unflatten(0, (places, -1)).transpose(0, 1)
+            return ordered.flatten(0, 1)
 
         self._modules["encoder"] = None
         try:
