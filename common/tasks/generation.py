@@ -62,7 +62,7 @@ from common.tasks.task import Evidence, Task, batches
 
 _DRIFT = 1e-3
 _BETAS = (0.5, 0.99)
-_SYNTHETIC = 2048  # images that a judge is taught on, and that distances are taken to
+SYNTHETIC = 2048  # images that a judge is taught on, and that distances are taken to
 _AT_ONCE = 256
 _LARGEST_SIDE = 32
 _COPY = 0.5
@@ -70,7 +70,7 @@ _PERCENT = 100.0
 
 
 class Drawn(NamedTuple):
-    """Synthetic images.
+    """Images with their labels, most often synthetic ones.
 
     Attributes:
         images: (N, C, H, W) float32 brightness in 0..1.
@@ -205,11 +205,19 @@ class Generation(Task):
 
         All of it follows from the weights, the cohort and the spec's seed.
         """
-        drawn = self.draw(network, _SYNTHETIC, torch.Generator().manual_seed(self.spec.seed))
-        seen = normalise(drawn.images, self.spec.input)
-        judge = _taught(seen, self._has(drawn.labels), self._loss_of_judge, self.spec.seed)
-        kept = dict(super().evidence(judge.to(device), cohort, device))
-        return kept | distances(cohort, drawn.images)
+        drawn = self.draw(network, SYNTHETIC, torch.Generator().manual_seed(self.spec.seed))
+        return dict(self.judged(drawn, cohort, device)) | distances(cohort, drawn.images)
+
+    @torch.no_grad()
+    def judged(self, shown: Drawn, cohort: Cohort, device: torch.device) -> Evidence:
+        """What classifiers that have seen `shown` alone, synthetic or real, say of `cohort`.
+
+        Returns:
+            ``probabilities`` and ``labels``; see `measured`.
+        """
+        seen = normalise(shown.images, self.spec.input)
+        judge = _taught(seen, self._has(shown.labels), self._loss_of_judge, self.spec.seed)
+        return super().evidence(judge.to(device), cohort, device)
 
     def pictures(self, network: nn.Module, cohort: Cohort, device: torch.device) -> Evidence:
         """The first of the synthetic images, with their classes."""
@@ -350,7 +358,7 @@ def distances(cohort: Cohort, synthetic: Tensor) -> dict[str, NDArray[np.float32
         synthetic image; ``nearest_real`` (N,) to a real one of another patient, infinite where
         there is none.
     """
-    among = pictures.spread(len(cohort), min(_SYNTHETIC, len(synthetic)))
+    among = pictures.spread(len(cohort), min(SYNTHETIC, len(synthetic)))
     real = _small(torch.from_numpy(cohort.images(among)))
     made = _small(synthetic)
     found: dict[str, list[NDArray[np.float32]]] = {
