@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Self
 
 from common import certificates
-from common.certificates import PrivateKey, PublicKey
+from common.certificates import Certificate, PrivateKey, PublicKey
 from common.clock import Clock
 from common.enrolment import Bundle, Request
 from common.errors import ConfigError, IdentityError
@@ -115,6 +115,22 @@ class Credentials:
     @property
     def _certificate(self) -> bytes:
         return certificates.certificate_pem(self.bundle.certificate)
+
+
+def pinned_authority(home: Path) -> Certificate:
+    """The authority that a node believes; its own certificate need not be in force any more.
+
+    Raises:
+        ConfigError: if the node has joined no federation, or its bundle cannot be read.
+        IdentityError: if the bundle is damaged.
+    """
+    bundle = _Identity(home).bundle()
+    if bundle is None:
+        raise ConfigError(
+            f"{home}: has joined no federation, so it knows none to believe; `cloister node join` "
+            "does it"
+        )
+    return bundle.authority
 
 
 @dataclass(frozen=True)

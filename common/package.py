@@ -177,6 +177,18 @@ class Package:
         signer = checked.signer if checked else None
         return cls(path, spec, MappingProxyType(card), sha256, there.calibration(spec), signer)
 
+    def weights(self) -> bytes:
+        """The content of ``model.safetensors``, as it was when the package was opened.
+
+        Raises:
+            PackageError: if it has changed since.
+        """
+        path = self.path / MODEL
+        content = _content(path, _largest_model(self.spec))
+        if hashlib.sha256(content).hexdigest() != self.model_sha256:
+            raise PackageError(f"{path}: changed while it was being used; open it again")
+        return content
+
     def network(self) -> nn.Module:
         """The network with its weights, in evaluation mode, on the CPU.
 
@@ -184,10 +196,7 @@ class Package:
             PackageError: if the weights are not its network's, are not finite numbers, or have
                 changed since the package was opened.
         """
-        path = self.path / MODEL
-        content = _content(path, _largest_model(self.spec))
-        if hashlib.sha256(content).hexdigest() != self.model_sha256:
-            raise PackageError(f"{path}: changed while it was being used; open it again")
+        content, path = self.weights(), self.path / MODEL
         try:
             weights = load(content)
         except (SafetensorError, LookupError, TypeError, ValueError) as error:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from common.files import write_durably
 from common.spec import Metric
+from common.task_sections import Classification
 from common.tasks import words
 from common.tasks.estimates import Estimate
 from server import wording
@@ -25,6 +26,7 @@ MARKDOWN_FILE = "model_card.md"
 JSON_FILE = "model_card.json"
 FORMAT = 1
 
+_PROBABILITIES = {name: Classification.METRICS[name] for name in ("brier", "ece")}
 _WITH_THRESHOLD = ("binary", "multilabel", "boxes")
 
 
@@ -155,6 +157,7 @@ def to_markdown(card: Mapping[str, Any]) -> str:
         _section("Training", _training_lines(card)),
         _section("Privacy", _privacy_lines(card["privacy"])),
         _section("Performance", _performance_lines(card)),
+        *_sections_of_use(card),
         _section("Limitations", [f"- {_safe(text)}" for text in card["limitations"]]),
         _section("Versions and digests", _version_lines(card)),
     )
@@ -255,6 +258,27 @@ def _federated_lines(
         for name, found in federated["metrics"].items()
     ]
     yield from _table(("Metric", "Value"), rows)
+
+
+def _sections_of_use(card: Mapping[str, Any]) -> Iterator[list[str]]:
+    """What an export adds to the card of a run (`server.export`), and what made it smaller."""
+    if calibrated := card.get("calibration"):
+        yield _section("Calibration", _calibration_lines(calibrated))
+    if smaller := card.get("smaller"):
+        yield _section("Made smaller", [f"- {_safe(text)}" for text in smaller["said"]])
+
+
+def _calibration_lines(calibrated: Mapping[str, Any]) -> Iterator[str]:
+    yield _safe(calibrated["why"])
+    judged = calibrated["test"]
+    if judged is None:
+        return
+    yield from ("", f"On {judged['images']:,} images of the test part:", "")
+    rows = [
+        (metric.title, *(_estimate(judged[when][name], metric) for when in ("before", "after")))
+        for name, metric in _PROBABILITIES.items()
+    ]
+    yield from _table(("Metric", "Before", "After"), rows)
 
 
 def _version_lines(card: Mapping[str, Any]) -> Iterator[str]:

@@ -27,14 +27,18 @@ from common.errors import CloisterError, RunError
 from server.allowance import BOUND
 from server.app import alone
 from server.evaluation import CentralEvaluator
+from server.export import Signing, export
 from server.link import Exchange, LinkGrid, bundle
 from server.members import Enrolled
+from server.record import MODEL_FILE
 from server.roster import Roster
 from server.rounds import Conduct, FederatedRun, LogObserver
-from server.runs import CoordinatorHome, EventLog, Run, Standing
+from server.runs import OVER, CoordinatorHome, EventLog, Run, Standing
 
 log = logging.getLogger("cloister.conductor")
 
+PACKAGE = "package"
+"""In a run's folder: its model, signed, as it may be handed on."""
 ORDERLY, DIED = 0, 1
 """Exit codes: `standing.json` says how the run stands; or it does not, and a new process is due."""
 _REPLY_OVERHEAD = 64 * 2**20
@@ -98,6 +102,19 @@ def conduct(home: CoordinatorHome, run: Run, orders: Orders) -> None:
             else:
                 how_it_is = (Standing.FINISHED, "") if over else (Standing.FAILED, _NOT_COUNTED)
                 run.write(*how_it_is)
+        if run.state.standing in OVER:
+            _hand_out(home, run)
+
+
+def _hand_out(home: CoordinatorHome, run: Run) -> None:
+    """Put the model into a signed package beside it; what hinders that does not undo the run."""
+    out = run.path / PACKAGE
+    if out.exists() or not (run.path / MODEL_FILE).exists():
+        return
+    try:
+        export(run.path, out, "package", signing=Signing.open(home.path))
+    except CloisterError as error:
+        log.warning("the model has no package (%s); `cloister export` makes one", error)
 
 
 @contextmanager
