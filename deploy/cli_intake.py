@@ -140,7 +140,10 @@ def nifti(
     cohort: CohortArgument,
     *,
     spec: Spec,
-    direction: Annotated[Direction, typer.Option(help="Which slices are cut.")],
+    direction: Annotated[
+        Direction | None,
+        typer.Option(help="Which slices are cut; not for a run of volumes, whose file says it."),
+    ] = None,
     patients: Annotated[
         Path | None, typer.Option(help="A CSV with `file`, `patient` and if wished `split`.")
     ] = None,
@@ -151,7 +154,9 @@ def nifti(
     split: Split = None,
     not_used: NotUsed = None,
 ) -> None:
-    """Take in pairs of NIfTI volumes, an image and its mask, slice by slice.
+    """Take in pairs of NIfTI volumes, an image and its mask: slice by slice, or whole.
+
+    For a run of volumes (`input.depth`) each becomes one, on the run's grid.
 
     All slices of a volume are one patient's. Whose it is, the CSV says; or you do, with
     `--each-file-a-patient`: a patient with two volumes would be protected less than a report says.
@@ -172,7 +177,8 @@ def nifti(
     run = read_run_file(spec).spec
     owners = None if patients is None else read_owners(patients)
     key = _key(site_key)
-    source = NiftiPairs(images, masks, run, key, direction.value, owners, split or "")
+    slices = None if direction is None else direction.value
+    source = NiftiPairs(images, masks, run, key, slices, owners, split or "")
     take_in(source, cohort, run, not_used)
 
 

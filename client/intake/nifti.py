@@ -1,13 +1,16 @@
-"""Pairs of NIfTI volumes, an image and its mask, as a source of slices.
+"""Pairs of NIfTI volumes, an image and its mask, as a source of slices or of volumes.
 
 Two folders hold files of the same names (``.nii``, ``.nii.gz``). A volume is brought into the
 order right, front, head; its values are stretched as a whole, by the rule of the run's
-``input.window``; then it is cut into slices of one direction, each of which becomes an image with
-its mask. Pixels that are not square are made so, at the finer of their two distances.
+``input.window``. For a run of images it is cut into slices of one direction, each of which becomes
+an image with its mask; pixels that are not square are made so, at the finer of their two
+distances. For a run of volumes (``input.depth``) it is brought to the run's grid
+(`client.intake.grids`).
 
 A pair is used whole or not at all: where its two volumes differ in size or place, the mask has a
 value that is no class or nothing but the background, or a slice is missing, the pair is told with
-the reason.
+the reason. Values are held as float32 and labels as bytes, whatever a file has them in: of one
+volume of `MOST_VOXELS`, 1 GiB, up to four times that are taken.
 
 Slices of one volume are of one patient. Whose volume it is, a CSV says (``file``, ``patient`` and
 if wished ``split``), or a person who knows that each file is a patient of its own.
@@ -17,9 +20,9 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import nibabel
 import numpy as np
@@ -27,25 +30,22 @@ from nibabel.filebasedimages import ImageFileError
 from nibabel.nifti1 import Nifti1Header, Nifti1Image
 from nibabel.nifti2 import Nifti2Header
 from nibabel.openers import ImageOpener
-from nibabel.orientations import OrientationError
 from nibabel.spatialimages import HeaderDataError
 from numpy.typing import NDArray
 from PIL import Image
 
 from client.intake.builder import ImageRecord
+from client.intake.grids import AXES, Laid, brightness_to_grid, canonical, laid, to_grid
 from client.intake.items import walk
 from client.intake.keys import SiteKey
 from client.intake.labels import LabelEntry
 from client.intake.part10 import CLOSED_FOLDER, Limits
 from client.intake.pixels import mask_to_shape, stretch, to_shape
 from client.intake.source import Kept, NotUsed, Step
-from client.intake.volumes import MOST_VOXELS
 from common.cohort import Unit
 from common.errors import ConfigError, IntakeError
-from common.spec import RunSpec
+from common.spec import MOST_VOXELS, Direction, RunSpec
 
-Direction = Literal["sagittal", "coronal", "axial"]
-_AXES: dict[str, int] = {"sagittal": 0, "coronal": 1, "axial": 2}
 _SUFFIXES = (".nii", ".nii.gz")
 _SAME_PLACE = 1e-3  # millimetres: two programs write one affine with other roundings
 _SQUARE = 1e-3  # of a pixel's side
@@ -58,8 +58,8 @@ _BROKEN = (
     zlib.error,
     ImageFileError,
     HeaderDataError,
-    OrientationError,
 )
+_AT_ONCE = 2**20  # voxels of a file that are read together
 
 Owners = Mapping[str, LabelEntry]
 
@@ -73,20 +73,21 @@ class NiftiPairs:
         masks: that of the masks, each under the name of its image.
         spec: the run; its task has masks.
         key: of the pseudonyms.
-        direction: which slices are cut.
+        direction: which slices are cut; None for a run of volumes, whose file says it.
         owners: whose volume each is, by `annotations.read_owners`; None: each file is a patient
             of its own.
 
     Raises:
         IntakeError: if there is no such folder.
-        ConfigError: if the run's task has no masks, or its ``input.window`` is ``dicom``.
+        ConfigError: if the run's task has no masks, its ``input.window`` is ``dicom``, or the
+            direction is said twice or not at all.
     """
 
     images: Path
     masks: Path
     spec: RunSpec
     key: SiteKey
-    direction: Direction
+    direction: Direction | None
     owners: Owners | None = None
     split: str = ""
     kind: str = field(default="nifti", init=False)
@@ -105,6 +106,11 @@ class NiftiPairs:
                 "input.window = 'dicom': a NIfTI volume has no window of its own; write "
                 "'percentile' or 'range'"
             )
+        if (self.direction is None) == (self.spec.input.direction is None):
+            raise ConfigError(
+                f"direction {self.direction!r}, input.direction {self.spec.input.direction!r}: a "
+                "run of volumes has it in its file, one of images is told with --direction"
+            )
         self._others: dict[str, str] = {}
         there, drawn = self._names(self.images), self._names(self.masks)
         self._pairs = sorted(there & drawn, key=lambda name: self.key.pseudonym("order", name))
@@ -119,10 +125,10 @@ class NiftiPairs:
         return len(self._pairs) + len(self._others)
 
     def steps(self) -> Iterator[Step]:
-        """See `Source`; a step holds the slices of one volume."""
+        """See `Source`; a step holds one volume, or the slices of one."""
         for name in self._pairs:
             try:
-                yield Step(name, images=tuple(self._slices(name)))
+                yield Step(name, images=tuple(self._kept(name)))
             except IntakeError as error:
                 yield Step(name, not_used=(NotUsed(name, str(error)),))
         for name, reason in self._others.items():
@@ -141,35 +147,54 @@ class NiftiPairs:
                 found.add(name)
         return found
 
-    def _slices(self, name: str) -> list[Kept]:
+    def _kept(self, name: str) -> Iterator[Kept]:
+        """What a pair becomes."""
         patient, split = self._owner(name)
         image, mask = _opened(self.images / name), _opened(self.masks / name)
         _check_same_grid(image, mask)
-        values = _values(image)
+        labels, _ = canonical(self._classes(mask), mask.affine)
+        values, place = canonical(_values(image), image.affine)
         _check_whole(values)
-        classes = self._classes(mask)
         rule = self.spec.input.window
         bright = stretch(values, "range" if rule == "range" else "percentile", np.isfinite(values))
-        axis = _AXES[self.direction]
-        aspect = np.delete(np.linalg.norm(image.affine[:3, :3], axis=0), axis)
-        kept = []
-        for number in range(values.shape[axis]):
-            picture, labels = (_plane(volume, axis, number) for volume in (bright, classes))
-            picture = _squared(picture.astype(np.float32), aspect, Image.Resampling.BILINEAR)
-            labels = _squared(labels.astype(np.int32), aspect, Image.Resampling.NEAREST)
-            record = ImageRecord(
-                patient=self.key.pseudonym("patient", "", patient),
-                study="",
-                series=self.key.pseudonym("series", name),
-                instance=self.key.pseudonym("instance", name, self.direction, str(number)),
-                label=0,
-                height=picture.shape[0],
-                width=picture.shape[1],
-                split=split,
-            )
-            fitted = to_shape(np.nan_to_num(picture), self.spec.input)
-            kept.append(Kept(record, fitted, mask_to_shape(labels, self.spec.input)))
-        return kept
+        del values
+        np.nan_to_num(bright, copy=False)
+        owner = self.key.pseudonym("patient", "", patient)
+        record = ImageRecord(
+            owner,
+            "",
+            self.key.pseudonym("series", name),
+            "",
+            label=0,
+            height=0,
+            width=0,
+            split=split,
+        )
+        direction = self.direction or self.spec.input.direction or "axial"
+        pair = laid(bright, place, direction), laid(labels, place, direction)
+        cut = self._slices if self.direction else self._volume
+        yield from cut(name, *pair, record)
+
+    def _volume(self, name: str, bright: Laid, labels: Laid, record: ImageRecord) -> Iterator[Kept]:
+        settings = self.spec.input
+        instance = self.key.pseudonym("instance", name, "volume")
+        _, height, width = bright.values.shape
+        record = replace(record, instance=instance, height=height, width=width)
+        grid = to_grid(labels, settings, "nearest").astype(np.uint16)
+        if not grid.any():
+            raise IntakeError("its mask is empty on the run's grid: all of it was cut off")
+        yield Kept(record, brightness_to_grid(bright, settings), grid)
+
+    def _slices(self, name: str, bright: Laid, labels: Laid, record: ImageRecord) -> Iterator[Kept]:
+        direction, settings = str(self.direction), self.spec.input
+        for number in range(len(bright.values)):
+            plane, classes = bright.values[number], labels.values[number].astype(np.int32)
+            picture = _squared(plane, bright.spacing, Image.Resampling.BILINEAR)
+            mask = _squared(classes, bright.spacing, Image.Resampling.NEAREST)
+            instance = self.key.pseudonym("instance", name, direction, str(number))
+            height, width = picture.shape
+            kept = replace(record, instance=instance, height=height, width=width)
+            yield Kept(kept, to_shape(picture, settings), mask_to_shape(mask, settings))
 
     def _owner(self, name: str) -> tuple[str, str]:
         """Whose volume it is, and its split."""
@@ -182,25 +207,28 @@ class NiftiPairs:
             raise IntakeError("no patient identifier")
         return owner.patient, self.split or owner.split
 
-    def _classes(self, mask: Nifti1Image) -> NDArray[np.int64]:
+    def _classes(self, mask: Nifti1Image) -> NDArray[np.uint16]:
         """The class numbers of a mask."""
-        values, names = _values(mask), self.spec.task.classes
-        known = np.isin(values, np.arange(len(names)))
-        if not known.all():
-            raise IntakeError(
-                f"its mask has the value {values[~known][0]:g}; expected 0 to {len(names) - 1}, "
-                f"the numbers of {', '.join(map(repr, names))}"
-            )
-        if not values.any():
+        names = self.spec.task.classes
+        numbers = np.zeros(mask.shape[:3], dtype=np.uint16)
+        for where, values in _slabs(mask):
+            known = np.isin(values, np.arange(len(names)))
+            if not known.all():
+                raise IntakeError(
+                    f"its mask has the value {values[~known][0]:g}; expected 0 to "
+                    f"{len(names) - 1}, the numbers of {', '.join(map(repr, names))}"
+                )
+            numbers[..., where] = values
+        if not numbers.any():
             raise IntakeError(f"its mask is empty: nothing but {names[0]!r}")
-        return values.astype(np.int64)
+        return numbers
 
 
 def _opened(path: Path) -> Nifti1Image:
-    """A volume in the order right, front, head; its values are not read yet."""
+    """A volume; its values are not read yet."""
     try:
         _check_header(path)
-        image = nibabel.load(path)
+        image = nibabel.load(path, keep_file_open=True)  # a compressed one is read forwards once
         if not isinstance(image, Nifti1Image):
             raise IntakeError(f"it is a {type(image).__name__}; expected NIfTI")
         shape = tuple(image.shape)
@@ -211,10 +239,9 @@ def _opened(path: Path) -> Nifti1Image:
         kind: np.dtype[Any] = image.get_data_dtype()  # type: ignore[no-untyped-call]
         if kind.kind not in "uif":
             raise IntakeError(f"its values are {kind}; expected plain numbers")
-        canonical: Nifti1Image = nibabel.as_closest_canonical(image)  # type: ignore[no-untyped-call]
     except _BROKEN as error:
         raise IntakeError(f"it cannot be read ({type(error).__name__}: {error})") from error
-    return canonical
+    return image
 
 
 def _check_header(path: Path) -> None:
@@ -234,25 +261,41 @@ def _check_header(path: Path) -> None:
 
 
 def _check_same_grid(image: Nifti1Image, mask: Nifti1Image) -> None:
-    sizes = [" x ".join(map(str, volume.shape[:3])) for volume in (image, mask)]
-    if sizes[0] != sizes[1]:
-        raise IntakeError(f"its mask has {sizes[1]} voxels, the image {sizes[0]}")
-    if not np.allclose(image.affine, mask.affine, rtol=0, atol=_SAME_PLACE):
+    (ours, here), (theirs, there) = (
+        canonical(np.broadcast_to(np.uint8(0), volume.shape[:3]), volume.affine)
+        for volume in (image, mask)
+    )
+    if ours.shape != theirs.shape:
+        sizes = [" x ".join(map(str, one.shape)) for one in (theirs, ours)]
+        raise IntakeError(f"its mask has {sizes[0]} voxels, the image {sizes[1]}")
+    if not np.allclose(here, there, rtol=0, atol=_SAME_PLACE):
         raise IntakeError("its mask lies elsewhere than the image: their affines differ")
 
 
 def _values(volume: Nifti1Image) -> NDArray[np.float32]:
-    """(x, y, z) float32."""
-    try:
-        values = np.asarray(volume.dataobj, dtype=np.float32)
-    except _BROKEN as error:
-        raise IntakeError(f"it cannot be read ({type(error).__name__}: {error})") from error
-    return values.reshape(values.shape[:3])
+    """(i, j, k) float32."""
+    values = np.empty(volume.shape[:3], dtype=np.float32)
+    for where, slab in _slabs(volume):
+        values[..., where] = slab
+    return values
+
+
+def _slabs(volume: Nifti1Image) -> Iterator[tuple[slice, NDArray[Any]]]:
+    """Parts of a volume along its last axis: scaled, a file's values are float64."""
+    *plane, length = volume.shape[:3]
+    each = max(1, _AT_ONCE // int(np.prod(plane)))
+    rest = (0,) * (len(volume.shape) - 3)
+    for start in range(0, length, each):
+        where = slice(start, start + each)
+        try:
+            yield where, np.asarray(volume.dataobj[(..., where, *rest)])
+        except _BROKEN as error:
+            raise IntakeError(f"it cannot be read ({type(error).__name__}: {error})") from error
 
 
 def _check_whole(values: NDArray[np.float32]) -> None:
     """A slice of one value between others was never there: somebody filled its place."""
-    for direction, axis in _AXES.items():
+    for direction, axis in AXES.items():
         across = tuple(other for other in range(3) if other != axis)
         full = np.flatnonzero(np.fmax.reduce(values, across) > np.fmin.reduce(values, across))
         gaps = np.flatnonzero(np.diff(full) > 1)
@@ -263,16 +306,11 @@ def _check_whole(values: NDArray[np.float32]) -> None:
             )
 
 
-def _plane(volume: NDArray[Any], axis: int, number: int) -> NDArray[Any]:
-    """One slice as it is looked at: head or front on top, front or the right side on the left."""
-    return np.asarray(volume.take(number, axis=axis).T[::-1, ::-1])
-
-
 def _squared(
-    plane: NDArray[Any], distances: NDArray[np.float64], rule: Image.Resampling
+    plane: NDArray[Any], spacing: tuple[float, float, float], rule: Image.Resampling
 ) -> NDArray[Any]:
-    """A slice whose pixels are square; `distances` are those of columns and of rows."""
-    across, down = map(float, distances)
+    """A slice whose pixels are square; `spacing` is that of slices, rows and columns."""
+    _, down, across = spacing
     finer = min(across, down)
     if not finer > 0 or abs(across - down) <= _SQUARE * finer:
         return plane

@@ -21,9 +21,8 @@ from client.intake.deidentify import text_of
 from client.intake.display import rescaled
 from client.intake.frames import Plane, macro, plane_of
 from common.errors import IntakeError
+from common.spec import MOST_VOXELS
 
-MOST_VOXELS = 2**28
-"""Of one volume: 1 GiB of float32. To resample one takes up to four times that besides."""
 _SAME_DIRECTION = 1e-3
 _SAME_SPACING = 1e-3
 _UNEVEN = 0.02
@@ -135,6 +134,8 @@ def resampled(
     rule: Literal["linear", "nearest"] = "linear",
 ) -> Volume:
     """The same volume on a grid of another spacing, whose first voxel is the same.
+
+    Takes up to four times the volume's memory besides.
 
     ``linear`` is antialiased where the grid becomes coarser, and exact for whatever is linear in
     space; ``nearest`` is for labels, of which it makes no new ones.
