@@ -24,6 +24,7 @@ from deploy.cli_generate import generate  # noqa: E402
 from deploy.cli_intake import intake_app  # noqa: E402
 from deploy.cli_model import export, verify_model  # noqa: E402
 from deploy.cli_node import node_app  # noqa: E402
+from deploy.cli_predict import predict  # noqa: E402
 from deploy.workers import fork_server  # noqa: E402
 
 app = typer.Typer(
@@ -42,6 +43,7 @@ app.add_typer(node_app, name="node")
 app.add_typer(coordinator_app, name="coordinator")
 app.add_typer(spec_app, name="spec")
 app.command()(generate)
+app.command()(predict)
 app.command()(export)
 app.command()(verify_model)
 

@@ -96,7 +96,7 @@ def _show(found: Labelled, task: Task) -> None:
 
     if found.not_labelled:
         title = f"Without a label: {len(found.not_labelled)}. For your own eyes"
-        console.print(reasons(found.not_labelled, title, "--not-labelled"))
+        console.print(reasons(found.not_labelled, title, "with --not-labelled FILE"))
     shown = Table("class", "studies", title="Labels", title_justify="left")
     for number, name in enumerate(task.classes):
         count = sum(

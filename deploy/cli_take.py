@@ -126,7 +126,7 @@ def means_of(
         asked = settings.reidentification
         registry = Registry(node / asked.table, node / asked.public_key) if asked else None
         return Means(key, settings.profile, sealing_key(node, None), registry, options)
-    chosen = parse_profile(_text(profile), source=str(profile)) if profile else Profile()
+    chosen = parse_profile(text_of(profile), source=str(profile)) if profile else Profile()
     key = _site_key(desk, site_key or desk / KEY_FILE)
     return Means(key, chosen, sealing_key(None, cohort_key), options=options)
 
@@ -166,7 +166,12 @@ def _site_key(desk: Path, file: Path) -> SiteKey:
     return SiteKey.from_file(file)
 
 
-def _text(file: Path) -> str:
+def text_of(file: Path) -> str:
+    """A file that a person wrote, in UTF-8.
+
+    Raises:
+        ConfigError: if it is none.
+    """
     from common.errors import ConfigError
 
     try:

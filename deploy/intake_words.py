@@ -59,7 +59,7 @@ def print_not_used(not_used: tuple[NotUsed, ...]) -> None:
     """Show what nothing was made of, by reason; nothing if there is none."""
     if not_used:
         title = f"Not used: {len(not_used)}. For your own eyes: names may tell of patients"
-        console.print(reasons(not_used, title, "--not-used"))
+        console.print(reasons(not_used, title, "with --not-used FILE"))
 
 
 def print_contents(path: Path, contents: CohortSummary) -> None:
@@ -82,10 +82,10 @@ def print_contents(path: Path, contents: CohortSummary) -> None:
         console.print(f"[bold yellow]Attention:[/] {escape(warning)}", highlight=False)
 
 
-def reasons(not_used: tuple[NotUsed, ...], title: str, option: str) -> Table:
+def reasons(not_used: tuple[NotUsed, ...], title: str, where: str) -> Table:
     """One line a reason, the most frequent first, with a few examples.
 
-    `option` is that of the command which lists all of them in a file.
+    `where` says in which file all of them are listed.
     """
     by_reason: defaultdict[str, list[str]] = defaultdict(list)
     for item in not_used:
@@ -97,7 +97,7 @@ def reasons(not_used: tuple[NotUsed, ...], title: str, option: str) -> Table:
         examples = "\n".join(things[:_EXAMPLES_SHOWN]) + more
         table.add_row(escape(reason), str(len(things)), escape(examples))
     if len(ranked) > _REASONS_SHOWN:
-        table.add_row(f"{len(ranked) - _REASONS_SHOWN} more reasons", "", f"all with {option} FILE")
+        table.add_row(f"{len(ranked) - _REASONS_SHOWN} more reasons", "", f"all {where}")
     return table
 
 

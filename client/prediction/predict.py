@@ -17,7 +17,7 @@ import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -31,9 +31,18 @@ from client.intake.pool import Bounds, Pool, WorkerLostError
 from client.intake.source import NotUsed
 from client.prediction.answering import Answered, Model
 from client.prediction.output import FORMAT, Results, check_target
-from client.prediction.reading import Look, Looked, Named, Prepare, Prepared, StudyReader
+from client.prediction.reading import (
+    Look,
+    Looked,
+    Named,
+    Prepare,
+    Prepared,
+    StudyReader,
+    reason_of,
+)
 from client.prediction.rows import HOW, Row, Rows, Seen, Study
 from common.errors import PackageError
+from common.files import disk_refuses
 from common.package import Package
 from common.spec import Input
 
@@ -44,6 +53,7 @@ Progress = Callable[[str, int, int], None]
 
 COPY = "a copy of another object, byte for byte, which is answered"
 AMBIGUOUS = "other bytes have the same SOP Instance UID: one of them has a wrong one"
+NOT_MADE = "it could not be made"
 NOT_NUMBERS = "the network's outputs are not numbers"
 NO_CARD = (
     "Not for clinical use. The model came without a card: for what it was made, and how well it "
@@ -74,7 +84,15 @@ class Told(NamedTuple):
 
 
 class Addition(Protocol):
-    """Something more that is made of a study, such as a structured report."""
+    """Something more that is made of a study.
+
+    Attributes:
+        name: such as ``structured report``.
+    """
+
+    @property
+    def name(self) -> str:
+        """See `Addition`."""
 
     def of_study(
         self, items: Mapping[str, Item], images: Sequence[Told]
@@ -273,11 +291,22 @@ class _Prediction:
         if study is None:
             return
         self.summary.studies += 1
-        for addition in self._order.additions:
-            for name, content in addition.of_study(items, kept):
-                self._results.write(name, content)
+        self._add(study, items, kept)
         study.refused = self._lost.pop(study.named.study, 0)
         self._results.add("studies", study.row())
+
+    def _add(self, study: Study, items: Mapping[str, Item], kept: Sequence[Told]) -> None:
+        """Make what is made of a study besides; that it cannot be made costs no answer."""
+        for addition in self._order.additions:
+            try:
+                for name, content in addition.of_study(items, kept):
+                    self._results.write(name, content)
+            except Exception as error:
+                # A header that is good enough to be decoded may still be no good to be written.
+                if disk_refuses(error):
+                    raise
+                what = f"{addition.name} of study {study.named.study}"
+                self.refuse(replace(study.named, place=what), f"{NOT_MADE}: {reason_of(error)}")
 
     def _write(self, study: Study, seen: Seen, row: Row) -> None:
         self.summary.images += 1

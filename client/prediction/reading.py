@@ -57,6 +57,7 @@ class Named:
     study: str = ""
     series: str = ""
     instance: str = ""
+    sop_class: str = ""
     modality: str = ""
     number: int = _LAST
 
@@ -276,6 +277,7 @@ def _named(place: str, sha256: str, header: Dataset) -> Named:
         study=text_of(header, "StudyInstanceUID"),
         series=text_of(header, "SeriesInstanceUID"),
         instance=text_of(header, "SOPInstanceUID"),
+        sop_class=text_of(header, "SOPClassUID"),
         modality=text_of(header, "Modality"),
         number=int(number) if number.isdecimal() and len(number) < _DIGITS else _LAST,
     )

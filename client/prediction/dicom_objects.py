@@ -1,0 +1,376 @@
+"""Answers as DICOM: a structured report of a study, and segmentations of its series.
+
+The report is a Comprehensive SR after TID 1500 (PS3.16): the model is its observing device, and no
+person has verified it. A segmentation has the geometry of its source, pixel by pixel (PS3.3
+A.51). Both are made by highdicom, of the study's own identifiers; their files are named by
+numbers of ours.
+
+Class names have no codes of a terminology: they stand in a private scheme, ``99CLOISTER``.
+"""
+
+from __future__ import annotations
+
+import io
+import itertools
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from importlib.metadata import version
+
+import numpy as np
+from highdicom import UID, AlgorithmIdentificationSequence
+from highdicom import seg as hdseg
+from highdicom import sr as hdsr
+from numpy.typing import NDArray
+from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
+from pydicom.sr.codedict import codes
+from pydicom.sr.coding import Code
+from pydicom.uid import ExplicitVRLittleEndian
+
+from client.intake.deidentify import text_of
+from client.intake.items import Item
+from client.intake.part10 import DicomFile, Limits
+from client.intake.quiet import quiet
+from client.prediction.geometry import mask_to_source
+from client.prediction.predict import Told
+from client.prediction.rows import Row
+from common.errors import IntakeError
+from common.package import Package
+from common.spec import RunSpec
+
+MAKER = "Cloister"
+SCHEME = "99CLOISTER"
+WARNING = "Not for clinical use; made by a model, verified by nobody"
+
+_Group = (
+    hdsr.MeasurementsAndQualitativeEvaluations | hdsr.PlanarROIMeasurementsAndQualitativeEvaluations
+)
+_LONGEST, _SHORT_TEXT = 64, 16
+_MOST_PIXELS = 2**27
+"""Of one segmentation: a longer series becomes several."""
+_SERIES = {"sr": 9901, "seg": 9902}
+_DATE, _TIME = re.compile(r"\d{8}"), re.compile(r"\d{2}(\d{2}(\d{2}(\.\d{1,6})?)?)?")
+_FORMS = {"PatientBirthDate": _DATE, "StudyDate": _DATE, "StudyTime": _TIME}
+_PATIENT = (
+    "PatientName",
+    "PatientID",
+    "IssuerOfPatientID",
+    "PatientBirthDate",
+    "PatientSex",
+    "AccessionNumber",
+    "StudyID",
+    "StudyDate",
+    "StudyTime",
+    "ReferringPhysicianName",
+)
+
+
+@dataclass(frozen=True)
+class _Objects:
+    """What both kinds of objects say of the model that they are of."""
+
+    package: Package
+    limits: Limits = field(default_factory=Limits)
+    _numbers: Iterator[int] = field(default_factory=lambda: itertools.count(1))
+
+    @property
+    def spec(self) -> RunSpec:
+        """The run's."""
+        return self.package.spec
+
+    @property
+    def model(self) -> str:
+        """What tells one model from another."""
+        return self.package.model_sha256
+
+    @cached_property
+    def device(self) -> UID:
+        """The observer: the same of the same weights (PS3.5 B.2)."""
+        return UID(f"2.25.{int(self.model[:32], 16)}")
+
+    @property
+    def parameters(self) -> list[str]:
+        """What has to be known of an answer, in lines as short as DICOM has them."""
+        calibration = self.package.calibration
+        said = [
+            WARNING,
+            f"model sha256 {self.model[:32]}",
+            f"model sha256 (2) {self.model[32:]}",
+            f"threshold {self.spec.evaluation.threshold:g} of the raw probability",
+        ]
+        if calibration is not None:
+            heats = " ".join(f"{heat:.4g}" for heat in calibration.temperatures)
+            said.append(_cut(f"temperature {heats}"))
+        return said
+
+    def header(self, item: Item) -> Dataset:
+        """The header of an object, read again; a date or time that is none is empty."""
+        with quiet(), item.open(self.limits.read_bytes) as stream:
+            file = DicomFile.parse(stream, self.limits)
+        found = FileDataset("", file.header, file_meta=FileMetaDataset())
+        for keyword, form in _FORMS.items():
+            if not form.fullmatch(text_of(found, keyword)):
+                setattr(found, keyword, "")
+        found.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+        return found
+
+    def code(self, key: str, meaning: str) -> Code:
+        """A code of our own."""
+        return Code(key[:_SHORT_TEXT], SCHEME, _cut(meaning))
+
+
+@dataclass(frozen=True)
+class Reports(_Objects):
+    """A structured report of each study, ``sr/N.dcm``."""
+
+    name = "structured report"
+
+    def of_study(
+        self, items: Mapping[str, Item], images: Sequence[Told]
+    ) -> Iterator[tuple[str, bytes]]:
+        """The report of one study."""
+        first = images[0].seen.named
+        with quiet():
+            source = self._source(self.header(items[first.place]))
+            evidence = [self._evidence(source, told) for told in _objects_of(images)]
+            groups = [group for told in images for group in self._groups(told)]
+            report = hdsr.MeasurementReport(
+                observation_context=hdsr.ObservationContext(observer_device_context=self._device),
+                procedure_reported=codes.SCT.ImagingProcedure,
+                imaging_measurements=groups,
+                title=codes.DCM.ImagingMeasurementReport,
+            )
+            document = hdsr.ComprehensiveSR(
+                evidence=evidence,
+                content=report[0],
+                series_instance_uid=UID(),
+                series_number=_SERIES["sr"],
+                sop_instance_uid=UID(),
+                instance_number=1,
+                manufacturer=MAKER,
+                is_complete=False,
+                is_final=False,
+                is_verified=False,
+            )
+            document.SeriesDescription = _cut(f"{self.spec.name}: {WARNING}")
+            yield f"sr/{next(self._numbers)}.dcm", _bytes_of(document)
+
+    @property
+    def _device(self) -> hdsr.ObserverContext:
+        said = hdsr.DeviceObserverIdentifyingAttributes(
+            uid=self.device,
+            name=_cut(self.spec.name),
+            manufacturer_name=MAKER,
+            model_name=_cut(self.spec.model.name),
+            serial_number=self.model,
+        )
+        return hdsr.ObserverContext(codes.DCM.Device, said)
+
+    @cached_property
+    def _algorithm(self) -> hdsr.AlgorithmIdentification:
+        return hdsr.AlgorithmIdentification(
+            name=_cut(self.spec.name),
+            version=self.model[:_SHORT_TEXT],
+            parameters=self.parameters,
+            family=codes.DCM.ArtificialIntelligence,
+            manufacturer=MAKER,
+        )
+
+    def _source(self, header: Dataset) -> Dataset:
+        """Patient and study of a header, and nothing else of it."""
+        source = Dataset()
+        for keyword in _PATIENT:
+            setattr(source, keyword, header.get(keyword, ""))
+        return source
+
+    def _evidence(self, source: Dataset, told: Told) -> Dataset:
+        one, named = Dataset(), told.seen.named
+        one.update(source)
+        one.SOPClassUID, one.SOPInstanceUID = named.sop_class, named.instance
+        one.StudyInstanceUID, one.SeriesInstanceUID = named.study, named.series
+        return one
+
+    def _groups(self, told: Told) -> Iterator[_Group]:
+        boxes = told.row.get("boxes")
+        if boxes:
+            yield from (self._box(told, number, box) for number, box in enumerate(boxes))
+            return
+        named = told.seen.named
+        yield hdsr.MeasurementsAndQualitativeEvaluations(
+            tracking_identifier=_tracking(f"image {told.row['number']}"),
+            algorithm_id=self._algorithm,
+            measurements=list(self._measurements(told.row)),
+            qualitative_evaluations=list(self._decisions(told.row)),
+            source_images=[
+                hdsr.SourceImageForMeasurementGroup(
+                    UID(named.sop_class), UID(named.instance), _frames_of(told)
+                )
+            ],
+        )
+
+    def _measurements(self, row: Row) -> Iterator[hdsr.Measurement]:
+        units = {"probability": codes.UCUM.NoUnits, "raw_probability": codes.UCUM.NoUnits}
+        titles = {"probability": "Probability", "raw_probability": "Probability, not calibrated"}
+        for key, title in titles.items():
+            for number, (name, value) in enumerate((row.get(key) or {}).items()):
+                code = self.code(f"{key[:3]}-{number}", f"{title}: {name}")
+                yield hdsr.Measurement(code, value, units[key])
+        for number, (name, value) in enumerate(row.get("pixels", {}).items()):
+            code = self.code(f"pix-{number}", f"Pixels: {name}")
+            yield hdsr.Measurement(code, value, Code("{pixels}", "UCUM", "pixels"))
+        for number, (name, value) in enumerate(row.get("area_mm2", {}).items()):
+            if value is not None:
+                code = self.code(f"area-{number}", f"Area: {name}")
+                yield hdsr.Measurement(code, value, codes.UCUM.SquareMillimeter)
+        if "anomaly_score" in row:
+            code = self.code("anomaly", "Anomaly score")
+            yield hdsr.Measurement(code, row["anomaly_score"], codes.UCUM.NoUnits)
+
+    def _decisions(self, row: Row) -> Iterator[hdsr.QualitativeEvaluation]:
+        if "decision" not in row:
+            return
+        said = row["decision"]
+        for name in [said] if isinstance(said, str) else said:
+            number = self.spec.task.classes.index(name)
+            yield hdsr.QualitativeEvaluation(
+                self.code("decision", "Class that the model decided for"),
+                self.code(f"class-{number}", name),
+            )
+
+    def _box(
+        self, told: Told, number: int, box: Row
+    ) -> hdsr.PlanarROIMeasurementsAndQualitativeEvaluations:
+        named, kind = told.seen.named, self.spec.task.classes.index(box["class"])
+        left, top, right, bottom = (box[side] for side in ("left", "top", "right", "bottom"))
+        corners = [[left, top], [right, top], [right, bottom], [left, bottom], [left, top]]
+        source = hdsr.SourceImageForRegion(
+            UID(named.sop_class), UID(named.instance), _frames_of(told)
+        )
+        region = hdsr.ImageRegion(
+            hdsr.GraphicTypeValues.POLYLINE, np.array(corners), source_image=source
+        )
+        return hdsr.PlanarROIMeasurementsAndQualitativeEvaluations(
+            tracking_identifier=_tracking(f"image {told.row['number']} box {number + 1}"),
+            referenced_region=region,
+            finding_type=self.code(f"class-{kind}", box["class"]),
+            algorithm_id=self._algorithm,
+            measurements=[
+                hdsr.Measurement(
+                    self.code("score", "Certainty of a box"), box["score"], codes.UCUM.NoUnits
+                )
+            ],
+        )
+
+
+@dataclass(frozen=True)
+class Segmentations(_Objects):
+    """The masks of each series, ``seg/N.dcm``; none where nothing was found."""
+
+    name = "segmentation"
+
+    def of_study(
+        self, items: Mapping[str, Item], images: Sequence[Told]
+    ) -> Iterator[tuple[str, bytes]]:
+        """One object a series, or several of a long one; of a multi-frame source one each."""
+        found = [told for told in images if told.answered.answer.mask is not None]
+        for part in _parts_of(found):
+            masks = [self._mask(told) for told in part]
+            if any(mask.any() for mask in masks):
+                with quiet():
+                    written = self._segmentation(items, part, masks)
+                yield f"seg/{next(self._numbers)}.dcm", _bytes_of(written)
+
+    def _mask(self, told: Told) -> NDArray[np.uint8]:
+        mask = told.answered.answer.mask
+        if mask is None:
+            raise IntakeError("it has no mask")
+        return mask_to_source(mask, told.seen.size, self.spec.input).astype(np.uint8)
+
+    def _segmentation(
+        self, items: Mapping[str, Item], part: Sequence[Told], masks: list[NDArray[np.uint8]]
+    ) -> Dataset:
+        sources = [self.header(items[told.seen.named.place]) for told in _objects_of(part)]
+        stack = np.stack(masks)
+        if part[0].seen.count > 1:
+            stack = np.zeros((part[0].seen.count, *masks[0].shape), dtype=np.uint8)
+            for told, mask in zip(part, masks, strict=True):
+                stack[told.seen.frame.number] = mask
+        made = hdseg.Segmentation(
+            source_images=sources,
+            pixel_array=stack,
+            segmentation_type=hdseg.SegmentationTypeValues.BINARY,
+            segment_descriptions=self._described,
+            series_instance_uid=UID(),
+            series_number=_SERIES["seg"],
+            sop_instance_uid=UID(),
+            instance_number=1,
+            manufacturer=MAKER,
+            manufacturer_model_name=_cut(self.spec.name),
+            software_versions=version("cloister"),
+            device_serial_number=self.model,
+            content_label="CLOISTER",
+            content_description=WARNING,
+        )
+        made.SeriesDescription = _cut(f"{self.spec.name}: {WARNING}")
+        return made
+
+    @cached_property
+    def _described(self) -> list[hdseg.SegmentDescription]:
+        algorithm = AlgorithmIdentificationSequence(
+            name=_cut(self.spec.name),
+            family=codes.DCM.ArtificialIntelligence,
+            version=self.model,
+            source=MAKER,
+        )
+        return [
+            hdseg.SegmentDescription(
+                segment_number=number,
+                segment_label=_cut(name),
+                segmented_property_category=codes.SCT.SpatialAndRelationalConcept,
+                segmented_property_type=self.code(f"class-{number}", name),
+                algorithm_type=hdseg.SegmentAlgorithmTypeValues.AUTOMATIC,
+                algorithm_identification=algorithm,
+            )
+            for number, name in enumerate(self.spec.task.classes)
+            if number
+        ]
+
+
+def _parts_of(images: Sequence[Told]) -> Iterator[list[Told]]:
+    """Images that go into one segmentation: of one series, one size, and not too many."""
+
+    def together(told: Told) -> tuple[str, tuple[int, int], str, str]:
+        named, many = told.seen.named, told.seen.count > 1
+        return named.series, told.seen.size, named.sop_class, named.instance if many else ""
+
+    for _, group in itertools.groupby(sorted(images, key=together), key=together):
+        part = list(group)
+        most = max(1, _MOST_PIXELS // max(1, part[0].seen.size[0] * part[0].seen.size[1]))
+        step = len(part) if part[0].seen.count > 1 else most
+        yield from (part[start : start + step] for start in range(0, len(part), step))
+
+
+def _objects_of(images: Sequence[Told]) -> list[Told]:
+    """One image of each object, in order."""
+    return list({told.seen.named.instance: told for told in reversed(images)}.values())[::-1]
+
+
+def _frames_of(told: Told) -> list[int] | None:
+    """The frame that was answered, as DICOM counts; None for an object that has no frames."""
+    return [told.seen.frame.number + 1] if told.seen.count > 1 else None
+
+
+def _tracking(name: str) -> hdsr.TrackingIdentifier:
+    return hdsr.TrackingIdentifier(UID(), name)
+
+
+def _bytes_of(dataset: Dataset) -> bytes:
+    content = io.BytesIO()
+    dataset.save_as(content, enforce_file_format=True)
+    return content.getvalue()
+
+
+def _cut(text: str) -> str:
+    """A text as short as a value of DICOM has to be, without what would part it in two."""
+    return text.replace("\\", "/")[:_LONGEST]
