@@ -61,6 +61,7 @@ NETWORKS = {
     "efficientnet-b0": Network("common.models.monai:efficientnet_b0", smallest_side=16),
     "pooled-cnn": Network("common.models.cnn:pooled_cnn", smallest_side=16, takes_width=True),
     "reference-cnn": Network("common.models.cnn:reference_cnn", smallest_side=46),
+    "residual-unet": Network("common.models.denoiser:residual_unet", 16, True, "image"),
     "resnet18": Network("common.models.monai:resnet18", smallest_side=16),
     "small-cnn": Network("common.models.cnn:small_cnn", smallest_side=16, takes_width=True),
     "unet": Network("common.models.unet:unet", 32, True, "map", smallest_depth=16),

@@ -33,6 +33,7 @@ AUTOENCODER: dict[str, Any] = {
     "evaluation": {"metric": "psnr"},
 }
 DENOISER = AUTOENCODER | {"task": {"name": "reconstruction", "goal": "denoise", "noise": 0.2}}
+RESIDUAL = DENOISER | {"model": {"name": "residual-unet", "width": 4}}
 VARIATIONAL = AUTOENCODER | {
     "task": {"name": "reconstruction", "goal": "anomaly", "kl_weight": 0.5},
     "model": {"name": "vae", "width": 4},
@@ -46,6 +47,8 @@ CASES = [
     (AUTOENCODER, "mse"),
     (AUTOENCODER, "l1"),
     (DENOISER, "mse"),
+    (RESIDUAL, "mse"),
+    (RESIDUAL, "l1"),
     (VARIATIONAL, "mse"),
     (VARIATIONAL, "l1"),
     (PAIR, "adversarial"),

@@ -44,6 +44,19 @@ def test_an_autoencoder_gives_back_an_image_of_the_same_size(reconstruction, sha
 
 
 @size
+def test_a_residual_one_gives_what_it_is_given_and_what_it_finds(reconstruction, shape):
+    network: Any = models.build(reconstruction("residual-unet", shape))
+    models.check_private(network)
+    images = images_of(shape)
+    assert network(images).shape == images.shape
+    assert not torch.allclose(network(images), images, atol=1e-3)
+    with torch.no_grad():
+        network.last.weight.zero_()
+        network.last.bias.zero_()
+    assert torch.equal(network(images), images)
+
+
+@size
 def test_a_variational_one_gives_its_code_behind_the_pixels(reconstruction, shape):
     network: Any = models.build(reconstruction("vae", shape, code=3)).eval()
     models.check_private(network)

@@ -339,7 +339,7 @@ def test_among_what_is_measured_is_no_picture(reconstruction: Make):
         ({"input": {"normalize": "image"}}, "write 'literal'"),
         ({"loss": {"name": "dice"}}, "expected one of mse, l1"),
         ({"loss": {"name": "mse", "label_smoothing": 0.1}}, "no loss of reconstruction has it"),
-        ({"model": {"name": "small-cnn"}}, "autoencoder, vae"),
+        ({"model": {"name": "small-cnn"}}, "autoencoder, residual-unet, vae"),
         (
             {
                 "task": {"goal": "denoise", "noise": 0.1},
