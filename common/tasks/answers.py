@@ -18,7 +18,8 @@ class Answer:
         mask: (height, width) uint16, the number of each pixel's class.
         boxes: (boxes, 6) float32, the most certain first: left, top, right and bottom in parts of
             the sides, the class, and the certainty; those above the run's threshold.
-        anomaly: the mean squared error of brightness; the larger, the less usual.
+        anomaly: how badly the image was given back, for one of what needs no training
+            (`common.tasks.reconstruction`); the larger, the less usual.
     """
 
     finite: bool

@@ -59,7 +59,7 @@ class Images:
     def __init__(self, images: Tensor, labels: Any, patients: Any = None) -> None:
         self._images = images.numpy()
         self._labels = np.asarray(labels)
-        self.shape = images.shape[1:]
+        self.shape = self.row_shape = images.shape[1:]
         self.patient_index = np.arange(len(images)) if patients is None else np.asarray(patients)
 
     def __len__(self) -> int:

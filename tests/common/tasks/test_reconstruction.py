@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from scipy import fft, ndimage
 from torch import Tensor, nn
 from torchmetrics.functional.classification import binary_auroc
@@ -78,7 +79,7 @@ class Images:
     def __init__(self, images: Tensor, targets: Any = None) -> None:
         self._images = images.numpy()
         self._targets = np.zeros((len(images), 0)) if targets is None else np.asarray(targets)
-        self.shape = images.shape[1:]
+        self.shape = self.row_shape = images.shape[1:]
 
     def __len__(self) -> int:
         return len(self._images)
@@ -267,22 +268,48 @@ def test_answers_that_are_no_numbers_leave_no_figure(reconstruction: Make):
     assert all(figure.value is None for figure in figures.values())
 
 
-def test_the_error_scores_anomalies(reconstruction: Make):
+def lowest_sixteenth(image: NDArray[np.float32]) -> NDArray[np.float32]:
+    """By SciPy: the lowest sixteenth of the frequencies of one (H, W) image."""
+    down, right = np.indices(image.shape)
+    distance = (down / image.shape[0]) ** 2 + (right / image.shape[1]) ** 2
+    dropped = np.argsort(distance, axis=None, kind="stable")[image.size // 16 :]
+    coefficients = fft.dctn(image, norm="ortho")
+    coefficients.flat[dropped] = 0
+    return np.asarray(fft.idctn(coefficients, norm="ortho").clip(0, 1))
+
+
+def test_the_error_for_one_of_the_lowest_frequencies_scores_anomalies(reconstruction: Make):
     task = reconstruction(task={"goal": "anomaly"}, evaluation={"metric": "anomaly-auroc"})
     images, labels = drawn(images=30), np.arange(30) % 3
 
     def worse_for_some(image: Tensor) -> Tensor:
-        return (
-            image
-            + torch.randn(image.shape, generator=generator())
-            * image.std((1, 2, 3))[:, None, None, None]
-        )
+        deviation = image.std((1, 2, 3))[:, None, None, None]
+        return image + torch.randn(image.shape, generator=generator()) * deviation
 
     evidence, figures = seen(task, Given(worse_for_some), images, labels)
-    expected = binary_auroc(torch.from_numpy(evidence["mse"]), torch.from_numpy(labels > 0).int())
+    usual = np.stack([lowest_sixteenth(image[0]) for image in images.numpy()])
+    scores = evidence["mse"] / ((usual - images[:, 0].numpy()) ** 2).mean((1, 2))
+    expected = binary_auroc(torch.from_numpy(scores / scores.max()), torch.from_numpy(labels > 0))
     assert figures["anomaly-auroc"].value == pytest.approx(float(expected))
+    answers = task.answers(worse_for_some(normalise(images, task.spec.input)), images)
+    assert np.allclose([answer.anomaly for answer in answers], scores, rtol=1e-3)
     _, without = seen(task, Given(worse_for_some), images)
     assert without["anomaly-auroc"].value is None
+
+
+def test_an_image_is_no_anomaly_for_being_sharp_nor_usual_for_being_hazy(reconstruction: Make):
+    """Given back alike for their detail; by the squared error alone each hazy one looks usual."""
+    task = reconstruction(task={"goal": "anomaly"}, evaluation={"metric": "anomaly-auroc"})
+    sharp = drawn(images=20)
+    hazy = 0.5 + (sharp - 0.5) / 4
+    images, labels = torch.cat([sharp, hazy]), np.repeat([0, 1], 20)
+
+    def halfway(image: Tensor) -> Tensor:
+        return (image + kept_frequencies(image, image[0].numel() // 16)) / 2
+
+    evidence, figures = seen(task, Given(halfway), images, labels)
+    assert evidence["mse"][labels == 1].max() < evidence["mse"][labels == 0].min()
+    assert figures["anomaly-auroc"].value == pytest.approx(0.5, abs=0.15)
 
 
 def test_what_is_abnormal_is_read_off_any_target():
