@@ -205,8 +205,8 @@ def _asked() -> argparse.Namespace:
 class Progress(LogObserver):
     """Says on one line a round how far a run is, and how long it may take still."""
 
-    def __init__(self, name: str, seed: int) -> None:
-        self._name, self._seed = name, seed
+    def __init__(self, name: str) -> None:
+        self._name = name
         self._rounds = 0
         self._seconds: list[float] = []
 
@@ -219,8 +219,7 @@ class Progress(LogObserver):
         self._seconds.append(row["seconds"])
         left = (self._rounds - row["round"]) * median(self._seconds) / 60
         print(
-            f"{self._name}, seed {self._seed}: round {row['round']} of {self._rounds}, "
-            f"{left:.1f} min left",
+            f"{self._name}: round {row['round']} of {self._rounds}, {left:.1f} min left",
             flush=True,
         )
 
@@ -239,21 +238,28 @@ def run(trial: Trial, seed: int, work: Path, *, data: Path, rounds: int | None =
         rounds: other than the preset's.
     """
     place = work / "runs" / trial.name / f"seed-{seed}"
-    place.mkdir(parents=True, exist_ok=True)
     changes = {"seed": str(seed)} | dict(trial.changes)
     if rounds is not None:
         changes |= {"rounds": str(rounds), "evaluation.every": str(rounds)}
     text = changed((HERE / f"{trial.preset}.toml").read_text(), changes)
     cohort = cohort_of(trial.data, work, data, text)
-    file = place / "run.toml"
-    file.write_text(text + PLAN.format(cohort=cohort, size=trial.declared_size))
-    folder = _begun(place, read_run_file(file).spec) or simulation.prepare(file, place)
-    if not (folder / "report.html").exists():
-        simulation.simulate(folder, workers=WORKERS, observer=Progress(trial.name, seed))
+    folder = conduct(place, text, cohort, trial.declared_size)
     spec, _ = simulation.load(folder)
     if spec.task.name == "generation" and not (place / BESIDE).exists():
         real = taught_on_real(spec, Cohort.open(cohort))
         write_durably(place / BESIDE, json.dumps({REAL: real.to_json()}).encode())
+    return folder
+
+
+def conduct(place: Path, text: str, cohort: Path, declared_size: int) -> Path:
+    """The folder of the finished run of that file, four sites, below `place`; see `run`."""
+    place.mkdir(parents=True, exist_ok=True)
+    file = place / "run.toml"
+    file.write_text(text + PLAN.format(cohort=cohort.resolve(), size=declared_size))
+    folder = _begun(place, read_run_file(file).spec) or simulation.prepare(file, place)
+    if not (folder / "report.html").exists():
+        watched = f"{place.parent.name}, {place.name}"
+        simulation.simulate(folder, workers=WORKERS, observer=Progress(watched))
     return folder
 
 
@@ -278,16 +284,24 @@ def changed(text: str, changes: Mapping[str, str]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def cohort_of(name: str, work: Path, data: Path, preset: str) -> Path:
-    """The cohort of that name for runs of the preset's input; taken in if it is not there."""
-    file = work / "intake.toml"
+def cohort_of(name: str, work: Path, data: Path, preset: str, *, fewer: int | None = None) -> Path:
+    """The cohort of that name for runs of the preset's input; taken in if it is not there.
+
+    `fewer` images of PneumoniaMNIST's training part are drawn, if that is given.
+    """
+    work.mkdir(parents=True, exist_ok=True)
+    file = work / f"{name}.toml"
     text = preset if name != "pneumonia" else (HERE / f"tasks/{_AS_LABELLED}.toml").read_text()
     file.write_text(text)
     spec = read_run_file(file).spec
-    cohort = work / "cohorts" / f"{name}-{spec.input.preprocessing_digest[:8]}"
+    suffix = f"-{fewer}" if fewer else ""
+    cohort = work / "cohorts" / f"{name}-{spec.input.preprocessing_digest[:8]}{suffix}"
     if not cohort.exists():
         cohort.parent.mkdir(parents=True, exist_ok=True)
-        summary = COHORTS[name](data, work / "unpacked", cohort, spec)
+        if fewer:
+            summary = task_cohorts.pneumonia(data, work, cohort, spec, fewer=fewer)
+        else:
+            summary = COHORTS[name](data, work / "unpacked", cohort, spec)
         reasons = [f"{one.what}: {one.reason}" for one in summary.not_used]
         print(f"{cohort.name}: not used: {len(reasons)}", *reasons, sep="\n  ")
     return cohort
@@ -418,9 +432,14 @@ class Line:
         return [value for value in self.values if value is not None]
 
 
+def seed_of(folder: Path) -> int:
+    """The seed of the run in that folder."""
+    return simulation.load(folder)[0].seed
+
+
 def lines(trial: Trial, folders: list[Path]) -> list[Line]:
     """A trial's lines, over the folders of its finished runs."""
-    found = {read(folder).seed: figures(folder) for folder in folders}
+    found = {seed_of(folder): figures(folder) for folder in folders}
     seeds = tuple(sorted(found))
     made = []
     for title in found[seeds[0]]:
