@@ -32,6 +32,9 @@ def predict(
     seg: Annotated[
         bool, typer.Option("--seg", help="Masks of each series as DICOM segmentations.")
     ] = False,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="A picture of what moved each answer.")
+    ] = False,
     node: Node = None,
     profile: ProfileFile = None,
     authority: AuthorityOption = None,
@@ -49,12 +52,17 @@ def predict(
     `predictions.json`. **They name patients by their true identifiers**, so that the hospital can
     act on them: they are readable by their owner alone, and must stay within its walls.
 
+    `--sr` writes a DICOM structured report of each study (Comprehensive SR, unverified), `--seg`
+    the masks of a segmentation as DICOM segmentations in the source's own pixels, `--explain` a
+    picture of each image with what moved its answer: some hundred passes of the network each.
+
     A model is taken if its federation has signed it: `--node` knows the federation that the node
     has joined, `--authority` names one. What a simulation made is signed by nobody: `--unsigned`.
 
     Example: `cloister predict chest.package /archive/today answers --node north --sr`
     """
     from client.prediction.answering import Model
+    from client.prediction.explained import explainer
     from client.prediction.output import check_target
     from client.prediction.predict import Order
     from client.prediction.predict import predict as answer
@@ -62,11 +70,13 @@ def predict(
 
     check_target(out)
     believed = _authority(node, authority, unsigned=unsigned)
-    opened = Package.open(model, authority=believed, unsigned=unsigned)
+    package = Package.open(model, authority=believed, unsigned=unsigned)
+    opened = Model(package)
     found = _profile(node, profile)
-    made = _additions(opened, sr=sr, seg=seg)
-    order = Order(Model(opened), studies, out, found, workers, made)
-    _print_model(order.model)
+    made = _additions(package, sr=sr, seg=seg)
+    pictures = explainer(opened) if explain else None
+    order = Order(opened, studies, out, found, workers, made, pictures)
+    _print_model(opened)
     with progress_bar() as bar:
         tasks = {what: bar.add_task(what, total=None) for what in ("Looking", "Answering")}
         summary = answer(

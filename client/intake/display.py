@@ -23,6 +23,8 @@ from common.errors import IntakeError
 Rule = Literal["dicom", "range", "percentile"]
 _GREY = ("MONOCHROME1", "MONOCHROME2")
 _COLOUR = ("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT")
+PHOTOMETRICS = (*_GREY, "PALETTE COLOR", *_COLOUR)
+"""Those that can be shown (PS3.3 C.7.6.3.1.2)."""
 _TRANSFORMS = (
     "BitsAllocated",
     "BitsStored",
@@ -82,7 +84,7 @@ def brightness(stored: NDArray[Any], header: Dataset, frame: int, rule: Rule) ->
         return grey if supplement is None else _coloured(grey, stored, supplement)
     raise IntakeError(
         f"its photometric interpretation is {quoted(photometric)}, of pixels of shape "
-        f"{stored.shape}; expected one of {', '.join((*_GREY, 'PALETTE COLOR', *_COLOUR))}"
+        f"{stored.shape}; expected one of {', '.join(PHOTOMETRICS)}"
     )
 
 

@@ -10,7 +10,6 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from common.calibration import Calibration
 from common.cohort import PIXEL_MAX
@@ -22,11 +21,21 @@ from common.tasks.preprocess import normalise
 from common.tasks.task import Task
 
 T = TypeVar("T")
-Pictures = Callable[[Tensor, Sequence[Answer]], Sequence[NDArray[np.float32]]]
-"""Of images as the network sees them, what moved each answer: (height, width) in -1..1 each."""
 
 _BATCH_PIXELS = 1 << 21
 _MOST_IMAGES = 64
+
+
+class Drawn(NamedTuple):
+    """What moved an answer: a PNG, the class that it explains, and the methods from left on."""
+
+    png: bytes
+    explains: str
+    methods: tuple[str, ...]
+
+
+Pictures = Callable[[NDArray[np.float32], Sequence[Answer]], Sequence[Drawn | None]]
+"""Of images, (N, channels, height, width) in 0..1, and their answers, what moved each of them."""
 
 
 class Answered(NamedTuple):
@@ -34,7 +43,7 @@ class Answered(NamedTuple):
 
     answer: Answer
     calibrated: NDArray[np.float64] | None
-    picture: NDArray[np.float32] | None
+    picture: Drawn | None
 
 
 @dataclass
@@ -52,7 +61,10 @@ class Model:
 
     def __post_init__(self) -> None:
         self.task: Task = task_for(self.package.spec)
-        if reason := self.task.without_answers():
+        reason = self.task.without_answers()
+        if self.package.spec.input.images > 1:
+            reason = "it takes several images of a study at once"
+        if reason:
             raise PackageError(f"{self.package.path}: {reason}; it cannot be used by predict")
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.network = self.package.network().to(self.device)
@@ -88,7 +100,7 @@ class Model:
         with torch.no_grad():
             outputs = self.network(rows).float()
             answers = self.task.answers(outputs, inputs)
-        drawn = None if pictures is None else pictures(rows, answers)
+        drawn = None if pictures is None else pictures(images, answers)
         return [
             Answered(answer, self._calibrated(answer), None if drawn is None else drawn[row])
             for row, answer in enumerate(answers)

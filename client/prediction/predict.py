@@ -29,7 +29,7 @@ from client.intake.items import Item, listed
 from client.intake.keys import SiteKey
 from client.intake.pool import Bounds, Pool, WorkerLostError
 from client.intake.source import NotUsed
-from client.prediction.answering import Answered, Model
+from client.prediction.answering import Answered, Drawn, Model, Pictures
 from client.prediction.output import FORMAT, Results, check_target
 from client.prediction.reading import (
     Look,
@@ -111,6 +111,7 @@ class Order:
         profile: the hospital's, by which a cohort's pixels are made.
         workers: processes that read; one for each core if 0.
         additions: what is made of each study besides.
+        pictures: makes what moved each answer; None for none.
         bounds: what one object may take.
     """
 
@@ -120,6 +121,7 @@ class Order:
     profile: Profile = field(default_factory=Profile)
     workers: int = 0
     additions: tuple[Addition, ...] = ()
+    pictures: Pictures | None = None
     bounds: Bounds = field(default_factory=Bounds)
 
     @property
@@ -211,7 +213,8 @@ class _Prediction:
         """Look, then answer study by study."""
         by_place = {item.place: item for item in items}
         wanted = self._wanted(self._looked(items))
-        answered = self._order.model.answers(self._images(wanted, by_place))
+        seen = self._images(wanted, by_place)
+        answered = self._order.model.answers(seen, self._order.pictures)
         studies = itertools.groupby(answered, key=lambda one: one[0].named.study)
         for _, images in studies:
             self._study(images, by_place)
@@ -285,6 +288,8 @@ class _Prediction:
             row = self._rows.of_image(
                 self.summary.images + 1, seen, answered.answer, answered.calibrated
             )
+            if answered.picture is not None:
+                row |= self._picture(row, answered.picture)
             self._write(study, seen, row)
             if self._order.additions:
                 kept.append(Told(seen.without_pixels, answered._replace(picture=None), row))
@@ -307,6 +312,16 @@ class _Prediction:
                     raise
                 what = f"{addition.name} of study {study.named.study}"
                 self.refuse(replace(study.named, place=what), f"{NOT_MADE}: {reason_of(error)}")
+
+    def _picture(self, row: Row, picture: Drawn) -> Row:
+        """Write what moved an answer; the file is named by the row's number alone."""
+        name = f"explanations/{row['number']:06}.png"
+        self._results.write(name, picture.png)
+        return {
+            "explanation": name,
+            "explains": picture.explains,
+            "explained_by": list(picture.methods),
+        }
 
     def _write(self, study: Study, seen: Seen, row: Row) -> None:
         self.summary.images += 1

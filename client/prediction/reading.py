@@ -23,7 +23,7 @@ from client.intake.deid.classes import SECONDARY_CAPTURE, check_class
 from client.intake.deid.seam import CleanFile, Deidentifier
 from client.intake.deidentify import counted, quoted, text_of
 from client.intake.dicom import frames_of
-from client.intake.display import brightness
+from client.intake.display import PHOTOMETRICS, brightness
 from client.intake.frames import Plane, plane_of
 from client.intake.items import Item
 from client.intake.part10 import DicomFile, Directory, FrameDecoder, Geometry, Limits
@@ -172,6 +172,12 @@ class StudyReader:
             uid = text_of(header, keyword)
             if not _UID.fullmatch(uid) or len(uid) > _LONGEST_UID:
                 raise IntakeError(f"its {keyword} is missing or no UID: no answer could name it")
+        photometric = text_of(header, "PhotometricInterpretation")
+        if photometric not in PHOTOMETRICS:
+            raise IntakeError(
+                f"its photometric interpretation is {quoted(photometric)}; expected one of "
+                f"{', '.join(PHOTOMETRICS)}"
+            )
         check_use(self.use, header, file.geometry(self.limits))
         file.pixel_element()
 

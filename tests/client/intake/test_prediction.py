@@ -1,0 +1,709 @@
+"""A trained model on new studies: what it sees, what it says, what is refused, what is left."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import highdicom
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from pydicom import dcmread
+from pydicom.uid import CTImageStorage, SecondaryCaptureImageStorage
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from client.intake.deid.profile import Profile
+from client.intake.items import listed
+from client.intake.pixels import box_to_shape, mask_to_shape
+from client.intake.take import take_in
+from client.prediction.answering import Model
+from client.prediction.dicom_objects import Reports, Segmentations
+from client.prediction.explained import explainer
+from client.prediction.geometry import boxes_to_source, mask_to_source
+from client.prediction.output import safe
+from client.prediction.predict import AMBIGUOUS, COPY, NOT_NUMBERS, Order, Summary, predict
+from client.prediction.reading import Prepare, Prepared
+from common import models
+from common.calibration import Calibration
+from common.cohort import PIXEL, Cohort
+from common.errors import ConfigError, PackageError
+from common.package import Package
+from common.spec import Input, RunSpec
+from common.tasks.preprocess import normalise
+
+SEGMENTATION: dict[str, Any] = {
+    "task": {"name": "segmentation", "kind": "mask", "classes": ["ground", "organ", "tumour"]},
+    "model": {"name": "unet", "width": 4},
+    "input": {"height": 32, "width": 32, "window": "range"},
+    "loss": {"name": "dice"},
+    "evaluation": {"metric": "dice"},
+}
+DETECTION: dict[str, Any] = {
+    "task": {"name": "detection", "kind": "boxes", "classes": ["cell"]},
+    "model": {"name": "centernet", "width": 4},
+    "input": {"height": 32, "width": 32},
+    "loss": {"name": "heatmap"},
+    "evaluation": {"metric": "map50", "threshold": 0.3},
+}
+
+
+@dataclass
+class Answers:
+    """What a prediction has left."""
+
+    summary: Summary
+    folder: Path
+
+    @property
+    def json(self) -> dict[str, Any]:
+        def strict(name: str) -> None:
+            raise AssertionError(name)
+
+        text = (self.folder / "predictions.json").read_text()
+        found: dict[str, Any] = json.loads(text, parse_constant=strict)
+        return found
+
+    def table(self, name: str) -> list[dict[str, str]]:
+        with (self.folder / name).open(newline="") as file:
+            return list(csv.DictReader(file))
+
+    @property
+    def refused(self) -> dict[str, str]:
+        return {row["file"]: row["reason"] for row in self.json["refused"]}
+
+    def files(self, kind: str) -> list[Path]:
+        return sorted((self.folder / kind).glob("*.dcm"))
+
+
+@dataclass
+class Clinic:
+    """A hospital with a model."""
+
+    hospital: Any
+    in_this_process: Any
+    make_spec: Callable[..., RunSpec]
+    changes: Mapping[str, Any] = field(default_factory=dict)
+
+    def model(self, network: nn.Module | None = None, **changes: Any) -> Model:
+        spec = self.make_spec(**{**self.changes, **changes})
+        folder = self.hospital.place / "run"
+        folder.mkdir(exist_ok=True)
+        (folder / "spec.json").write_text(spec.canonical_json)
+        save_file(models.build(spec).state_dict(), folder / "model.safetensors")
+        made = Model(Package.open(folder, unsigned=True))
+        made.network = network or made.network
+        return made
+
+    def answer(self, model: Model, name: str = "answers", **order: Any) -> Answers:
+        target = self.hospital.place / name
+        asked = Order(model, self.hospital.folder, target, **order)
+        return Answers(predict(asked, pool=self.in_this_process), target)
+
+
+@pytest.fixture
+def clinic(hospital: Any, in_this_process: Any, make_spec: Callable[..., RunSpec]) -> Clinic:
+    return Clinic(hospital, in_this_process, make_spec)
+
+
+# --- What the network sees ------------------------------------------------------------------------
+
+
+def seen_by_predict(model: Model, folder: Path, profile: Profile) -> Iterator[bytes]:
+    order = Order(model, folder, folder / "none", profile)
+    for item in listed(folder).items:
+        uid = str(dcmread(folder / item.place, stop_before_pixels=True).SOPInstanceUID)
+        found = order.reader(Prepare(item, uid))
+        assert isinstance(found, Prepared)
+        assert not found.reason, found.reason
+        yield from (frame.pixels.astype(PIXEL).tobytes() for frame in found.frames)
+
+
+def stored_by_intake(cohort: Cohort) -> list[bytes]:
+    raw = (cohort.path / "images.u16").read_bytes()
+    each = cohort.meta.image_bytes
+    return sorted(raw[start : start + each] for start in range(0, len(raw), each))
+
+
+def test_it_sees_bit_for_bit_what_the_intake_stores(clinic: Clinic) -> None:
+    values = np.random.default_rng(1).integers(0, 4096, (40, 30), dtype=np.uint16)
+    clinic.hospital.film("a.dcm", values)
+    clinic.hospital.film("b.dcm", values, PhotometricInterpretation="MONOCHROME1", PatientID="P2")
+    clinic.hospital.film("c.dcm", values, WindowCenter="900", WindowWidth="700", PatientID="P3")
+    labels = clinic.hospital.labels({"P1": "normal", "P2": "normal", "P3": "finding"})
+    taken = clinic.hospital.take_in(labels)
+    ours = seen_by_predict(clinic.model(), clinic.hospital.folder, Profile())
+    assert sorted(ours) == stored_by_intake(taken.cohort)
+    others = seen_by_predict(
+        clinic.model(input={"window": "percentile"}), clinic.hospital.folder, Profile()
+    )
+    assert sorted(others) != stored_by_intake(taken.cohort)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "deid-data/ultrasounds/RGB_IMAGE.dcm",
+        "presidio/docs/samples/python/sample_data/2_ORIGINAL.dcm",
+        "highdicom/ct_image.dcm",
+    ],
+)
+def test_it_sees_of_real_files_what_the_intake_stores(
+    clinic: Clinic, shared_data: Path, name: str
+) -> None:
+    shutil.copy(shared_data / "dicom" / name, clinic.hospital.folder / "one.dcm")
+    header = dcmread(clinic.hospital.folder / "one.dcm", stop_before_pixels=True)
+    shape = {"height": 128, "width": 96, "frames": "all"}
+    labels = clinic.hospital.labels({str(header.PatientID): "normal"})
+    profile = Profile(risky_pixels="blank", faces="keep")
+    order = clinic.hospital.order(labels, profile=profile, input=shape)
+    take_in(order, pool=clinic.in_this_process)
+    stored = stored_by_intake(Cohort.open(order.cohort))
+    assert stored
+    found = sorted(seen_by_predict(clinic.model(input=shape), clinic.hospital.folder, profile))
+    assert found == stored
+
+
+def test_its_probabilities_are_the_network_s_on_a_cohort_of_the_same_files(clinic: Clinic) -> None:
+    generator = np.random.default_rng(2)
+    for number in range(5):
+        values = generator.integers(0, 4096, (20, 30), dtype=np.uint16)
+        clinic.hospital.film(f"{number}.dcm", values, PatientID=f"P{number}")
+    labels = clinic.hospital.labels({f"P{number}": "normal" for number in range(5)})
+    cohort = clinic.hospital.take_in(labels).cohort
+    model = clinic.model()
+    seen = normalise(torch.from_numpy(cohort.images(range(5))), model.package.spec.input)
+    with torch.no_grad():
+        expected = torch.sigmoid(model.package.network()(seen)[:, 0]).tolist()
+    rows = clinic.answer(model).json["images"]
+    found = [row["raw_probability"]["finding"] for row in rows]
+    assert sorted(found) == pytest.approx(sorted(expected), abs=2e-6)
+    assert len(set(found)) == 5
+
+
+# --- What is said --------------------------------------------------------------------------------
+
+
+def test_an_answer_names_whom_it_is_of(clinic: Clinic) -> None:
+    path = clinic.hospital.film("deep/a.dcm", PatientID="P7", AccessionNumber="A9")
+    header = dcmread(path)
+    (row,) = clinic.answer(clinic.model()).json["images"]
+    assert (row["patient_id"], row["accession_number"], row["file"]) == ("P7", "A9", "deep/a.dcm")
+    assert row["study_instance_uid"] == header.StudyInstanceUID
+    assert row["series_instance_uid"] == header.SeriesInstanceUID
+    assert row["sop_instance_uid"] == header.SOPInstanceUID
+    assert (row["rows"], row["columns"], row["frame"]) == (20, 30, 1)
+    assert sum(row["raw_probability"].values()) == pytest.approx(1, abs=1e-5)
+
+
+def test_everything_is_for_its_owner_s_eyes_alone(clinic: Clinic) -> None:
+    clinic.hospital.film("a.dcm")
+    model = clinic.model()
+    found = clinic.answer(model, additions=(Reports(model.package),))
+    entries = [found.folder, *found.folder.rglob("*")]
+    modes = {path.name: path.stat().st_mode & 0o777 for path in entries}
+    assert modes == {
+        "answers": 0o700,
+        "sr": 0o700,
+        "1.dcm": 0o600,
+        "predictions.json": 0o600,
+        "predictions.csv": 0o600,
+        "studies.csv": 0o600,
+        "refused.csv": 0o600,
+    }
+    assert "must stay within the hospital" in found.json["identities"]
+
+
+def test_a_calibration_is_applied_and_what_the_network_said_stands_beside(clinic: Clinic) -> None:
+    clinic.hospital.film("a.dcm")
+    model = clinic.model()
+    before = clinic.answer(model)
+    heat = Calibration(kind="binary", temperatures=(0.1,), images=40, patients=40)
+    (model.package.path / "calibration.json").write_text(heat.model_dump_json())
+    after = clinic.answer(Model(Package.open(model.package.path, unsigned=True)), "after")
+    (raw,), (put_right,) = before.json["images"], after.json["images"]
+    assert raw["probability"] is None
+    assert put_right["raw_probability"] == raw["raw_probability"]
+    odds = raw["raw_probability"]["finding"] / raw["raw_probability"]["normal"]
+    expected = odds**10 / (1 + odds**10)
+    assert put_right["probability"]["finding"] == pytest.approx(expected, abs=1e-4)
+    assert put_right["probability"] != raw["raw_probability"]
+    (line,) = after.table("predictions.csv")
+    assert float(line["probability {finding}"]) == put_right["probability"]["finding"]
+    assert "probability {finding}" not in before.table("predictions.csv")[0]
+
+
+def test_a_study_has_the_mean_and_the_largest_of_its_images(clinic: Clinic) -> None:
+    generator = np.random.default_rng(3)
+    for number in range(6):
+        values = generator.integers(0, 4096, (20, 30), dtype=np.uint16)
+        study = f"1.2.3.{number // 3}"
+        clinic.hospital.film(f"{number}.dcm", values, StudyInstanceUID=study)
+    found = clinic.answer(clinic.model()).json
+    for study in found["studies"]:
+        mine = [
+            row["raw_probability"]["finding"]
+            for row in found["images"]
+            if row["study_instance_uid"] == study["study_instance_uid"]
+        ]
+        assert len(mine) == study["images"] == 3
+        assert study["mean_raw_probability"]["finding"] == pytest.approx(np.mean(mine), abs=1e-6)
+        assert study["largest_raw_probability"]["finding"] == pytest.approx(max(mine), abs=1e-6)
+    assert len(found["studies"]) == 2
+
+
+def test_images_of_studies_that_lie_anywhere_come_together_in_the_order_they_were_taken(
+    clinic: Clinic,
+) -> None:
+    for number, place in enumerate(("z", "a", "m", "b")):
+        attributes = {"StudyInstanceUID": f"1.2.3.{number % 2}", "InstanceNumber": 9 - number}
+        clinic.hospital.film(f"{place}.dcm", **attributes)
+    rows = clinic.answer(clinic.model()).json["images"]
+    assert [row["file"] for row in rows] == ["m.dcm", "z.dcm", "b.dcm", "a.dcm"]
+    assert [row["number"] for row in rows] == [1, 2, 3, 4]
+
+
+def test_nothing_declared_and_text_that_is_likely_are_said_of_each_image(clinic: Clinic) -> None:
+    clinic.hospital.film("a.dcm", BurnedInAnnotation="YES", LossyImageCompression="01")
+    (row,) = clinic.answer(clinic.model()).json["images"]
+    said = " ".join(row["caveats"])
+    for words in ("for which modalities", "for which body parts", "text in its pixels", "loss"):
+        assert words in said
+    use = {"modalities": ["CR"], "body_parts": ["CHEST"]}
+    clinic.hospital.film("a.dcm", BodyPartExamined="CHEST")
+    (row,) = clinic.answer(clinic.model(use=use), "again").json["images"]
+    assert row["caveats"] == []
+
+
+# --- What is refused ------------------------------------------------------------------------------
+
+USE = {"modalities": ["CR", "DX"], "body_parts": ["CHEST"], "smallest_side": 20, "largest_side": 64}
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({"Modality": "MR"}, "its modality is 'MR'; the model is meant for CR, DX"),
+    ({"Modality": None}, "its modality is not given"),
+    ({"BodyPartExamined": "HAND"}, "; the model is meant for CHEST"),
+    ({"BodyPartExamined": None}, "its body part is not given"),
+    ({"pixels": np.zeros((19, 40), np.uint16)}, "sides of at least 20"),
+    ({"pixels": np.zeros((20, 65), np.uint16)}, "sides of at most 64"),
+    ({"SOPClassUID": SecondaryCaptureImageStorage}, "secondary capture"),
+    ({"SOPClassUID": "1.2.840.10008.5.1.4.1.1.88.22"}, "SOP class"),
+    ({"PhotometricInterpretation": "CIELAB"}, "photometric interpretation"),
+    ({"Rows": 65000, "Columns": 65000}, "at most"),
+    ({"PixelData": b"\0\0"}, "cut short"),
+    ({"PixelData": None}, "no pixel data"),
+    ({"StudyInstanceUID": None}, "StudyInstanceUID is missing or no UID"),
+    ({"SOPInstanceUID": "../../../etc/passwd"}, "SOPInstanceUID is missing or no UID"),
+    ({"SeriesInstanceUID": "1." + "2" * 70}, "SeriesInstanceUID is missing or no UID"),
+]
+
+
+@pytest.mark.filterwarnings("ignore:.*:UserWarning:pydicom")
+@pytest.mark.parametrize(("attributes", "reason"), REFUSED, ids=lambda value: str(value)[:30])
+def test_what_the_model_is_not_meant_for_is_refused_and_costs_no_other(
+    clinic: Clinic, attributes: dict[str, Any], reason: str
+) -> None:
+    clinic.hospital.film("good.dcm", BodyPartExamined="CHEST")
+    clinic.hospital.film("bad.dcm", **{"BodyPartExamined": "CHEST", **attributes})
+    found = clinic.answer(clinic.model(use=USE))
+    assert reason in found.refused["bad.dcm"]
+    assert [row["file"] for row in found.json["images"]] == ["good.dcm"]
+    (line,) = found.table("refused.csv")
+    assert line["reason"] == found.refused["bad.dcm"]
+    assert {path.name for path in clinic.hospital.place.iterdir()} == {"source", "run", "answers"}
+
+
+def test_what_is_no_dicom_or_damaged_is_refused(clinic: Clinic) -> None:
+    whole = clinic.hospital.film("good.dcm").read_bytes()
+    for name, content in (("a.txt", b"hello"), ("b.dcm", whole[:300]), ("c.dcm", b"")):
+        (clinic.hospital.folder / name).write_bytes(content)
+    found = clinic.answer(clinic.model())
+    assert set(found.refused) == {"a.txt", "b.dcm", "c.dcm"}
+    assert len(found.json["images"]) == 1
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_bytes_that_were_changed_anywhere_never_end_it(clinic: Clinic, seed: int) -> None:
+    generator = np.random.default_rng(seed)
+    content = bytearray(clinic.hospital.film("a.dcm").read_bytes())
+    for place in generator.integers(0, len(content) - 1200, 12):
+        content[place] = generator.integers(256)
+    (clinic.hospital.folder / "a.dcm").write_bytes(content)
+    model = clinic.model()
+    found = clinic.answer(model, additions=(Reports(model.package),))
+    assert found.summary.images + len(found.summary.refused) >= 1
+
+
+def test_two_files_of_one_instance_are_answered_once_or_not_at_all(clinic: Clinic) -> None:
+    uid = "1.2.3.77"
+    one = clinic.hospital.film("a.dcm", SOPInstanceUID=uid)
+    shutil.copy(one, clinic.hospital.folder / "b.dcm")
+    clinic.hospital.film("c.dcm")
+    found = clinic.answer(clinic.model())
+    assert found.refused == {"b.dcm": COPY}
+    clinic.hospital.film("d.dcm", np.zeros((20, 30), np.uint16), SOPInstanceUID=uid)
+    again = clinic.answer(clinic.model(), "again")
+    assert again.refused == dict.fromkeys(["a.dcm", "b.dcm", "d.dcm"], AMBIGUOUS)
+    assert [row["file"] for row in again.json["images"]] == ["c.dcm"]
+
+
+class Diverged(nn.Module):
+    """Answers NaN for a bright image."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        mean = images.mean(dim=(1, 2, 3))
+        return torch.where(mean > 0, torch.nan, mean)[:, None]
+
+
+def test_an_answer_that_is_no_number_is_none(clinic: Clinic) -> None:
+    clinic.hospital.film("bright.dcm", np.full((20, 30), 4000, np.uint16), WindowCenter=100,
+                         WindowWidth=50)  # fmt: skip
+    clinic.hospital.film("dark.dcm", np.zeros((20, 30), np.uint16))
+    found = clinic.answer(clinic.model(Diverged()))
+    assert found.refused == {"bright.dcm": NOT_NUMBERS}
+    assert [row["file"] for row in found.json["images"]] == ["dark.dcm"]
+
+
+@pytest.mark.parametrize(
+    "identifier", ['=HYPERLINK("http://x","y")', "+1", "-1+1", "@SUM(A1)", "\t=1", "\uff1d1"]
+)
+def test_an_identifier_is_no_formula_in_a_spreadsheet(clinic: Clinic, identifier: str) -> None:
+    clinic.hospital.film("=1+1.dcm", SpecificCharacterSet="ISO_IR 192", PatientID=identifier)
+    found = clinic.answer(clinic.model())
+    assert found.json["images"][0]["patient_id"] == identifier.strip()
+    for table in ("predictions.csv", "studies.csv"):
+        text = (found.folder / table).read_bytes().decode()
+        for line in csv.reader(text.splitlines()):
+            assert not any(cell.startswith(("=", "+", "-", "@", "\t", "\uff1d")) for cell in line)
+    assert safe(-0.5) == -0.5
+    assert safe("P1") == "P1"
+
+
+def test_results_are_never_put_over_something_and_never_half(
+    clinic: Clinic, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clinic.hospital.film("a.dcm")
+    model = clinic.model()
+    clinic.answer(model)
+    before = (clinic.hospital.place / "answers" / "predictions.csv").read_bytes()
+    with pytest.raises(ConfigError, match="expected a new name"):
+        clinic.answer(model)
+    assert (clinic.hospital.place / "answers" / "predictions.csv").read_bytes() == before
+
+    def broken(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(model.network, "forward", broken)
+    with suppress(KeyboardInterrupt):
+        clinic.answer(model, "later")
+    assert {path.name for path in clinic.hospital.place.iterdir()} == {"source", "run", "answers"}
+
+
+def test_what_a_killed_prediction_left_is_removed_by_the_next(clinic: Clinic) -> None:
+    left = clinic.hospital.place / ".answers.abc.predicting"
+    other = clinic.hospital.place / ".other.abc.predicting"
+    for folder in (left, other):
+        folder.mkdir()
+        (folder / "images.jsonl").write_text("a patient")
+    clinic.hospital.film("a.dcm")
+    clinic.answer(clinic.model())
+    assert not left.exists()
+    assert other.exists()
+
+
+GENERATION = {
+    "task": {"name": "generation"},
+    "model": {"name": "dcgan", "width": 4},
+    "loss": {"name": "adversarial"},
+    "evaluation": {"metric": "tstr-auroc"},
+}
+DENOISING = {
+    "task": {"name": "reconstruction", "kind": "none", "classes": [], "goal": "denoise",
+             "noise": 0.1},
+    "model": {"name": "autoencoder", "width": 4},
+    "loss": {"name": "mse"},
+    "evaluation": {"metric": "psnr"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("changes", [GENERATION, DENOISING, {"input": {"images": 3}}])
+def test_a_model_that_says_nothing_of_an_image_is_refused_whole(
+    clinic: Clinic, changes: dict[str, Any]
+) -> None:
+    with pytest.raises(PackageError, match="cannot be used by predict"):
+        clinic.model(**changes)
+
+
+def test_a_card_of_another_preprocessing_is_refused(clinic: Clinic) -> None:
+    model = clinic.model()
+    spec, package = model.package.spec, model.package
+    other = spec.input.model_dump(mode="json") | {"window": "percentile"}
+    card = {
+        "spec_sha256": spec.digest,
+        "model": {"safetensors_sha256": package.model_sha256, "input": other},
+    }
+    (package.path / "model_card.json").write_text(json.dumps(card))
+    clinic.hospital.film("a.dcm")
+    with pytest.raises(PackageError, match="another preprocessing"):
+        clinic.answer(Model(Package.open(package.path, unsigned=True)))
+    assert not (clinic.hospital.place / "answers").exists()
+
+
+# --- Back to the source's geometry ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fit", ["pad", "crop", "stretch"])
+@pytest.mark.parametrize("size", [(40, 60), (60, 40), (33, 47), (96, 128), (8, 100)])
+def test_a_mask_goes_back_to_where_its_image_came_from(fit: Any, size: tuple[int, int]) -> None:
+    settings = Input(height=48, width=64, fit=fit)
+    mask = np.random.default_rng(4).integers(0, 5, (48, 64)).astype(np.uint16)
+    found = mask_to_source(mask, size, settings)
+    rows, columns = size
+    scale = min(48 / rows, 64 / columns) if fit == "pad" else max(48 / rows, 64 / columns)
+    tall, wide = (max(1, round(rows * scale)), max(1, round(columns * scale)))
+    for row, column in np.ndindex(*size):
+        if fit == "stretch":
+            at = ((row + 0.5) / rows * 48, (column + 0.5) / columns * 64)
+        elif fit == "pad":
+            at = (
+                (row + 0.5) / rows * tall + (48 - tall) // 2,
+                (column + 0.5) / columns * wide + (64 - wide) // 2,
+            )
+        else:
+            at = (
+                (row + 0.5 - rows / 2) * scale + 24,
+                (column + 0.5 - columns / 2) * scale + 32,
+            )
+        inside = 0 <= at[0] < 48 and 0 <= at[1] < 64
+        near = min(abs(value - round(value)) for value in at) < 1e-6  # on the edge of two pixels
+        if not near:
+            assert found[row, column] == (mask[int(at[0]), int(at[1])] if inside else 0)
+
+
+@pytest.mark.parametrize("fit", ["pad", "crop", "stretch"])
+def test_there_and_back_a_mask_of_a_smaller_image_is_as_it_was(fit: Any) -> None:
+    settings = Input(height=60, width=90, fit=fit)
+    mask = np.random.default_rng(5).integers(0, 3, (20, 30)).astype(np.uint16)
+    there = mask_to_shape(mask, settings)
+    assert (mask_to_source(there, mask.shape, settings) == mask).all()
+
+
+@pytest.mark.parametrize("fit", ["pad", "crop", "stretch"])
+@pytest.mark.parametrize("size", [(40, 60), (300, 200)])
+def test_a_box_goes_back_to_where_it_came_from(fit: Any, size: tuple[int, int]) -> None:
+    settings = Input(height=48, width=64, fit=fit)
+    box = (size[1] * 0.4, size[0] * 0.45, size[1] * 0.5, size[0] * 0.6)
+    there = box_to_shape(box, size, settings)
+    assert there is not None
+    (back,) = boxes_to_source(np.array([there], dtype=np.float32), size, settings)
+    assert back == pytest.approx(box, abs=1e-3)
+
+
+# --- Masks, boxes, and DICOM ---------------------------------------------------------------------
+
+
+class Bright(nn.Module):
+    """Class 1 where an image is bright, class 2 where it is half bright, the rest class 0."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = images[:, 0] * 0.25 + 0.5
+        return torch.stack([-(x - 0.0).abs(), -(x - 1.0).abs(), -(x - 0.5).abs()], dim=1)
+
+
+def slice_of(number: int, marked: NDArray[Any]) -> dict[str, Any]:
+    """A CT slice, 3 mm above the one before it."""
+    return {
+        "pixels": marked,
+        "SOPClassUID": CTImageStorage,
+        "Modality": "CT",
+        "InstanceNumber": number,
+        "ImagePositionPatient": [0.0, 0.0, 3.0 * number],
+        "ImageOrientationPatient": [1.0, 0.0, 0.0, 0.0, 1.0, 0.0],
+        "PixelSpacing": [0.5, 2.0],
+        "SliceThickness": 3.0,
+        "FrameOfReferenceUID": "1.2.3.4",
+        "ImageType": ["ORIGINAL", "PRIMARY", "AXIAL"],
+        "RescaleIntercept": 0,
+        "RescaleSlope": 1,
+        "PatientName": "Doe^Jane",
+        "PatientSex": "F",
+        "PatientBirthDate": "19500101",
+        "StudyDate": "20260101",
+        "StudyTime": "101112",
+        "StudyID": "1",
+        "ReferringPhysicianName": "",
+        "Manufacturer": "M",
+    }
+
+
+def marked_slices(clinic: Clinic, count: int = 3) -> list[NDArray[np.uint16]]:
+    masks = []
+    for number in range(count):
+        values = np.zeros((16, 64), np.uint16)
+        values[4 : 8 + 2 * number, 8:24] = 4000
+        values[4:8, 40:48] = 2000
+        made = slice_of(number, values)
+        clinic.hospital.film(f"{count - number}.dcm", made.pop("pixels"), **made)
+        masks.append(np.where(values == 4000, 1, np.where(values == 2000, 2, 0)))
+    return masks
+
+
+@pytest.fixture
+def segmented(clinic: Clinic) -> tuple[Answers, list[NDArray[np.uint16]]]:
+    masks = marked_slices(clinic)
+    size = {"height": 64, "width": 64, "window": "range"}
+    model = clinic.model(Bright(), **{**SEGMENTATION, "input": size})
+    additions = (Reports(model.package), Segmentations(model.package))
+    return clinic.answer(model, additions=additions), masks
+
+
+def test_a_mask_comes_back_as_a_segmentation_in_its_source_s_pixels(segmented: Any) -> None:
+    found, masks = segmented
+    (path,) = found.files("seg")
+    segmentation = highdicom.seg.segread(path)
+    for number, mask in enumerate(masks):
+        rows = [row for row in found.json["images"] if row["file"] == f"{3 - number}.dcm"]
+        uid = rows[0]["sop_instance_uid"]
+        pixels = segmentation.get_pixels_by_source_instance([uid], combine_segments=True)
+        assert (pixels[0] == mask).all()
+        assert mask.any()
+    assert [segment.SegmentLabel for segment in segmentation.SegmentSequence] == ["organ", "tumour"]
+    assert segmentation.PatientID == "P1"
+    algorithm = segmentation.SegmentSequence[0].SegmentationAlgorithmIdentificationSequence[0]
+    assert algorithm.AlgorithmVersion == found.json["model"]["model_sha256"]
+
+
+def test_areas_and_volumes_are_those_of_the_source(segmented: Any) -> None:
+    found, masks = segmented
+    for row, mask in zip(found.json["images"], masks, strict=True):
+        counts = {"organ": int((mask == 1).sum()), "tumour": int((mask == 2).sum())}
+        assert row["pixels"] == counts
+        assert row["area_mm2"] == pytest.approx(counts)  # 0.5 mm x 2 mm
+    (study,) = found.json["studies"]
+    (volume,) = study["volume_mm3"].values()
+    assert volume["organ"] == pytest.approx(3.0 * sum((mask == 1).sum() for mask in masks))
+
+
+def test_slices_with_a_gap_have_no_volume(clinic: Clinic) -> None:
+    marked_slices(clinic, 4)
+    (clinic.hospital.folder / "2.dcm").unlink()
+    model = clinic.model(Bright(), **SEGMENTATION)
+    (study,) = clinic.answer(model).json["studies"]
+    assert list(study["volume_mm3"].values()) == [None]
+
+
+def test_a_report_is_of_the_model_unverified_and_names_its_images(segmented: Any) -> None:
+    found, _ = segmented
+    (path,) = found.files("sr")
+    report = highdicom.sr.srread(path)
+    assert (report.VerificationFlag, report.CompletionFlag) == ("UNVERIFIED", "PARTIAL")
+    uids = {row["sop_instance_uid"] for row in found.json["images"]}
+    evidence = report.CurrentRequestedProcedureEvidenceSequence
+    assert {
+        item.ReferencedSOPInstanceUID
+        for study in evidence
+        for series in study.ReferencedSeriesSequence
+        for item in series.ReferencedSOPSequence
+    } == uids
+    assert isinstance(report.content, highdicom.sr.MeasurementReport)
+    groups = report.content.get_image_measurement_groups()
+    assert len(groups) == 3
+    named = {group.source_images[0].referenced_sop_instance_uid: group for group in groups}
+    for row in found.json["images"]:
+        group = named[row["sop_instance_uid"]]
+        values = {m.name.meaning: float(m.value) for m in group.get_measurements()}
+        assert values["Pixels: organ"] == row["pixels"]["organ"]
+        assert values["Area: tumour"] == row["area_mm2"]["tumour"]
+    text = str(report)
+    assert "Not for clinical use" in text
+    assert found.json["model"]["model_sha256"] in text
+    assert report.PatientName == "Doe^Jane"
+    assert report.StudyInstanceUID == found.json["images"][0]["study_instance_uid"]
+
+
+@pytest.mark.parametrize(("tool", "words"), [("dsrdump", "UNVERIFIED"), ("dciodvfy", "")])
+def test_other_tools_read_what_was_written(segmented: Any, tool: str, words: str) -> None:
+    if shutil.which(tool) is None:
+        pytest.skip(f"{tool} is not installed")
+    found, _ = segmented
+    files = found.files("sr") + (found.files("seg") if tool == "dciodvfy" else [])
+    for path in files:
+        done = subprocess.run([tool, str(path)], capture_output=True, text=True, check=False)
+        said = done.stdout + done.stderr
+        assert words in said
+        assert "Error" not in said, said
+
+
+class Boxed(nn.Module):
+    """One box of 8 x 16 pixels with its centre in cell (3, 2) of the grid."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        maps = torch.full((len(images), 5, 8, 8), -9.0)
+        maps[:, 0, 3, 2] = 2.0
+        maps[:, 1, 3, 2], maps[:, 2, 3, 2] = 2.0, 4.0
+        maps[:, 3:, 3, 2] = 0.5
+        return maps
+
+
+def test_a_box_stands_in_pixels_of_its_source_in_table_and_report(clinic: Clinic) -> None:
+    clinic.hospital.film("a.dcm", np.zeros((96, 96), np.uint16))
+    model = clinic.model(Boxed(), **DETECTION)
+    found = clinic.answer(model, additions=(Reports(model.package),))
+    ((box,),) = (row["boxes"] for row in found.json["images"])
+    assert box["class"] == "cell"
+    assert box["score"] == pytest.approx(1 / (1 + np.exp(-2)), abs=1e-5)
+    corners = [box[side] for side in ("left", "top", "right", "bottom")]
+    assert corners == pytest.approx([18, 18, 42, 66])  # (10 ± 4, 14 ± 8) pixels of 32, times 3
+    report = highdicom.sr.srread(found.files("sr")[0])
+    assert isinstance(report.content, highdicom.sr.MeasurementReport)
+    (group,) = report.content.get_planar_roi_measurement_groups()
+    assert group.roi is not None
+    assert group.roi.value.min(axis=0).tolist() == [18, 18]
+    assert group.roi.value.max(axis=0).tolist() == [42, 66]
+    (study,) = found.json["studies"]
+    assert study["boxes"] == {"cell": 1}
+
+
+def test_an_answer_is_explained_by_a_picture_that_nothing_of_a_patient_names(
+    clinic: Clinic,
+) -> None:
+    values = np.random.default_rng(6).integers(0, 4096, (20, 30), dtype=np.uint16)
+    clinic.hospital.film("a.dcm", values)
+    model = clinic.model()
+    found = clinic.answer(model, pictures=explainer(model))
+    (row,) = found.json["images"]
+    assert (row["explanation"], row["explains"]) == ("explanations/000001.png", row["decision"])
+    picture = np.asarray(Image.open(found.folder / row["explanation"]))
+    assert picture.shape[1] > 2 * picture.shape[0]  # the image, and a map by each method
+    assert (picture[..., 0] != picture[..., 2]).any()
+    assert (found.folder / row["explanation"]).stat().st_mode & 0o777 == 0o600
+    with pytest.raises(ConfigError, match="cannot be explained"):
+        explainer(clinic.model(**DETECTION))
+
+
+def test_a_header_that_cannot_be_written_costs_the_report_and_not_the_answer(
+    clinic: Clinic,
+) -> None:
+    class Never(Reports):
+        def of_study(self, *_: Any) -> Iterator[tuple[str, bytes]]:
+            yield "sr/1.dcm", b"x"
+            raise ValueError("Doe^Jane")
+
+    clinic.hospital.film("a.dcm", PatientBirthDate="***", StudyDate="****")
+    model = clinic.model()
+    fine = clinic.answer(model, additions=(Reports(model.package),))
+    assert dcmread(BytesIO(fine.files("sr")[0].read_bytes())).PatientBirthDate == ""
+    found = clinic.answer(model, "again", additions=(Never(model.package),))
+    assert len(found.json["images"]) == 1
+    (reason,) = found.refused.values()
+    assert reason == "it could not be made: cannot be read (ValueError)"
