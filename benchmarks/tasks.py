@@ -442,9 +442,10 @@ def lines(trial: Trial, folders: list[Path]) -> list[Line]:
     found = {seed_of(folder): figures(folder) for folder in folders}
     seeds = tuple(sorted(found))
     made = []
-    for title in found[seeds[0]]:
+    for title in (one for one in found[seeds[0]] if all(one in found[seed] for seed in seeds)):
         each = [found[seed][title] for seed in seeds]
-        lows, highs = [e.low for e in each if e.low is not None], [e.high for e in each if e.high]
+        lows = [one.low for one in each if one.low is not None]
+        highs = [one.high for one in each if one.high is not None]
         aim = trial.aims.get(title)
         values = tuple(one.value for one in each)
         ends = min(lows, default=None), max(highs, default=None)
@@ -468,7 +469,8 @@ def write(page: Path, work: Path) -> None:
             "lines": [asdict(line) | {"value": line.value} for line in of_it],
             "runs": [asdict(one) for one in runs],
         }
-    table = "\n".join([HEADER, "|---" * HEADER.count(" | ") + "|---|", *rows])
+    header = f"| {' | '.join(COLUMNS)} |"
+    table = "\n".join([header, "|---" * len(COLUMNS) + "|", *rows])
     before, _, rest = page.read_text().partition(BEGIN)
     _, _, after = rest.partition(END)
     if not after:
@@ -477,20 +479,32 @@ def write(page: Path, work: Path) -> None:
     write_durably(page.with_suffix(".json"), f"{json.dumps(kept, indent=1)}\n".encode())
 
 
-HEADER = "| task | site | privacy | figure | value | 95 % interval | seeds | aim | rounds | time |"
+COLUMNS = (
+    "task",
+    "each site",
+    "privacy (unit)",
+    "figure",
+    "value",
+    "95 % interval",
+    "seeds",
+    "aim",
+    "rounds",
+    "time",
+)
 
 
 def row(trial: Trial, runs: list[Finished], line: Line, *, first: bool) -> str:
     """One line of Markdown; what all lines of a trial have in common stands in the first."""
     worst = max(runs, key=lambda one: one.epsilon or 0.0)
-    privacy = "none" if worst.epsilon is None else f"ε = {worst.epsilon:.2f}, δ = {worst.delta:g}"
+    private = worst.epsilon is not None
+    privacy = f"ε = {worst.epsilon:.2f} ({worst.unit})" if private else "none"
     units = f"{trial.declared_size} {worst.unit}s"
     minutes = mean(one.seconds for one in runs) / 60
     of_runs = (f"{runs[0].rounds}", f"{minutes:.0f} min") if first else ("", "")
     named = (
         f"[{trial.title}](../benchmarks/{trial.preset}.toml)",
         units,
-        f"{privacy} ({worst.unit})",
+        privacy,
     )
     aim = "" if line.aim is None else f"{line.aim:g}: {line.met}"
     shown = "; ".join(words(value) for value in line.values) if len(line.seeds) > 1 else "one seed"
