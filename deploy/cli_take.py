@@ -25,11 +25,27 @@ from deploy.intake_words import (
 if TYPE_CHECKING:
     from client.intake.deid.profile import Profile
     from client.intake.keys import SiteKey
+    from client.intake.labels import LabelTable
     from client.intake.registry import Registry
     from client.intake.run import IntakeSummary
     from client.intake.take import Order
+    from common.spec import RunSpec
 
 KEY_FILE = "site.key"
+
+
+class WithoutMask(StrEnum):
+    """What becomes of images without a segmentation."""
+
+    REFUSE = "refuse"
+    EMPTY = "empty"
+
+
+class Overlap(StrEnum):
+    """What becomes of a pixel of two classes."""
+
+    REFUSE = "refuse"
+    HIGHEST = "highest"
 
 
 class Splits(StrEnum):
@@ -185,7 +201,16 @@ def run(
     cohort: Annotated[Path, typer.Argument(help="The cohort's directory.")],
     *,
     spec: Spec,
-    labels: Labels,
+    labels: Annotated[Path | None, typer.Option(help="A CSV with the labels; see above.")] = None,
+    segments: Annotated[
+        Path | None, typer.Option(help="For a run of masks, a CSV of segments; see above.")
+    ] = None,
+    without_mask: Annotated[
+        WithoutMask, typer.Option(help="What becomes of images that no segmentation speaks of.")
+    ] = WithoutMask.REFUSE,
+    overlap: Annotated[
+        Overlap, typer.Option(help="What becomes of pixels that are of two classes.")
+    ] = Overlap.REFUSE,
     node: Node = None,
     profile: ProfileFile = None,
     site_key: KeyFile = None,
@@ -205,11 +230,15 @@ def run(
     `AccessionNumber` or `SOPInstanceUID`) and one named `label` with the name of a class. A
     multilabel task has a column of 0 and 1 for each class. A column `split` is optional.
 
+    A run of masks takes `--segments` instead: its source has DICOM segmentations (SEG) beside
+    the images. The CSV has the columns `segment`, a code (`SCT:10200004`) or a segment's label,
+    and `class`. A series is used whole, with all its masks, or not at all.
+
     Example: `cloister intake run /archive/chest north.cohort --spec run.toml
     --labels labels.csv --node north`
     """
+    from client.intake.annotated import Marking
     from client.intake.items import check_source
-    from client.intake.labels import read_labels
     from client.intake.take import Order, check_target, desk_of
     from common.spec import read_run_file
 
@@ -217,13 +246,34 @@ def run(
     check_target(cohort, source)
     check_listing(not_used)
     described = read_run_file(spec).spec
-    table = read_labels(labels, described.task)
+    table = _table(labels, segments, described)
     means = means_of(desk_of(cohort), node, profile, site_key, cohort_key)
     order = Order(source, cohort, described, table, means.key, means.profile, split or "")
+    order = replace(order, marking=Marking(without_mask.value, overlap.value))
     order = replace(order, cohort_key=means.cohort_key, workers=workers, registry=means.registry)
     summary = take_in_shown(order, means.options)
     if not_used is not None:
         write_listing(not_used, summary.not_used)
+
+
+def _table(labels: Path | None, segments: Path | None, run: RunSpec) -> LabelTable:
+    """The table that the run's target asks for.
+
+    Raises:
+        ConfigError: if it is not given, the other one is, or it cannot be used.
+    """
+    from client.intake.labels import read_labels
+    from client.intake.segments import read_segments
+    from common.errors import ConfigError
+
+    option, given, other = ("--segments", segments, labels)
+    if run.task.kind != "mask":
+        option, given, other = ("--labels", labels, segments)
+    if given is None or other is not None:
+        raise ConfigError(
+            f"a run of {run.task.kind} takes {option}, and not the other of --labels and --segments"
+        )
+    return read_segments(given, run.task) if given is segments else read_labels(given, run.task)
 
 
 def take_in_shown(order: Order, options: tuple[str, ...] = ()) -> IntakeSummary:

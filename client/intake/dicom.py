@@ -44,7 +44,7 @@ MOST_SHOTS = 16
 _PIECE = 2**20
 
 # Pixel data that shows no patient: what someone or something drew or computed upon an image.
-_NO_PICTURES = {
+NO_PICTURES = {
     "1.2.840.10008.5.1.4.1.1.30": "a parametric map",
     "1.2.840.10008.5.1.4.1.1.66.4": "a segmentation",
     "1.2.840.10008.5.1.4.1.1.66.7": "a label map segmentation",
@@ -122,16 +122,16 @@ def result_of(task: Task, limits: Limits, read: Callable[[DicomFile], FileResult
     content = ""
     try:
         with quiet(), task.item.open(limits.read_bytes) as stream:
-            content = _digest(stream)
+            content = digest_of(stream)
             return replace(read(DicomFile.parse(stream, limits)), content=content)
     except Directory:
         return FileResult(content=content)
     except Exception as error:  # noqa: BLE001
         # Parsers and codecs raise whatever the bytes of a broken file drive them to.
-        return replace(_gone_wrong(error), content=content)
+        return replace(gone_wrong(error), content=content)
 
 
-def _gone_wrong(error: Exception) -> FileResult:
+def gone_wrong(error: Exception) -> FileResult:
     """What an error says of an object, or of the machine."""
     if isinstance(error, CohortError | ConfigError):
         return FileResult(failure=str(error))
@@ -171,7 +171,7 @@ class FileReader:
         def read(file: DicomFile) -> FileResult:
             nonlocal found
             found = replace(found, names_patient=bool(text_of(file.header, "PatientID")))
-            if kind := _NO_PICTURES.get(text_of(file.header, "SOPClassUID")):
+            if kind := NO_PICTURES.get(text_of(file.header, "SOPClassUID")):
                 raise IntakeError(f"it is {kind}, no picture of a patient")
             element = file.pixel_element()
             entry = self._label(file.header)
@@ -203,7 +203,7 @@ class FileReader:
             clean.check()
             return self._kept(clean, entry, frames, decode, found)
         except ReviewError as error:
-            shots = tuple(self._seen(clean, frames, decode))
+            shots = tuple(self.seen(clean, frames, decode))
             return replace(found, reason=str(error), reviewable=True, shots=shots)
 
     def _kept(
@@ -225,11 +225,12 @@ class FileReader:
             counts["pixels: outside of regions blanked", "PixelData"] += frame.outside
             if (frame.boxes or frame.outside) and len(shots) < MOST_SHOTS:
                 shots.append(shot(number, shown, frame.pixels, frame.boxes))
-            record = self._record(frame, entry, stored.shape)
+            record = self.record(frame, entry, stored.shape)
             images.append(Kept(record, to_shape(frame.pixels, self.settings)))
         return replace(found, images=tuple(images), account=clean.account, shots=tuple(shots))
 
-    def _record(self, frame: CleanFrame, entry: LabelEntry, size: tuple[int, ...]) -> ImageRecord:
+    def record(self, frame: CleanFrame, entry: LabelEntry, size: tuple[int, ...]) -> ImageRecord:
+        """What is kept of a frame beside its pixels."""
         return ImageRecord(
             patient=frame.patient or frame.instance,
             study=frame.study,
@@ -241,7 +242,7 @@ class FileReader:
             split=self.split or entry.split,
         )
 
-    def _seen(self, clean: CleanFile, frames: range, decode: FrameDecoder) -> Iterator[Shot]:
+    def seen(self, clean: CleanFile, frames: range, decode: FrameDecoder) -> Iterator[Shot]:
         """Pictures of a file that waits for a person; one that cannot be shown has none."""
         for number in spread(len(frames)):
             with suppress(Exception):
@@ -287,7 +288,7 @@ def spread(frames: int) -> range:
     return range(0, frames, max(1, math.ceil(frames / MOST_SHOTS)))
 
 
-def _digest(stream: BinaryIO) -> str:
+def digest_of(stream: BinaryIO) -> str:
     """SHA-256 of a stream from its beginning, where it stands again afterwards."""
     digest = hashlib.sha256()
     while piece := stream.read(_PIECE):

@@ -12,7 +12,7 @@ pseudonym of its image. Of a segment's own words nothing is kept but codes of th
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -60,11 +60,14 @@ class Segment:
         number: its label, 1 to 255.
         category: of the property, such as anatomical structure.
         kind: the property itself, such as liver.
+        names: under which a hospital's table may have it: its code as ``scheme:value``, and its
+            label. They are the file's own words, unverified: to look up, never to keep or show.
     """
 
     number: int
     category: Code
     kind: Code
+    names: tuple[str, ...] = field(default=(), repr=False, compare=False)
 
 
 class _Piece(NamedTuple):
@@ -91,11 +94,23 @@ class Masks:
     _pieces: Mapping[Place, tuple[_Piece, ...]]
     _reader: _Reader
     _overlap: Overlap
+    _numbers: Mapping[int, int] | None = None
 
     @property
     def places(self) -> tuple[Place, ...]:
         """The images' frames that have a mask, in the segmentation's order."""
         return tuple(self._pieces)
+
+    def numbered(self, numbers: Mapping[int, int]) -> Masks:
+        """The same masks in other numbers: what each segment is, 0 for the background.
+
+        Segments that become one number do not overlap each other; of others the higher *number*
+        is taken where that is asked for.
+
+        Args:
+            numbers: up to 255, for every one of `segments`.
+        """
+        return replace(self, _numbers={_BACKGROUND: _BACKGROUND, **numbers})
 
     def __iter__(self) -> Iterator[tuple[Place, Labels]]:
         """Every mask with its place.
@@ -118,28 +133,41 @@ class Masks:
             place: one of `places`.
 
         Returns:
-            (rows, columns) segment numbers, 0 where there is none.
+            (rows, columns) segment numbers, or those of `numbered`, 0 where there is none.
 
         Raises:
             IntakeError: if two segments have the same pixel and that is refused, or a pixel is
                 of a segment that is not described.
         """
         labels: Labels = np.zeros(self.shape, dtype=np.uint8)
-        for piece in sorted(self._pieces[place], key=lambda piece: piece.segment or 0):
+        for piece in sorted(self._pieces[place], key=self._number_of):
             values = self._reader(piece.frame)
             if piece.segment is None:
-                labels = self._checked(values)
-            else:
-                self._add(labels, self._reader.marked(values), piece.segment)
+                labels = self._renumbered(self._checked(values))
+            elif self._number_of(piece) != _BACKGROUND:
+                self._add(labels, self._reader.marked(values), self._number_of(piece))
         return labels
+
+    def _number_of(self, piece: _Piece) -> int:
+        segment = piece.segment or _BACKGROUND
+        return segment if self._numbers is None else self._numbers[segment]
+
+    def _renumbered(self, labels: Labels) -> Labels:
+        if self._numbers is None:
+            return labels
+        table = np.zeros(_MOST_SEGMENTS + 1, dtype=np.uint8)
+        for segment, number in self._numbers.items():
+            table[segment] = number
+        return table[labels]
 
     def _add(self, labels: Labels, marked: NDArray[np.bool_], segment: int) -> None:
         """In ascending order of the segments, so the highest number is what stays."""
         others = np.unique(labels[marked])
         others = others[(others != _BACKGROUND) & (others != segment)]
+        what = "segments" if self._numbers is None else "classes"
         if self._overlap == "refuse" and others.size:
             raise IntakeError(
-                f"its segments {int(others[0])} and {segment} overlap; one pixel has one label. "
+                f"its {what} {int(others[0])} and {segment} overlap; one pixel has one label. "
                 "overlap = 'highest' would take the higher number"
             )
         labels[marked] = segment
@@ -312,6 +340,7 @@ def _segments(header: Dataset) -> dict[int, Segment]:
             number,
             _code(item, "SegmentedPropertyCategoryCodeSequence"),
             _code(item, "SegmentedPropertyTypeCodeSequence"),
+            _names(item),
         )
     # A label map may describe its background (PS3.3 C.8.20.2).
     described.pop(_BACKGROUND, None)
@@ -326,6 +355,14 @@ def _segments(header: Dataset) -> dict[int, Segment]:
 def _code(item: Dataset, keyword: str) -> Code:
     codes = items_of(item, keyword)
     return Code(*code_of(codes[0] if codes else Dataset()))
+
+
+def _names(item: Dataset) -> tuple[str, ...]:
+    codes = items_of(item, "SegmentedPropertyTypeCodeSequence")[:1]
+    parts = [
+        (text_of(code, "CodingSchemeDesignator"), text_of(code, "CodeValue")) for code in codes
+    ]
+    return (*(":".join(part) for part in parts if all(part)), text_of(item, "SegmentLabel"))
 
 
 def _descriptions(header: Dataset, geometry: Geometry) -> list[list[Dataset]]:

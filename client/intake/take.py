@@ -17,13 +17,14 @@ import secrets
 import shutil
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import date
 from pathlib import Path
 
 import numpy as np
 
 from client.folder import cohort_digest
+from client.intake.annotated import Marking, SeriesReader
 from client.intake.builder import ImageFile, write_index
 from client.intake.deid.engine import Engine
 from client.intake.deid.profile import Profile
@@ -34,10 +35,12 @@ from client.intake.digest import deidentification_digest
 from client.intake.items import Item, Listing, listed
 from client.intake.keys import SiteKey
 from client.intake.labels import LabelTable, labels_without_image
+from client.intake.part10 import Limits
 from client.intake.pool import Bounds, Pool
 from client.intake.reading import NO_PATIENT, Reading, Workers
 from client.intake.registry import Registry
 from client.intake.run import IntakeSummary, Progress
+from client.intake.series import in_series
 from client.intake.source import NotUsed
 from client.intake.summary import summarise
 from common.cohort import PIXEL, PIXEL_MAX, Cohort, CohortMeta, Unit
@@ -46,7 +49,8 @@ from common.errors import CohortError, IntakeError
 from common.files import flush_folder, locked
 from common.spec import RunSpec
 
-_COPIED = 256
+_COPIED, _COPIED_BYTES = 256, 2**28
+_SECONDS_AN_IMAGE = 2
 _SUPERSEDED = "superseded"
 _WORKING, _FINISHING, _COMPLETE = "working", "finishing", "complete"
 _NOT_USED = (State.WAITS, State.REFUSED, State.COPY, State.REJECTED, State.GONE)
@@ -69,6 +73,8 @@ class Order:
         bounds: what one object may take.
         registry: is told who a pseudonym stands for; None where no table is kept.
         batch: objects that are committed together: a killed intake reads them again at most.
+        marking: what a person says of masks, where the run is one of masks; its table of labels
+            is one of segments then (`client.intake.segments`), and an object is a series.
     """
 
     source: Path
@@ -83,6 +89,7 @@ class Order:
     bounds: Bounds = field(default_factory=Bounds)
     registry: Registry | None = None
     batch: int = 64
+    marking: Marking = field(default_factory=Marking)
 
     @property
     def desk(self) -> Path:
@@ -90,12 +97,18 @@ class Order:
         return desk_of(self.cohort)
 
     @property
-    def reader(self) -> FileReader:
-        """What reads one object."""
+    def reader(self) -> FileReader | SeriesReader:
+        """What reads one object, or one series."""
         deidentify = CohortDeidentifier(Engine(self.profile, self.key))
-        return FileReader(
+        files = FileReader(
             self.spec.input, self.labels, deidentify, self.split, registry=self.registry
         )
+        return SeriesReader(files, self.spec, self.marking) if self.has_masks else files
+
+    @property
+    def has_masks(self) -> bool:
+        """Whether the run is one of masks."""
+        return self.spec.task.kind == "mask"
 
 
 def desk_of(target: Path) -> Path:
@@ -148,6 +161,12 @@ def take_in(
     """
     check_target(order.cohort, order.source)
     listing = listed(order.source)
+    if order.has_masks:
+        workers = order.workers or len(os.sched_getaffinity(0))
+        listing = in_series(listing, Limits(), workers, order.bounds, pool)
+        longest = max((len(item.images) for item in listing.items), default=1)  # type: ignore[attr-defined]
+        seconds = order.bounds.seconds + _SECONDS_AN_IMAGE * longest
+        order = replace(order, bounds=replace(order.bounds, seconds=seconds))
     with at_work(order.cohort, order.key, order.cohort_key) as desk:
         return _Intake(order, desk, listing, today or date.today(), pool).run(progress)
 
@@ -205,6 +224,7 @@ class _Intake:
             split=order.split,
             profile=order.profile.digest,
             deidentification=self._digest,
+            **self._masks_settled(),
         )
         self._desk.settle_labels(_said(order.labels))
         self._check_cohort()
@@ -220,6 +240,10 @@ class _Intake:
             self._begin()
             self._pass(items, progress)
         return self._summary()
+
+    def _masks_settled(self) -> dict[str, str]:
+        marking = self._order.marking
+        return {"masks": f"{marking.unmarked} {marking.overlap}"} if self._order.has_masks else {}
 
     @property
     def _phase(self) -> str:
@@ -265,9 +289,13 @@ class _Intake:
         digests = [row.sha256 for row in self._desk.rows()]
         live = self._desk.live_rows()
         with closing(self._images(number)) as images:
-            for start in range(0, len(live), _COPIED):
-                rows = live[start : start + _COPIED]
+            at_once = max(1, min(_COPIED, _COPIED_BYTES // cohort.meta.image_bytes))
+            for start in range(0, len(live), at_once):
+                rows = live[start : start + at_once]
                 stored = np.rint(cohort.images(rows) * PIXEL_MAX).astype(PIXEL)
+                if cohort.kind == "mask":
+                    masks = cohort.targets(rows).astype(PIXEL)[:, None]
+                    stored = np.concatenate([stored, masks], axis=1)
                 seen = [images.append(pixels.tobytes()) for pixels in stored]
                 if seen != [digests[row] for row in rows]:
                     raise CohortError(
@@ -355,6 +383,8 @@ class _Intake:
         labels = labels_without_image(order.labels, found)
         contents = summarise(Cohort.open(order.cohort, order.cohort_key))
         unusable = self._listing.unusable
+        if order.has_masks:  # a line of its table is of a kind of thing, and of no image
+            return IntakeSummary(order.cohort, contents, (*not_used(desk), *unusable))
         return IntakeSummary(order.cohort, contents, (*not_used(desk), *unusable, *labels))
 
 

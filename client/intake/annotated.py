@@ -1,0 +1,321 @@
+"""One series of DICOM with its segmentations into slices with masks, or into one volume with one.
+
+A series is used whole or not at all: a mask that does not fit, a slice without one, a segment of
+no class, images of several patients, or slices that are no regular grid cost the series, with the
+reason. Every image passes the engine of de-identification as any other does; of a segmentation
+nothing is kept but numbers of classes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from pydicom.dataset import Dataset
+
+from client.intake.builder import ImageRecord
+from client.intake.decision import Decision, Shot
+from client.intake.deid.seam import CleanFrame, patient_of
+from client.intake.deid.walk import Account
+from client.intake.deidentify import text_of
+from client.intake.dicom import (
+    MOST_SHOTS,
+    FileReader,
+    FileResult,
+    digest_of,
+    frames_of,
+    gone_wrong,
+    spread,
+)
+from client.intake.dicom import Task as DicomTask
+from client.intake.display import brightness
+from client.intake.frames import macro
+from client.intake.grids import brightness_to_grid, laid_volume, to_grid
+from client.intake.items import Item
+from client.intake.labels import LabelEntry
+from client.intake.masks import Labels, Masks, Overlap, Place, read_masks
+from client.intake.part10 import DicomFile, FrameDecoder
+from client.intake.pixels import Floats, mask_to_shape, stretch, to_shape
+from client.intake.quiet import quiet
+from client.intake.segments import classes_of
+from client.intake.series import SeriesItem
+from client.intake.shots import shot
+from client.intake.source import Kept
+from client.intake.volumes import Slice, Volume, volume_of
+from common.errors import IntakeError, ReviewError
+from common.spec import RunSpec
+
+Unmarked = Literal["refuse", "empty"]
+_NO_LABEL = LabelEntry(0, "", 0)
+_EMPTY = "--without-mask empty would take what has none as if nothing were on it"
+
+
+@dataclass(frozen=True)
+class Marking:
+    """What a person says of masks.
+
+    Attributes:
+        unmarked: images that no segmentation speaks of: ``refuse`` their series, or take them as
+            ``empty``, which says that nothing is on them.
+        overlap: what becomes of a pixel that is of two classes: ``refuse`` the series, or take
+            the ``highest`` class number.
+    """
+
+    unmarked: Unmarked = "refuse"
+    overlap: Overlap = "refuse"
+
+
+class _Part(NamedTuple):
+    """A frame of a volume: its values, its mask, and how it would be shown by itself."""
+
+    slice: Slice
+    labels: Labels
+    shown: Floats | None
+    record: ImageRecord
+
+
+@dataclass(frozen=True)
+class SeriesReader:
+    """Reads one series at a time into what a cohort keeps of it; works in any process.
+
+    Args:
+        files: reads a single image; its label table is one of segments.
+        spec: the run, of masks.
+        marking: what a person says of masks.
+    """
+
+    files: FileReader
+    spec: RunSpec
+    marking: Marking = Marking()
+
+    def __call__(self, task: DicomTask) -> FileResult:
+        """Read a series; all that is wrong with it is in the result."""
+        item, known = task.item, FileResult()
+        try:
+            if not isinstance(item, SeriesItem):
+                raise IntakeError("it is a single object; expected a series")
+            with quiet():
+                known = self._known(item)
+                if not known.names_patient and not task.without_patient:
+                    return replace(known, put_aside=True)
+                with _Series(self, item, task.decision) as series:
+                    return series.read(known)
+        except Exception as error:  # noqa: BLE001 - as in `client.intake.dicom.result_of`
+            wrong = gone_wrong(error)
+            return replace(wrong, content=known.content, names_patient=known.names_patient)
+
+    def _known(self, item: SeriesItem) -> FileResult:
+        """The digest of all its objects, and whether they name a patient."""
+        digest, patients = hashlib.sha256(), set()
+        for one in (*item.images, *item.segmentations):
+            with one.open(self.files.limits.read_bytes) as stream:
+                digest.update(bytes.fromhex(digest_of(stream)))
+                patients.add(patient_of(DicomFile.parse(stream, self.files.limits).header))
+        if len(patients) > 1:
+            raise IntakeError(
+                f"its images and segmentations are of {len(patients)} patients; expected one"
+            )
+        return FileResult(names_patient=bool(patients.pop()[1]), content=digest.hexdigest())
+
+
+class _Series(ExitStack):
+    """A series that is being read, and what is open for it."""
+
+    def __init__(self, reader: SeriesReader, item: SeriesItem, decision: Decision | None) -> None:
+        super().__init__()
+        self._reader, self._item, self._decision = reader, item, decision
+        self._files, self._spec = reader.files, reader.spec
+        self._account = Account()
+        self._shots: list[Shot] = []
+        self._flagged: dict[int, str] = {}
+        self._kept: list[Kept] = []
+        self._parts: list[_Part] = []
+
+    def read(self, known: FileResult) -> FileResult:
+        """What is kept of it, or what a person is to look at."""
+        headers = [self._opened(image).header for image in self._item.images]
+        masks = self._masks(headers)
+        self._check_marked(headers, masks)
+        for number, image in enumerate(self._item.images):
+            try:
+                with ExitStack() as opened:
+                    self._take(opened, image, masks)
+            except ReviewError as error:
+                self._flagged[number] = str(error)
+        if self._flagged:
+            reason = next(iter(self._flagged.values()))
+            return replace(known, reason=reason, reviewable=True, shots=tuple(self._seen()))
+        images = tuple(self._kept) if self._spec.input.depth is None else (self._volume(),)
+        if not any(kept.mask is not None and kept.mask.any() for kept in images):
+            self._refuse_empty()
+        if known.names_patient and self._files.registry is not None:
+            self._files.registry.add(images[0].record.patient, *patient_of(headers[0]))
+        shots = tuple(self._shots)
+        return replace(known, images=images, account=self._account, shots=shots)
+
+    # --- Masks --------------------------------------------------------------------------------
+
+    def _masks(self, headers: Sequence[Dataset]) -> list[Masks]:
+        """Those of each segmentation as classes; their streams stay open with this."""
+        found: list[Masks] = []
+        said: set[int] = set()
+        instances: set[str] = set()
+        for one in self._item.segmentations:
+            stream = self.enter_context(one.open(self._files.limits.read_bytes))
+            file = DicomFile.parse(stream, self._files.limits)
+            uid = text_of(file.header, "SOPInstanceUID")
+            if uid in instances:  # a copy of the same segmentation
+                continue
+            instances.add(uid)
+            overlap = self._reader.marking.overlap
+            masks = read_masks(file, headers, overlap=overlap, limits=self._files.limits)
+            numbers = classes_of(masks.segments, self._files.labels)
+            classes = set(numbers.values()) - {0}
+            if twice := sorted(said & classes):
+                name = self._spec.task.classes[twice[0]]
+                raise IntakeError(
+                    f"two segmentations of it have the class {name!r}; leave the right one beside "
+                    "it"
+                )
+            said |= classes
+            found.append(masks.numbered(numbers))
+        return found
+
+    def _check_marked(self, headers: Sequence[Dataset], masks: Sequence[Masks]) -> None:
+        """Every image has a word of a segmentation, unless a person said what it means if not."""
+        if self._reader.marking.unmarked == "empty":
+            return
+        if not masks:
+            raise IntakeError(f"no segmentation speaks of it; {_EMPTY}")
+        marked = {place.instance for one in masks for place in one.places}
+        missing = sum(text_of(header, "SOPInstanceUID") not in marked for header in headers)
+        if missing:
+            raise IntakeError(
+                f"no segmentation speaks of {missing} of its {len(headers)} images; {_EMPTY}"
+            )
+
+    def _labels(self, place: Place, masks: Sequence[Masks], shape: tuple[int, ...]) -> Labels:
+        """The classes of one frame's pixels."""
+        labels: Labels = np.zeros(shape, dtype=np.uint8)
+        for one in masks:
+            if place not in one.places:
+                continue
+            more = one.labels(place)
+            both = (labels > 0) & (more > 0)
+            if both.any() and self._reader.marking.overlap == "refuse":
+                raise IntakeError("two segmentations of it overlap; one pixel has one class")
+            labels = np.maximum(labels, more)
+        return labels
+
+    def _refuse_empty(self) -> None:
+        if self._reader.marking.unmarked == "refuse":
+            raise IntakeError(f"its masks are empty: no pixel is of any class; {_EMPTY}")
+
+    # --- Images -------------------------------------------------------------------------------
+
+    def _opened(self, image: Item, within: ExitStack | None = None) -> DicomFile:
+        """A parsed object, open as long as `within` is, or else its header alone."""
+        with ExitStack() as here:
+            stream = (within or here).enter_context(image.open(self._files.limits.read_bytes))
+            return DicomFile.parse(stream, self._files.limits)
+
+    def _take(self, opened: ExitStack, image: Item, masks: Sequence[Masks]) -> None:
+        """De-identify the frames of one object and keep them with their masks.
+
+        Raises:
+            ReviewError: if a person has to look at it first.
+        """
+        file = self._opened(image, opened)
+        element, geometry = file.pixel_element(), file.geometry(self._files.limits)
+        clean = self._files.deidentify(file.header, self._decision)
+        clean.check()
+        decode = FrameDecoder(file, element, geometry)
+        settings, instance = self._spec.input, text_of(file.header, "SOPInstanceUID")
+        volume = settings.depth is not None
+        whole = range(geometry.frames)
+        for number in whole if volume else frames_of(geometry, settings, self._files.limits):
+            stored = decode(number)
+            shown = brightness(stored, clean.header, number, settings.window)
+            frame = clean.frame(number, shown)
+            self._tell(frame, number, shown)
+            labels = self._labels(Place(instance, number + 1), masks, stored.shape[:2])
+            record = self._files.record(frame, _NO_LABEL, stored.shape)
+            if volume:
+                of = Slice(clean.header, number, _blanked(stored, frame))
+                own = frame.pixels if settings.window == "dicom" else None
+                self._parts.append(_Part(of, labels, own, record))
+            else:
+                mask = mask_to_shape(labels.astype(np.int32), settings)
+                self._kept.append(Kept(record, to_shape(frame.pixels, settings), mask))
+        self._account.counts.update(clean.account.counts)
+
+    def _tell(self, frame: CleanFrame, number: int, shown: Floats) -> None:
+        counts = self._account.counts
+        counts["pixels: box blanked", "PixelData"] += len(frame.boxes)
+        counts["pixels: outside of regions blanked", "PixelData"] += frame.outside
+        if (frame.boxes or frame.outside) and len(self._shots) < MOST_SHOTS:
+            self._shots.append(shot(number, shown, frame.pixels, frame.boxes))
+
+    def _seen(self) -> Iterator[Shot]:
+        """Pictures of what waits, evenly spread over its images; what cannot be shown has none."""
+        flagged = list(self._flagged)
+        for which in spread(len(flagged)):
+            with suppress(Exception), ExitStack() as opened:
+                file = self._opened(self._item.images[flagged[which]], opened)
+                element, geometry = file.pixel_element(), file.geometry(self._files.limits)
+                clean = self._files.deidentify(file.header, self._decision)
+                decode = FrameDecoder(file, element, geometry)
+                yield from self._files.seen(clean, range(1), decode)
+
+    # --- A volume -----------------------------------------------------------------------------
+
+    def _volume(self) -> Kept:
+        """All its frames as one volume with its mask, on the run's grid."""
+        settings, parts = self._spec.input, self._parts
+        volume = volume_of([part.slice for part in parts])
+        marks = volume.labelled([part.labels for part in parts])
+        direction = settings.direction or "axial"
+        grid = to_grid(laid_volume(marks, direction), settings, "nearest").astype(np.uint16)
+        if marks.values.any() and not grid.any():
+            raise IntakeError("its mask is empty on the run's grid: all of it was cut off")
+        first = parts[volume.order[0]].record
+        bright = laid_volume(replace(volume, values=self._bright(volume)), direction)
+        return Kept(first, brightness_to_grid(bright, settings), grid)
+
+    def _bright(self, volume: Volume) -> Floats:
+        """The brightness of the whole, in 0..1."""
+        header, rule = self._parts[0].slice.header, self._spec.input.window
+        if rule != "dicom":
+            bright = stretch(volume.values, rule, np.isfinite(volume.values))
+            inverted = text_of(header, "PhotometricInterpretation") == "MONOCHROME1"
+            return 1 - bright if inverted else bright
+        windows = {_window(part.slice) for part in self._parts}
+        if len(windows) > 1 or not all(windows.pop()):
+            raise IntakeError(
+                "its slices have several windows or none, which would show one tissue in several "
+                "ways; input.window = 'percentile' or 'range' takes the volume's own values"
+            )
+        shown = [self._parts[number].shown for number in volume.order]
+        return np.stack([np.asarray(one, dtype=np.float32) for one in shown])
+
+
+def _window(one: Slice) -> tuple[str, str]:
+    level = macro(one.header, one.frame, "FrameVOILUTSequence")
+    return text_of(level, "WindowCenter"), text_of(level, "WindowWidth")
+
+
+def _blanked(stored: NDArray[Any], frame: CleanFrame) -> NDArray[Any]:
+    """A frame's values without what was blanked in what is shown of them."""
+    if frame.outside:
+        raise IntakeError("it has regions, as ultrasound has; expected slices of one grid")
+    if not frame.boxes:
+        return stored
+    cleaned = np.array(stored)
+    for box in frame.boxes:
+        cleaned[box.top : box.bottom, box.left : box.right] = stored.min()
+    return cleaned
