@@ -24,6 +24,7 @@ from deploy.cli_generate import generate  # noqa: E402
 from deploy.cli_intake import intake_app  # noqa: E402
 from deploy.cli_model import export, verify_model  # noqa: E402
 from deploy.cli_node import node_app  # noqa: E402
+from deploy.cli_optimise import optimise  # noqa: E402
 from deploy.cli_predict import predict  # noqa: E402
 from deploy.workers import fork_server  # noqa: E402
 
@@ -46,6 +47,7 @@ app.command()(generate)
 app.command()(predict)
 app.command()(export)
 app.command()(verify_model)
+app.command()(optimise)
 
 console = Console()
 

@@ -71,7 +71,7 @@ def describe(record: RunRecord) -> dict[str, Any]:
         "privacy": _privacy(record),
         "metrics": {name: _metric(metric) for name, metric in record.spec.metrics.items()},
         "evaluation": {
-            name: _part(record.final[name]) if name in record.final else None for name in PARTS
+            name: evaluated(record.final[name]) if name in record.final else None for name in PARTS
         },
         "federated_evaluation": record.federated and record.federated.model_dump(mode="json"),
         "limitations": list(wording.limitations(record)),
@@ -140,7 +140,8 @@ def _metric(metric: Metric) -> dict[str, Any]:
     return {key: getattr(metric, key) for key in ("title", "lower_is_better", "unit")}
 
 
-def _part(part: PartResult) -> dict[str, Any]:
+def evaluated(part: PartResult) -> dict[str, Any]:
+    """What a card says of one part of the evaluation cohort."""
     return part.to_json() | {"interval": "95 % bootstrap percentile, resampled by " + part.unit}
 
 
@@ -229,8 +230,9 @@ def _performance_lines(card: Mapping[str, Any]) -> Iterator[str]:
     if not parts:
         yield "The run had no central evaluation cohort."
         return
+    row = "study" if card["model"]["input"].get("images", 1) > 1 else "image"
     for name, part in parts.items():
-        yield f"- {name}: {part['images']:,} images, interval: {part['interval']}"
+        yield f"- {name}: {words.counted(part['images'], row)}, interval: {part['interval']}"
     yield ""
     metrics = {name: Metric(**metric) for name, metric in card["metrics"].items()}
     rows = [

@@ -14,6 +14,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -33,7 +34,7 @@ from server.members import Enrolled
 from server.record import MODEL_FILE
 from server.roster import Roster
 from server.rounds import Conduct, FederatedRun, LogObserver
-from server.runs import OVER, CoordinatorHome, EventLog, Run, Standing
+from server.runs import CoordinatorHome, EventLog, Run, Standing
 
 log = logging.getLogger("cloister.conductor")
 
@@ -98,19 +99,20 @@ def conduct(home: CoordinatorHome, run: Run, orders: Orders) -> None:
                 over = federated.run(grid)
             except _EndAskedError:
                 federated.end(grid)
+                _hand_out(home, run)
                 run.write(Standing.STOPPED, "a person ended it")
             else:
+                _hand_out(home, run)
                 how_it_is = (Standing.FINISHED, "") if over else (Standing.FAILED, _NOT_COUNTED)
                 run.write(*how_it_is)
-        if run.state.standing in OVER:
-            _hand_out(home, run)
 
 
 def _hand_out(home: CoordinatorHome, run: Run) -> None:
     """Put the model into a signed package beside it; what hinders that does not undo the run."""
     out = run.path / PACKAGE
-    if out.exists() or not (run.path / MODEL_FILE).exists():
-        return
+    shutil.rmtree(out, ignore_errors=True)  # of a process that was killed just then
+    if not (run.path / MODEL_FILE).exists():
+        return  # it was stopped before its first round
     try:
         export(run.path, out, "package", signing=Signing.open(home.path))
     except CloisterError as error:

@@ -23,15 +23,13 @@ from torch import Tensor
 
 from common.errors import ModelError
 from server.export import Described
-from server.served import Served, probes, refuse_what_has_no_export
+from server.served import Served, probes
 
 FILE = "model.onnx"
 OPSET = 18
 TOLERANCE = 1e-4
 _BATCHES = (1, 2, 5)
 _SEED = 1
-# The exporter tells of every operator of torchvision, which is not there and not needed.
-logging.getLogger("torch.onnx").setLevel(logging.ERROR)
 
 
 def onnx_files(described: Described) -> dict[str, bytes]:
@@ -40,9 +38,9 @@ def onnx_files(described: Described) -> dict[str, bytes]:
     Raises:
         ModelError: if the network cannot be exported, or does not give the same in onnxruntime.
     """
-    refuse_what_has_no_export(described.package, "ONNX", pairs=True)
-    served = Served(described.package, described.calibration)
-    content = graph(served, _about(described, served))
+    package = described.package
+    served = Served(package.network(), package.spec, described.calibration)
+    content = graph(served, about(described, meaning(served)))
     compare(served, content)
     return described.papers() | {FILE: content}
 
@@ -59,7 +57,7 @@ def graph(served: Served, about: dict[str, str]) -> bytes:
     """
     example = torch.zeros(2, *served.given)
     try:
-        with _quietly():
+        with quietly():
             made = torch.onnx.export(
                 served,
                 (example,),
@@ -131,7 +129,13 @@ def _difference(ours: NDArray[np.float32], theirs: NDArray[np.float32]) -> float
     return float(np.abs(np.nan_to_num(ours) - np.nan_to_num(theirs)).max(initial=0.0))
 
 
-def _about(described: Described, served: Served) -> dict[str, str]:
+def about(described: Described, taken: str) -> dict[str, str]:
+    """What stands in an ONNX model's metadata.
+
+    Args:
+        described: the model.
+        taken: what its input is.
+    """
     spec, card = described.package.spec, described.card
     told = {
         "made_by": "Cloister",
@@ -142,8 +146,7 @@ def _about(described: Described, served: Served) -> dict[str, str]:
         "task": spec.task.name,
         "classes": list(spec.task.classes),
         "opset": OPSET,
-        "input": _meaning(served),
-        "outputs": list(served.names),
+        "input": taken,
         "preprocessing": spec.input.model_dump(mode="json"),
         "calibrated": described.calibration is not None,
         "not_for_clinical_use": card.get("not_for_clinical_use", ""),
@@ -151,7 +154,8 @@ def _about(described: Described, served: Served) -> dict[str, str]:
     return {key: text if isinstance(text, str) else json.dumps(text) for key, text in told.items()}
 
 
-def _meaning(served: Served) -> str:
+def meaning(served: Served) -> str:
+    """What a network is given, in a sentence."""
     if served.generates:
         return "normal noise, and behind it 1 for each class that the image is to have and else 0"
     return (
@@ -161,8 +165,13 @@ def _meaning(served: Served) -> str:
 
 
 @contextlib.contextmanager
-def _quietly() -> Iterator[None]:
-    """Torch's exporter prints to the screen what is of use to its authors."""
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-        warnings.simplefilter("ignore")
-        yield
+def quietly() -> Iterator[None]:
+    """Torch's exporter and onnxruntime's tools print what is of use to their authors."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)

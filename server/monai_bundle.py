@@ -25,7 +25,7 @@ from torch import Tensor
 from common.errors import ModelError
 from server.export import Described
 from server.graph import TOLERANCE
-from server.served import Served, ServedOne, probes, refuse_what_has_no_export
+from server.served import Served, ServedOne, probes
 
 METADATA, INFERENCE, NETWORK = "configs/metadata.json", "configs/inference.json", "models/model.ts"
 README = "docs/README.md"
@@ -47,8 +47,14 @@ def monai_files(described: Described) -> dict[str, bytes]:
     Raises:
         ModelError: if the network cannot be exported so, or does not give the same in TorchScript.
     """
-    refuse_what_has_no_export(described.package, "a MONAI bundle", pairs=False)
-    served = Served(described.package, described.calibration)
+    package = described.package
+    served = Served(package.network(), package.spec, described.calibration)
+    if served.generates or package.spec.input.images > 1:
+        taken = "noise" if served.generates else "several images of a study at once"
+        raise ModelError(
+            f"model.name = {package.spec.model.name!r}: it is given {taken}, and a MONAI bundle "
+            "describes networks that are given an image; export it as ONNX, or as a package"
+        )
     papers = described.papers()
     with torch.no_grad():
         answer = served(torch.zeros(1, *served.given))[-1]

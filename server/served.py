@@ -10,10 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from common.calibration import Calibration
-from common.errors import ModelError
-from common.models import NETWORKS
 from common.models.gan import Pair
-from common.package import Package
+from common.spec import RunSpec
 from common.tasks import task_for
 from common.tasks.preprocess import normalise
 
@@ -22,27 +20,30 @@ class Served(nn.Module):
     """From images, brightness in 0..1, to what `Task.served` names; in evaluation mode.
 
     Args:
-        package: the model.
+        network: in evaluation mode; of a pair the generator is taken, the discriminator has seen
+            patients' images.
+        spec: the run's.
         calibration: divides the logits by its temperatures; None leaves them.
 
     Attributes:
         heat: the temperatures, one or one an output; None without a calibration.
         names: of what it gives, in order; the last is what counts.
         given: the shape of one input: (channels, height, width), or with a depth before it; of a
-            generator (numbers,).
+            study (images, channels, height, width); of a generator (numbers,).
         input_name: what it is given.
     """
 
     heat: Tensor | None
 
-    def __init__(self, package: Package, calibration: Calibration | None) -> None:
+    def __init__(
+        self, network: nn.Module, spec: RunSpec, calibration: Calibration | None = None
+    ) -> None:
         super().__init__()
-        self.spec, self._task = package.spec, task_for(package.spec)
-        network = package.network()
-        # Of a pair only the generator is a result: the discriminator has seen patients' images.
+        self.spec, self._task = spec, task_for(spec)
         self.generates = isinstance(network, Pair)
         self.network: nn.Module = network.generator if isinstance(network, Pair) else network
-        self.given: tuple[int, ...] = (self.spec.input.channels, *self.spec.input.seen)
+        several = (spec.input.images,) if spec.input.images > 1 else ()
+        self.given: tuple[int, ...] = (*several, spec.input.channels, *spec.input.seen)
         if isinstance(network, Pair):
             self.given = (network.generator.given,)
         self.input_name = "noise_and_classes" if self.generates else "images"
@@ -86,25 +87,16 @@ def probes(served: Served, rows: int, seed: int) -> dict[str, Tensor]:
     if served.generates:
         return {"normal": torch.randn(shape, generator=generator), "none": torch.zeros(shape)}
     single = torch.zeros(shape)
-    single.flatten(2)[..., single[0, 0].numel() // 2] = 1.0
-    return {
+    single.flatten(1)[:, single[0].numel() // 2] = 1.0
+    tried = {
         "random": even,
         "black": torch.zeros(shape),
         "white": torch.ones(shape),
         "black and white": (even > 0.5).float(),
         "one bright pixel": single,
     }
-
-
-def refuse_what_has_no_export(package: Package, what: str, *, pairs: bool) -> None:
-    """Check that such a network can be exported.
-
-    Raises:
-        ModelError: naming the network, and what else can be done.
-    """
-    gives = NETWORKS[package.spec.model.name].gives
-    if gives == "pair" and not pairs:
-        raise ModelError(
-            f"model.name = {package.spec.model.name!r}: {what} is of networks that are given "
-            "images, and a generator is given noise; export it as ONNX, or as a package"
-        )
+    if served.spec.input.images > 1:
+        few = even.clone()
+        few[:, 1:] = torch.nan
+        tried["one image of a study"] = few
+    return tried

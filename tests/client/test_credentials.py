@@ -127,6 +127,23 @@ def test_a_node_that_has_joined_knows_all_that_its_process_needs(joined: Site):
     assert set(joined.files()) == {"bundle.json", *(f for f in joined.files() if "key" in f)}
 
 
+def test_the_pinned_authority_is_known_as_long_as_the_bundle_lies_there(
+    north: Site,
+):
+    """Also when the node's own certificate has ended: a model outlives a membership."""
+    with pytest.raises(ConfigError, match="has joined no federation"):
+        credentials.pinned_authority(north.home)
+    north.join()
+    assert credentials.pinned_authority(north.home) == north.authority.certificate
+    with pytest.raises(IdentityError):
+        Credentials.open(north.home, clock(START + 4000 * DAY))
+    assert credentials.pinned_authority(north.home) == north.authority.certificate
+    bundle = north.home / "identity" / "bundle.json"
+    bundle.write_bytes(bundle.read_bytes().replace(b'"site":"north"', b'"site":"south"'))
+    with pytest.raises(IdentityError):
+        credentials.pinned_authority(north.home)
+
+
 def test_a_request_that_is_asked_again_is_the_same(north: Site):
     first = credentials.request(north.home, "north")
     assert credentials.request(north.home, "north") == first

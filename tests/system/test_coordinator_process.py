@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from common.package import Package
+from server.roster import read_authority
 from server.runs import Run, Standing
 
 pytestmark = pytest.mark.slow
@@ -23,6 +25,10 @@ def test_a_run_from_enrolment_to_its_report(federation: Federation, undisturbed:
     assert all(site["status"] == "ok" for row in rows for site in row["sites"].values())
     assert {name for row in rows for name in row["sites"]} == {"north", "south"}
     assert (undisturbed.path / "report.html").stat().st_size > 1000
+    authority = read_authority(federation.home.path)
+    model = Package.open(undisturbed.path / "package", authority=authority)
+    assert model.signer is not None
+    assert model.network()
     for name in federation.sites:
         heard = federation.heard(name)
         assert heard == ["query.invite", *["train.step"] * 3, "query.close"]

@@ -1,0 +1,433 @@
+"""A trained model made smaller, and what that changes: size, speed, and every metric.
+
+**Pruned**: a part of the weights of convolutions and linear layers is set to exactly zero. By
+magnitude, the smallest of the whole network (Han et al. 2015, arXiv:1506.02626); structured, in
+each layer but the last the filters of the least norm (Li et al. 2017, arXiv:1608.08710). The
+network keeps its shape, so a run can start from it; the zeros make it smaller where it is
+compressed, and no faster. **Quantised**: onnxruntime's dynamic quantisation, convolutions
+included, which torch's own leaves out: weights in 8 bits, activations by the range that they have.
+That range is of all images that are given together, so the quantised model takes one at a time:
+an answer depends on its image alone.
+
+Both are computed from a model that is out already, and cost no privacy.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import statistics
+import tempfile
+import time
+import zlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import onnx
+import torch
+from numpy.typing import NDArray
+from onnxruntime.quantization import QuantType, quantize_dynamic
+from safetensors.numpy import save
+from torch import Tensor, nn
+
+from common import package
+from common.calibration import calibrate
+from common.cohort import Cohort
+from common.errors import CohortError, ModelError
+from common.models import NETWORKS
+from common.spec import RunSpec
+from common.tasks import task_for
+from common.tasks.estimates import Estimate
+from common.tasks.task import Evidence, Task
+from server.card import evaluated
+from server.evaluation import PARTS, CentralEvaluator, EvaluationResult
+from server.export import Described
+from server.graph import FILE as ONNX_FILE
+from server.graph import about, answers, compare, graph, meaning, quietly, session_of
+from server.served import Served
+
+Files = dict[str, bytes]
+Variant = Literal["as it is", "pruned", "ONNX", "quantised"]
+
+_LAYERS = (nn.modules.conv._ConvNd, nn.Linear)
+_RESAMPLES = 300
+_REPEATS = 41
+_LEVEL = 6
+_CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One form of a model.
+
+    Attributes:
+        size: of its file, in bytes.
+        compressed: of its file by zlib, as it travels at best.
+        zeros: part of its weights that are exactly zero.
+        milliseconds: for one image, the median, on one thread.
+        result: on the evaluation cohort; None of plain ONNX, which answers as the model does.
+        differences: of each metric on the test part from that of the model as it is, with its
+            interval over the same resamples of patients.
+    """
+
+    size: int
+    compressed: int
+    zeros: float
+    milliseconds: float
+    result: EvaluationResult | None
+    differences: Mapping[str, Estimate]
+
+    def to_json(self) -> dict[str, Any]:
+        """For ``optimise.json``."""
+        return {
+            "bytes": self.size,
+            "compressed_bytes": self.compressed,
+            "zero_weights": self.zeros,
+            "milliseconds": self.milliseconds,
+            "evaluation": self.result and self.result.to_json(),
+            "differences": {name: found.to_json() for name, found in self.differences.items()},
+        }
+
+
+@dataclass(frozen=True)
+class Optimised:
+    """What came of it.
+
+    Attributes:
+        measured: each form of the model, the first as it was.
+        pruned: the files of its package; None if nothing was pruned.
+        quantised: the files of its export; None if it was not quantised.
+    """
+
+    measured: Mapping[Variant, Measured]
+    pruned: Files | None
+    quantised: Files | None
+
+    def table(self) -> bytes:
+        """``optimise.json``."""
+        found = {name: one.to_json() for name, one in self.measured.items()}
+        return f"{json.dumps(found, indent=2, allow_nan=False)}\n".encode()
+
+
+def optimise(
+    source: Path, cohort: Cohort, *, prune: float, structured: bool, quantise: bool
+) -> Optimised:
+    """Make a model smaller, and measure every form of it on `cohort`.
+
+    Args:
+        source: a package, or a finished run's folder.
+        cohort: of the central evaluation; its test part is what counts.
+        prune: part of the weights, or of the filters, that become zero; 0: nothing is pruned.
+        structured: whether whole filters are.
+        quantise: whether the model, pruned if it was, is quantised as well.
+
+    Raises:
+        CohortError: if the cohort does not fit, or has no test part.
+        ModelError: if such a network cannot be quantised.
+        PackageError: as `Described.of`.
+        RunError: likewise.
+    """
+    described = Described.of(source)
+    if quantise and NETWORKS[described.package.spec.model.name].gives == "pair":
+        raise ModelError(
+            f"model.name = {described.package.spec.model.name!r}: a generator is pruned, but not "
+            "quantised: what 8 bits do to synthetic images is not measured here"
+        )
+    bench = _Bench.of(described, cohort)
+    network = described.package.network()
+    pruned = None
+    if prune:
+        network = pruned_network(network, prune, structured=structured)
+        said = f"{'filters' if structured else 'weights'} pruned: {prune:.0%}"
+        pruned = bench.package_of(network, said)
+    quantised = bench.quantised(network, described) if quantise else None
+    return Optimised(bench.finished(), pruned, quantised)
+
+
+# --- Pruning --------------------------------------------------------------------------------------
+
+
+def pruned_network(network: nn.Module, part: float, *, structured: bool) -> nn.Module:
+    """A copy of a network of which a part is exactly zero; see the module for which.
+
+    Args:
+        network: is left as it is.
+        part: above 0 and below 1, of the weights, or of each layer's filters.
+        structured: whether whole filters are taken, with their bias.
+    """
+    made = copy.deepcopy(network)
+    layers = [layer for layer in made.modules() if isinstance(layer, _LAYERS)]
+    with torch.no_grad():
+        if structured:
+            for layer in layers[:-1]:  # the last layer's rows are the answers
+                _without_filters(layer, part)
+        else:
+            _without_smallest([layer.weight for layer in layers], part)
+    return made
+
+
+def _without_smallest(weights: list[Tensor], part: float) -> None:
+    magnitudes = torch.cat([weight.abs().flatten() for weight in weights])
+    lost = torch.zeros_like(magnitudes, dtype=torch.bool)
+    lost[magnitudes.argsort(stable=True)[: round(part * len(magnitudes))]] = True
+    start = 0
+    for weight in weights:
+        weight[lost[start : start + weight.numel()].view_as(weight)] = 0.0
+        start += weight.numel()
+
+
+def _without_filters(layer: nn.Module, part: float) -> None:
+    weight, bias = layer.get_parameter("weight"), getattr(layer, "bias", None)
+    filters = weight.transpose(0, 1) if isinstance(layer, nn.ConvTranspose2d) else weight
+    norms = filters.flatten(1).norm(dim=1)
+    lost = norms.argsort(stable=True)[: min(round(part * len(norms)), len(norms) - 1)]
+    filters[lost] = 0.0
+    if bias is not None:
+        bias[lost] = 0.0
+
+
+def zeros_of(network: nn.Module) -> float:
+    """The part of a network's numbers that are exactly zero."""
+    counts = [(int((p == 0).sum()), p.numel()) for p in network.parameters()]
+    return sum(zero for zero, _ in counts) / sum(every for _, every in counts)
+
+
+# --- Quantisation ---------------------------------------------------------------------------------
+
+
+def quantised_graph(content: bytes) -> bytes:
+    """An ONNX model in 8 bits, for one image at a time.
+
+    Weights are unsigned: onnxruntime runs convolutions of signed ones on a path that is several
+    times slower.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        before, after = Path(folder, "float.onnx"), Path(folder, "eight.onnx")
+        before.write_bytes(content)
+        with quietly():
+            quantize_dynamic(before, after, weight_type=QuantType.QUInt8)
+        model = onnx.load(after)
+    for value in (*model.graph.input, *model.graph.output):
+        value.type.tensor_type.shape.dim[0].dim_value = 1
+    del model.graph.value_info[:]  # shapes for any number of images
+    onnx.checker.check_model(model)
+    made: bytes = model.SerializeToString()
+    return made
+
+
+class OnnxNetwork(nn.Module):
+    """An exported network in the place of the one it was made of; see `raw` for its spec.
+
+    Args:
+        content: the ONNX model, of whose outputs the first is what tasks work on.
+        like: the network it was made of.
+    """
+
+    def __init__(self, content: bytes, like: nn.Module) -> None:
+        super().__init__()
+        self._session = session_of(content)
+        self.code_numbers = getattr(like, "code_numbers", 0)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, …) to (B, …), one image after the other."""
+        rows = [answers(self._session, images[row : row + 1])[0] for row in range(len(images))]
+        return torch.from_numpy(np.concatenate(rows))
+
+
+def raw(spec: RunSpec) -> RunSpec:
+    """The same run, whose networks see brightness itself: an exported one normalises by itself."""
+    content = json.loads(spec.canonical_json)
+    content["input"] |= {"normalize": "literal", "mean": [0.0], "std": [1.0]}
+    return RunSpec.from_json(json.dumps(content))
+
+
+# --- Measuring ------------------------------------------------------------------------------------
+
+
+class _Bench:
+    """Every form of one model, measured side by side."""
+
+    def __init__(self, described: Described, cohort: Cohort, before: EvaluationResult) -> None:
+        self._described, self._cohort, self._before = described, cohort, before
+        self._spec = described.package.spec
+        self._made: dict[Variant, tuple[bytes, float, EvaluationResult | None]] = {}
+        self._timed: dict[Variant, Callable[[], object]] = {}
+
+    @classmethod
+    def of(cls, described: Described, cohort: Cohort) -> _Bench:
+        network, spec = described.package.network(), described.package.spec
+        before = CentralEvaluator(spec, cohort, device=_CPU).evaluate(network)
+        if before.test is None:
+            raise CohortError(f"{cohort.path}: has no test part; expected one to measure on")
+        bench = cls(described, cohort, before)
+        bench._made["as it is"] = (described.package.weights(), zeros_of(network), before)
+        bench._timed["as it is"] = _run(Served(network, spec))
+        return bench
+
+    def package_of(self, network: nn.Module, said: str) -> Files:
+        """The files of the package of a network with other weights."""
+        result = CentralEvaluator(self._spec, self._cohort, device=_CPU).evaluate(network)
+        arrays = {name: tensor.numpy() for name, tensor in network.state_dict().items()}
+        content = save(arrays, metadata={"spec": self._spec.canonical_json})
+        self._made["pruned"] = (content, zeros_of(network), result)
+        self._timed["pruned"] = _run(Served(network, self._spec))
+        changed = self._again(result, said, hashlib.sha256(content).hexdigest())
+        return changed.files() | {package.MODEL: content}
+
+    def quantised(self, network: nn.Module, described: Described) -> Files:
+        """The files of the export of a network in 8 bits."""
+        served = Served(network, self._spec)
+        whole = graph(served, {})
+        compare(served, whole)
+        eight = quantised_graph(whole)
+        spec = raw(self._spec)
+        result = CentralEvaluator(spec, self._cohort, device=_CPU).evaluate(
+            OnnxNetwork(eight, network)
+        )
+        self._made["ONNX"] = (whole, zeros_of(network), None)
+        self._made["quantised"] = (eight, zeros_of(network), result)
+        self._timed["ONNX"] = _run_onnx(whole, served)
+        self._timed["quantised"] = _run_onnx(eight, served)
+        said = "quantised: weights in 8 bits, convolutions included; one image at a time"
+        changed = self._again(result, said, described.package.model_sha256)
+        if changed.calibration is not None:
+            served = Served(network, self._spec, changed.calibration)
+            eight = quantised_graph(graph(served, {}))
+        model = onnx.load_from_string(eight)
+        onnx.helper.set_model_props(model, about(changed, f"{meaning(served)}; one at a time"))
+        return changed.papers() | {ONNX_FILE: model.SerializeToString()}
+
+    def _again(self, result: EvaluationResult, said: str, sha256: str) -> Described:
+        """The model's card and calibration after a change: both are made anew."""
+        made = calibrate(self._spec, result.arrays())
+        card = dict(self._described.card)
+        told = [*card.get("smaller", {}).get("said", ()), said]
+        parts = {name: getattr(result, name) for name in PARTS}
+        card |= {
+            "model": {**card["model"], "safetensors_sha256": sha256},
+            "calibration": made.to_json(),
+            "evaluation": {name: part and evaluated(part) for name, part in parts.items()},
+            "federated_evaluation": None,
+            "smaller": {"said": told, "of_model_sha256": self._described.package.model_sha256},
+        }
+        return replace(self._described, card=card, calibration=made.calibration)
+
+    def finished(self) -> dict[Variant, Measured]:
+        """Times, taken in turn so that what else the machine does is shared, and differences."""
+        times = interleaved(self._timed)
+        found: dict[Variant, Measured] = {}
+        for name, (content, zeros, result) in self._made.items():
+            compressed = len(zlib.compress(content, _LEVEL))
+            size = (len(content), compressed)
+            differences = {} if result is self._before else self._differences(result)
+            found[name] = Measured(*size, zeros, times[name], result, differences)
+        return found
+
+    def _differences(self, after: EvaluationResult | None) -> Mapping[str, Estimate]:
+        before = self._before.test
+        if before is None or after is None or after.test is None:
+            return {}
+        return paired_differences(
+            task_for(self._spec),
+            (before.evidence, after.test.evidence),
+            before.patient_index,
+            generator=np.random.default_rng(self._spec.seed),
+        )
+
+
+def _run(served: Served) -> Callable[[], object]:
+    example = torch.rand(1, *served.given)
+
+    def once() -> object:
+        with torch.no_grad():
+            return served(example)
+
+    return once
+
+
+def _run_onnx(content: bytes, served: Served) -> Callable[[], object]:
+    session, example = session_of(content), torch.rand(1, *served.given)
+    return lambda: answers(session, example)
+
+
+def interleaved(timed: Mapping[Variant, Callable[[], object]]) -> dict[Variant, float]:
+    """The median time of each in milliseconds, on one thread, run in turn."""
+    threads, times = torch.get_num_threads(), {name: list[float]() for name in timed}
+    torch.set_num_threads(1)
+    try:
+        for _ in range(_REPEATS):
+            for name, once in timed.items():
+                start = time.perf_counter()
+                once()
+                times[name].append(1000 * (time.perf_counter() - start))
+    finally:
+        torch.set_num_threads(threads)
+    return {name: statistics.median(each) for name, each in times.items()}
+
+
+def paired_differences(
+    task: Task,
+    pair: tuple[Evidence, Evidence],
+    patients: NDArray[np.int64],
+    *,
+    generator: np.random.Generator,
+    resamples: int = _RESAMPLES,
+) -> dict[str, Estimate]:
+    """Second minus first, of each metric, with its 95 % interval over resamples of patients.
+
+    Both are resampled alike, so that what images have in common cancels out: the interval is much
+    narrower than those of the two metrics, and is the one that says whether something was lost.
+
+    Args:
+        task: the run's.
+        pair: evidence of N images, before and after.
+        patients: (N,) integers; equal numbers are one patient.
+        generator: of the bootstrap.
+        resamples: of it; where a metric has no value in one, that is left out.
+    """
+    _, index = np.unique(patients, return_inverse=True)
+    rows_of = np.split(np.argsort(index, kind="stable"), np.cumsum(np.bincount(index))[:-1])
+    whole = _difference(task, pair, rows_of, generator)
+    drawn: dict[str, list[float]] = {name: [] for name in whole}
+    for _ in range(resamples if len(rows_of) > 1 else 0):
+        chosen = [rows_of[who] for who in generator.integers(0, len(rows_of), len(rows_of))]
+        for name, value in _difference(task, pair, chosen, generator).items():
+            drawn.setdefault(name, []).append(value)
+    return {name: _interval(value, drawn[name]) for name, value in whole.items()}
+
+
+def _difference(
+    task: Task,
+    pair: tuple[Evidence, Evidence],
+    people: list[NDArray[np.int64]],
+    generator: np.random.Generator,
+) -> dict[str, float]:
+    """Of each metric that both have; a patient who was drawn twice counts as two."""
+    rows = np.concatenate(people)
+    who = np.repeat(np.arange(len(people)), [len(each) for each in people])
+    found = [
+        task.score(
+            {name: array[rows] for name, array in evidence.items()},
+            who,
+            resamples=0,
+            generator=generator,
+        )
+        for evidence in pair
+    ]
+    values = {name: [each[name].value for each in found] for name in found[0]}
+    return {
+        name: second - first
+        for name, (first, second) in values.items()
+        if first is not None and second is not None
+    }
+
+
+def _interval(value: float, drawn: list[float]) -> Estimate:
+    if not drawn:
+        return Estimate(value)
+    low, high = np.percentile(drawn, (2.5, 97.5))
+    return Estimate(value, float(low), float(high))
