@@ -14,8 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from common.errors import ConfigError, RunError
-from deploy.cli_coordinator import HOME_VARIABLE
-from deploy.cli_model import ModelArgument, NewFolder
+from deploy.cli_model import HomeOption, ModelArgument, NewFolder, SignOption
 from deploy.cli_take import CohortKeyFile, Node, sealing_key
 
 if TYPE_CHECKING:  # each command imports what it needs: --help answers at once
@@ -27,30 +26,33 @@ if TYPE_CHECKING:  # each command imports what it needs: --help answers at once
 console = Console()
 
 
+PruneOption = Annotated[
+    float, typer.Option(min=0.0, max=0.99, help="Part of the weights that become zero, as 0.5.")
+]
+StructuredOption = Annotated[
+    bool, typer.Option("--structured", help="Prune whole filters, this part of each layer's.")
+]
+QuantiseOption = Annotated[
+    bool, typer.Option("--quantise", help="Weights in 8 bits, as ONNX for onnxruntime.")
+]
+CohortOption = Annotated[
+    Path | None,
+    typer.Option(help="What it is measured on. Default: the run's own evaluation cohort."),
+]
+
+
 def optimise(
     model: ModelArgument,
     out: NewFolder,
     *,
-    prune: Annotated[
-        float,
-        typer.Option(min=0.0, max=0.99, help="Part of the weights that become zero, as 0.5."),
-    ] = 0.0,
-    structured: Annotated[
-        bool, typer.Option("--structured", help="Prune whole filters, this part of each layer's.")
-    ] = False,
-    quantise: Annotated[
-        bool, typer.Option("--quantise", help="Weights in 8 bits, as ONNX for onnxruntime.")
-    ] = False,
-    cohort: Annotated[
-        Path | None,
-        typer.Option(help="What it is measured on. Default: the run's own evaluation cohort."),
-    ] = None,
+    prune: PruneOption = 0.0,
+    structured: StructuredOption = False,
+    quantise: QuantiseOption = False,
+    cohort: CohortOption = None,
     node: Node = None,
     cohort_key: CohortKeyFile = None,
-    sign: Annotated[bool, typer.Option("--sign", help="Sign with this coordinator's key.")] = False,
-    home: Annotated[
-        Path, typer.Option("--home", envvar=HOME_VARIABLE, help="The coordinator's folder.")
-    ] = Path(),
+    sign: SignOption = False,
+    home: HomeOption = Path(),
 ) -> None:
     """Make a trained model smaller, and say what that costs: size, speed, and each metric.
 
@@ -58,7 +60,7 @@ def optimise(
     out is a package, OUT/pruned: a run can start from it and train what is left. Zeros make a file
     smaller only where it is compressed, and no network faster. `--quantise` writes OUT/quantised,
     an ONNX model with weights in 8 bits: about a quarter of the size where weights are most of the
-    file, and often slower for small networks; it takes one image at a time. The table says which.
+    file. It takes one image at a time. Whether it is faster is in the table.
 
     Both may be asked for at once: what was pruned is quantised. A difference is that on the same
     images, with its 95 % interval; one that holds zero says that no loss was seen, not that there
