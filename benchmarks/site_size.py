@@ -79,11 +79,11 @@ CURVES = {
         "scaled",
         "tasks/hippocampus-eps8",
         "hippocampus",
-        (30, 1000, 3000, 10000, 30000),
+        (30, 1000, 3000, 9000),
         there=30,
     ),
     "bccd": Curve(
-        "Detection", "scaled", "tasks/bccd-eps8", "bccd", (51, 1700, 5100, 17000, 51000), there=51
+        "Detection", "scaled", "tasks/bccd-eps8", "bccd", (51, 1700, 5100, 9000), there=51
     ),
 }
 

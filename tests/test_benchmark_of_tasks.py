@@ -12,9 +12,10 @@ import nibabel
 import numpy as np
 import pytest
 
+from common.accounting import planned
 from common.cohort import Cohort
 from common.errors import ConfigError
-from common.spec import read_run_file
+from common.spec import DpSgd, parse_run_text, read_run_file
 from common.tasks.estimates import Estimate
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -157,6 +158,26 @@ def test_every_trial_and_every_curve_has_a_file_that_is_a_run(
     for text in texts:
         (tmp_path / "run.toml").write_text(text)
         assert read_run_file(tmp_path / "run.toml").spec.rounds
+
+
+@pytest.mark.parametrize(("name", "size"), [("hippocampus", 3000), ("bccd", 5100)])
+def test_scaled_noise_is_that_of_a_real_site_of_so_many_patients(
+    tasks: Any, name: str, size: int
+) -> None:
+    """On the mean gradient of a step, when every step takes the same part of its patients."""
+    site_size = importlib.import_module("site_size")
+    curve = site_size.CURVES[name]
+    scaled = parse_run_text(site_size.text_of(curve, size, 1), source=name).spec
+    text = (BENCHMARKS / f"{curve.preset}.toml").read_text()
+    larger = scaled.local.batch_size * size // curve.there
+    real = parse_run_text(tasks.changed(text, {"local.batch_size": str(larger)}), source=name).spec
+    mechanism = planned(real, size)
+    assert mechanism is not None
+    assert isinstance(scaled.privacy, DpSgd)
+    ours = scaled.privacy.noise_multiplier or 0.0
+    assert ours / scaled.local.batch_size == pytest.approx(
+        mechanism.noise_multiplier / larger, rel=1e-3
+    )
 
 
 def test_two_volumes_of_one_patient_are_on_one_side_of_the_split(
