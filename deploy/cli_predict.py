@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,35 +11,40 @@ from rich.markup import escape
 from rich.table import Table
 
 from deploy.cli_model import AuthorityOption, UnsignedOption, believed_authority
-from deploy.cli_take import Node, ProfileFile, Workers, text_of
+from deploy.cli_take import CohortKeyFile, Node, ProfileFile, Workers, sealing_key, text_of
 from deploy.intake_words import console, progress_bar, reasons
 
 if TYPE_CHECKING:  # each command imports what it needs: --help answers at once
     from client.intake.deid.profile import Profile
     from client.prediction.answering import Model
-    from client.prediction.predict import Addition, Summary
+    from client.prediction.predict import Addition, Order, Summary
     from common.certificates import Certificate
-    from common.package import Package
+    from common.cohort import Cohort
+
+
+ModelFolder = Annotated[Path, typer.Argument(help="A model's package, or a finished run's folder.")]
+Studies = Annotated[
+    Path, typer.Argument(help="A folder of DICOM files, a ZIP, a DICOMDIR; or a cohort.")
+]
+Out = Annotated[Path, typer.Argument(help="A folder that is not there yet.")]
+Sr = Annotated[bool, typer.Option("--sr", help="A structured report of each study.")]
+Seg = Annotated[bool, typer.Option("--seg", help="Masks of each series as DICOM segmentations.")]
+Explain = Annotated[bool, typer.Option("--explain", help="A picture of what moved each answer.")]
 
 
 def predict(
-    model: Annotated[Path, typer.Argument(help="A model's package, or a finished run's folder.")],
-    studies: Annotated[
-        Path, typer.Argument(help="A folder of DICOM files at any depth, a ZIP, or a DICOMDIR.")
-    ],
-    out: Annotated[Path, typer.Argument(help="A folder that is not there yet.")],
+    model: ModelFolder,
+    studies: Studies,
+    out: Out,
     *,
-    sr: Annotated[bool, typer.Option("--sr", help="A structured report of each study.")] = False,
-    seg: Annotated[
-        bool, typer.Option("--seg", help="Masks of each series as DICOM segmentations.")
-    ] = False,
-    explain: Annotated[
-        bool, typer.Option("--explain", help="A picture of what moved each answer.")
-    ] = False,
+    sr: Sr = False,
+    seg: Seg = False,
+    explain: Explain = False,
     node: Node = None,
     profile: ProfileFile = None,
     authority: AuthorityOption = None,
     unsigned: UnsignedOption = False,
+    cohort_key: CohortKeyFile = None,
     workers: Workers = 0,
 ) -> None:
     """Let a trained model answer new studies, within the hospital.
@@ -52,47 +58,77 @@ def predict(
     `predictions.json`. **They name patients by their true identifiers**, so that the hospital can
     act on them: they are readable by their owner alone, and must stay within its walls.
 
-    `--sr` writes a DICOM structured report of each study (Comprehensive SR, unverified), `--seg`
-    the masks of a segmentation as DICOM segmentations in the source's own pixels, `--explain` a
-    picture of each image with what moved its answer: some hundred passes of the network each.
+    `--sr` writes a DICOM structured report of each study (unverified), `--seg` masks as DICOM
+    segmentations in the source's own pixels, `--explain` a picture of each image with what moved
+    its answer: some hundred passes of the network each.
 
     A model is taken if its federation has signed it: `--node` knows the federation that the node
     has joined, `--authority` names one. What a simulation made is signed by nobody: `--unsigned`.
 
     Example: `cloister predict chest.package /archive/today answers --node north --sr`
     """
-    from client.prediction.answering import Model
-    from client.prediction.explained import explainer
     from client.prediction.output import check_target
-    from client.prediction.predict import Order
-    from client.prediction.predict import predict as answer
-    from common.package import Package
 
     check_target(out)
-    believed = _authority(node, authority, unsigned=unsigned)
-    package = Package.open(model, authority=believed, unsigned=unsigned)
-    opened = Model(package)
-    found = _profile(node, profile)
-    made = _additions(package, sr=sr, seg=seg)
-    pictures = explainer(opened) if explain else None
-    order = Order(opened, studies, out, found, workers, made, pictures)
+    opened = _opened(model, node, authority, unsigned=unsigned)
+    made = _additions(opened, sr=sr, seg=seg)
+    order = _order(opened, studies, out, explain=explain)
+    order = replace(order, profile=_profile(node, profile), workers=workers, additions=made)
+    cohort = _cohort(studies, node, cohort_key)
     _print_model(opened)
+    _print_summary(_shown(order, cohort), out)
+
+
+def _opened(model: Path, node: Path | None, authority: Path | None, *, unsigned: bool) -> Model:
+    from client.prediction.answering import Model
+    from common.package import Package
+
+    believed = _authority(node, authority, unsigned=unsigned)
+    return Model(Package.open(model, authority=believed, unsigned=unsigned))
+
+
+def _order(model: Model, studies: Path, out: Path, *, explain: bool) -> Order:
+    from client.prediction.explained import Explainer
+    from client.prediction.predict import Order
+
+    return Order(model, studies, out, pictures=Explainer(model) if explain else None)
+
+
+def _cohort(studies: Path, node: Path | None, cohort_key: Path | None) -> Cohort | None:
+    """The studies, if they are a cohort."""
+    from common.cohort import Cohort, index_file
+    from common.errors import CohortError
+
+    try:
+        index_file(studies)
+    except CohortError:
+        return None
+    return Cohort.open(studies, sealing_key(node, cohort_key))
+
+
+def _shown(order: Order, cohort: Cohort | None) -> Summary:
+    """Answer under a progress bar."""
+    from client.prediction.predict import predict as answer
+    from client.prediction.predict import predict_cohort
+
     with progress_bar() as bar:
-        tasks = {what: bar.add_task(what, total=None) for what in ("Looking", "Answering")}
-        summary = answer(
-            order,
-            lambda what, done, total: bar.update(tasks[what], completed=done, total=total),
-        )
-    _print_summary(summary, out)
+        steps = ("Looking", "Answering") if cohort is None else ("Answering",)
+        tasks = {what: bar.add_task(what, total=None) for what in steps}
+
+        def show(what: str, done: int, total: int) -> None:
+            bar.update(tasks[what], completed=done, total=total)
+
+        return answer(order, show) if cohort is None else predict_cohort(order, cohort, show)
 
 
-def _additions(package: Package, *, sr: bool, seg: bool) -> tuple[Addition, ...]:
+def _additions(model: Model, *, sr: bool, seg: bool) -> tuple[Addition, ...]:
     """What is made of each study beside the tables."""
     if not (sr or seg):
         return ()
     from client.prediction.dicom_objects import Reports, Segmentations
     from common.errors import ConfigError
 
+    package = model.package
     if seg and package.spec.task.kind != "mask":
         raise ConfigError(f"--seg: the model's task is {package.spec.task.name}, it has no masks")
     return (*[Reports(package)] * sr, *[Segmentations(package)] * seg)

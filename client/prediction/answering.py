@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -34,8 +34,16 @@ class Drawn(NamedTuple):
     methods: tuple[str, ...]
 
 
-Pictures = Callable[[NDArray[np.float32], Sequence[Answer]], Sequence[Drawn | None]]
-"""Of images, (N, channels, height, width) in 0..1, and their answers, what moved each of them."""
+class Pictures(Protocol):
+    """Makes what moved answers."""
+
+    def __call__(
+        self, images: NDArray[np.float32], answers: Sequence[Answer]
+    ) -> Sequence[Drawn | None]:
+        """Of images, (N, channels, height, width) in 0..1, and their answers, one for each."""
+
+    def examined(self) -> Mapping[str, Any]:
+        """What is said of the methods themselves, once all is answered; by method."""
 
 
 class Answered(NamedTuple):

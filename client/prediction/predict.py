@@ -22,6 +22,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
+
 from client.intake.deid.engine import Engine
 from client.intake.deid.profile import Profile
 from client.intake.deid.seam import CohortDeidentifier
@@ -32,6 +34,7 @@ from client.intake.source import NotUsed
 from client.prediction.answering import Answered, Drawn, Model, Pictures
 from client.prediction.output import FORMAT, Results, check_target
 from client.prediction.reading import (
+    Frame,
     Look,
     Looked,
     Named,
@@ -41,7 +44,8 @@ from client.prediction.reading import (
     reason_of,
 )
 from client.prediction.rows import HOW, Row, Rows, Seen, Study
-from common.errors import PackageError
+from common.cohort import PIXEL_MAX, Cohort
+from common.errors import CohortError, ConfigError, PackageError
 from common.files import disk_refuses
 from common.package import Package
 from common.spec import Input
@@ -55,6 +59,8 @@ COPY = "a copy of another object, byte for byte, which is answered"
 AMBIGUOUS = "other bytes have the same SOP Instance UID: one of them has a wrong one"
 NOT_MADE = "it could not be made"
 NOT_NUMBERS = "the network's outputs are not numbers"
+PSEUDONYMS = "Pseudonyms of a cohort; its images have no true identifiers."
+_AT_ONCE = 256
 NO_CARD = (
     "Not for clinical use. The model came without a card: for what it was made, and how well it "
     "does, is not said."
@@ -167,12 +173,46 @@ def predict(order: Order, progress: Progress | None = None, pool: Workers = Pool
         Results.at(order.target, columns) as results,
         pool(order.reader, workers, order.bounds) as readers,
     ):
-        work = _Prediction(order, results, readers, progress or (lambda *_: None))
+        work = _Prediction(order, results, progress or _silent)
         for gone in listing.unusable:
             work.refuse(Named(gone.what), gone.reason)
-        work.run(listing.items)
-        results.finish(head_of(order.model))
+        work.objects(listing.items, readers)
+        results.finish(_head_of(order))
     return work.summary
+
+
+def predict_cohort(order: Order, cohort: Cohort, progress: Progress | None = None) -> Summary:
+    """Answer the images of a cohort, under their pseudonyms.
+
+    Raises:
+        ConfigError: if the results cannot be put where they should, or DICOM is to be made, which
+            needs the true files.
+        CohortError: if the cohort was made by another preprocessing.
+    """
+    check_target(order.target)
+    check_preprocessing(order.model.package)
+    ours = order.model.package.spec.input
+    if cohort.preprocessing_digest != ours.preprocessing_digest:
+        raise CohortError(
+            f"{cohort.path}: made by another preprocessing ({cohort.meta.preprocessing}) than the "
+            "model's; take the source in again with the model's spec.json"
+        )
+    if order.additions:
+        names = " and ".join(f"a {addition.name}" for addition in order.additions)
+        raise ConfigError(f"{cohort.path}: {names} needs DICOM files, and this is a cohort")
+    with Results.at(order.target, columns_of(order.model)) as results:
+        work = _Prediction(order, results, progress or _silent)
+        work.cohort(cohort)
+        results.finish(_head_of(order) | {"identities": PSEUDONYMS})
+    return work.summary
+
+
+def _silent(_what: str, _done: int, _total: int) -> None: ...
+
+
+def _head_of(order: Order) -> dict[str, Any]:
+    head = head_of(order.model)
+    return head if order.pictures is None else head | {"explained": order.pictures.examined()}
 
 
 def check_preprocessing(package: Package) -> None:
@@ -200,20 +240,25 @@ def check_preprocessing(package: Package) -> None:
 class _Prediction:
     """One pass over a source."""
 
-    def __init__(self, order: Order, results: Results, readers: Mapper, progress: Progress) -> None:
+    def __init__(self, order: Order, results: Results, progress: Progress) -> None:
         self.summary = Summary()
         self._order = order
         self._results = results
-        self._readers = readers
         self._progress = progress
         self._rows = Rows(order.model.package.spec)
         self._lost: Counter[str] = Counter()
 
-    def run(self, items: Sequence[Item]) -> None:
+    def objects(self, items: Sequence[Item], readers: Mapper) -> None:
         """Look, then answer study by study."""
         by_place = {item.place: item for item in items}
-        wanted = self._wanted(self._looked(items))
-        seen = self._images(wanted, by_place)
+        wanted = self._wanted(self._looked(items, readers))
+        self._answer(self._images(wanted, by_place, readers), by_place)
+
+    def cohort(self, cohort: Cohort) -> None:
+        """Answer a cohort's images study by study."""
+        self._answer(self._stored(cohort), {})
+
+    def _answer(self, seen: Iterator[tuple[Seen, Any]], by_place: Mapping[str, Item]) -> None:
         answered = self._order.model.answers(seen, self._order.pictures)
         studies = itertools.groupby(answered, key=lambda one: one[0].named.study)
         for _, images in studies:
@@ -235,9 +280,24 @@ class _Prediction:
             },
         )
 
-    def _looked(self, items: Sequence[Item]) -> Iterator[Named]:
+    def _stored(self, cohort: Cohort) -> Iterator[tuple[Seen, Any]]:
+        """A cohort's images, in the order of its studies."""
+        order = np.argsort(cohort.study_index, kind="stable")
+        for start in range(0, len(order), _AT_ONCE):
+            rows = order[start : start + _AT_ONCE]
+            self._progress("Answering", start, len(order))
+            stored = np.rint(cohort.images(rows) * PIXEL_MAX).astype(np.uint16)
+            for row, pixels in zip(rows.tolist(), stored, strict=True):
+                name = f"image {row + 1}"
+                patient = cohort.patients[cohort.patient_index[row]]
+                study = f"study {cohort.study_index[row] + 1}"
+                named = Named(name, patient=patient, study=study, instance=name)
+                yield Seen(named, Frame(0, pixels), pixels.shape[1:]), pixels
+        self._progress("Answering", len(order), len(order))
+
+    def _looked(self, items: Sequence[Item], readers: Mapper) -> Iterator[Named]:
         """What can be answered, as far as its header says."""
-        replies = self._readers.map(map(Look, items))
+        replies = readers.map(map(Look, items))
         for done, (item, reply) in enumerate(zip(items, replies, strict=True), start=1):
             self._progress("Looking", done, len(items))
             if isinstance(reply, WorkerLostError):
@@ -263,11 +323,11 @@ class _Prediction:
         return sorted(wanted, key=lambda named: named.order)
 
     def _images(
-        self, wanted: Sequence[Named], items: Mapping[str, Item]
+        self, wanted: Sequence[Named], items: Mapping[str, Item], readers: Mapper
     ) -> Iterator[tuple[Seen, Any]]:
         """The images of these objects, in order; what cannot be read is refused on the way."""
         tasks = (Prepare(items[named.place], named.instance) for named in wanted)
-        replies = self._readers.map(tasks)
+        replies = readers.map(tasks)
         for done, (named, reply) in enumerate(zip(wanted, replies, strict=True), start=1):
             self._progress("Answering", done, len(wanted))
             if isinstance(reply, Prepared) and not reply.reason:

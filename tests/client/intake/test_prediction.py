@@ -20,6 +20,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 from pydicom import dcmread
+from pydicom.sr.codedict import codes
 from pydicom.uid import CTImageStorage, SecondaryCaptureImageStorage
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -30,15 +31,23 @@ from client.intake.pixels import box_to_shape, mask_to_shape
 from client.intake.take import take_in
 from client.prediction.answering import Model
 from client.prediction.dicom_objects import Reports, Segmentations
-from client.prediction.explained import explainer
+from client.prediction.explained import Explainer
 from client.prediction.geometry import boxes_to_source, mask_to_source
 from client.prediction.output import safe
-from client.prediction.predict import AMBIGUOUS, COPY, NOT_NUMBERS, Order, Summary, predict
+from client.prediction.predict import (
+    AMBIGUOUS,
+    COPY,
+    NOT_NUMBERS,
+    Order,
+    Summary,
+    predict,
+    predict_cohort,
+)
 from client.prediction.reading import Prepare, Prepared
 from common import models
 from common.calibration import Calibration
 from common.cohort import PIXEL, Cohort
-from common.errors import ConfigError, PackageError
+from common.errors import CohortError, ConfigError, PackageError
 from common.package import Package
 from common.spec import Input, RunSpec
 from common.tasks.preprocess import normalise
@@ -193,6 +202,32 @@ def test_its_probabilities_are_the_network_s_on_a_cohort_of_the_same_files(clini
 
 
 # --- What is said --------------------------------------------------------------------------------
+
+
+def test_a_cohort_is_answered_as_its_source_is_under_its_pseudonyms(clinic: Clinic) -> None:
+    generator = np.random.default_rng(7)
+    for number in range(6):
+        values = generator.integers(0, 4096, (20, 30), dtype=np.uint16)
+        study = f"1.2.3.{number // 2}"
+        patient = f"P{number // 2}"
+        clinic.hospital.film(f"{number}.dcm", values, PatientID=patient, StudyInstanceUID=study)
+    labels = clinic.hospital.labels({f"P{number}": "normal" for number in range(3)})
+    cohort = clinic.hospital.take_in(labels).cohort
+    model = clinic.model()
+    target = clinic.hospital.place / "of-cohort"
+    predict_cohort(Order(model, cohort.path, target), cohort)
+    ours, theirs = Answers(Summary(), target).json, clinic.answer(model).json
+    for key, of in (("images", "raw_probability"), ("studies", "mean_raw_probability")):
+        found, expected = (sorted(row[of]["finding"] for row in one[key]) for one in (ours, theirs))
+        assert found == pytest.approx(expected, abs=2e-6)
+    assert {row["patient_id"] for row in ours["images"]} == set(cohort.patients)
+    assert "Pseudonyms" in ours["identities"]
+    other = clinic.model(input={"window": "percentile"})
+    with pytest.raises(CohortError, match="another preprocessing"):
+        predict_cohort(Order(other, cohort.path, target.with_name("x")), cohort)
+    reports = (Reports(model.package),)
+    with pytest.raises(ConfigError, match="needs DICOM files"):
+        predict_cohort(Order(model, cohort.path, target.with_name("x"), additions=reports), cohort)
 
 
 def test_an_answer_names_whom_it_is_of(clinic: Clinic) -> None:
@@ -422,7 +457,7 @@ def test_what_a_killed_prediction_left_is_removed_by_the_next(clinic: Clinic) ->
 
 
 GENERATION = {
-    "task": {"name": "generation"},
+    "task": {"name": "generation", "classes": ["normal", "finding"]},
     "model": {"name": "dcgan", "width": 4},
     "loss": {"name": "adversarial"},
     "evaluation": {"metric": "tstr-auroc"},
@@ -624,9 +659,12 @@ def test_a_report_is_of_the_model_unverified_and_names_its_images(segmented: Any
         values = {m.name.meaning: float(m.value) for m in group.get_measurements()}
         assert values["Pixels: organ"] == row["pixels"]["organ"]
         assert values["Area: tumour"] == row["area_mm2"]["tumour"]
-    text = str(report)
-    assert "Not for clinical use" in text
-    assert found.json["model"]["model_sha256"] in text
+    assert "Not for clinical use" in str(report)
+    (observer,) = report.content.get_observer_contexts(codes.DCM.Device)
+    model = found.json["model"]["model_sha256"]
+    said = observer.observer_identifying_attributes
+    assert isinstance(said, highdicom.sr.DeviceObserverIdentifyingAttributes)
+    assert said.serial_number == model
     assert report.PatientName == "Doe^Jane"
     assert report.StudyInstanceUID == found.json["images"][0]["study_instance_uid"]
 
@@ -680,7 +718,7 @@ def test_an_answer_is_explained_by_a_picture_that_nothing_of_a_patient_names(
     values = np.random.default_rng(6).integers(0, 4096, (20, 30), dtype=np.uint16)
     clinic.hospital.film("a.dcm", values)
     model = clinic.model()
-    found = clinic.answer(model, pictures=explainer(model))
+    found = clinic.answer(model, pictures=Explainer(model))
     (row,) = found.json["images"]
     assert (row["explanation"], row["explains"]) == ("explanations/000001.png", row["decision"])
     picture = np.asarray(Image.open(found.folder / row["explanation"]))
@@ -688,9 +726,25 @@ def test_an_answer_is_explained_by_a_picture_that_nothing_of_a_patient_names(
     assert (picture[..., 0] != picture[..., 2]).any()
     assert (found.folder / row["explanation"]).stat().st_mode & 0o777 == 0o600
     with pytest.raises(ConfigError, match="cannot be explained"):
-        explainer(clinic.model(**DETECTION))
+        Explainer(clinic.model(**DETECTION))
 
 
+def test_what_explains_is_compared_with_random_weights(clinic: Clinic) -> None:
+    rng = np.random.default_rng(6)
+    for number in range(5):
+        values = rng.integers(0, 4096, (20, 30), dtype=np.uint16)
+        clinic.hospital.film(f"{number}.dcm", values)
+    model = clinic.model()
+    said = clinic.answer(model, pictures=Explainer(model)).json["explained"]
+    assert set(said) == {"grad-cam", "integrated-gradients"}
+    for method in said.values():
+        assert method["images"] == 5
+        rank = method["rank_correlation_with_random_weights"]
+        assert -1 <= rank["low"] <= rank["value"] <= rank["high"] <= 1
+        assert "what was learned" in method["map"]
+
+
+@pytest.mark.filterwarnings("ignore:Invalid value for VR DA:UserWarning")
 def test_a_header_that_cannot_be_written_costs_the_report_and_not_the_answer(
     clinic: Clinic,
 ) -> None:
