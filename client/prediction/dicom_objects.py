@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.metadata import version
+from typing import Any
 
 import numpy as np
 from highdicom import UID, AlgorithmIdentificationSequence
@@ -46,6 +47,7 @@ WARNING = "Not for clinical use; made by a model, verified by nobody"
 _Group = (
     hdsr.MeasurementsAndQualitativeEvaluations | hdsr.PlanarROIMeasurementsAndQualitativeEvaluations
 )
+Mask = NDArray[np.unsignedinteger[Any]]
 _LONGEST, _SHORT_TEXT = 64, 16
 _MOST_PIXELS = 2**27
 """Of one segmentation: a longer series becomes several."""
@@ -281,19 +283,26 @@ class Segmentations(_Objects):
                     written = self._segmentation(items, part, masks)
                 yield f"seg/{next(self._numbers)}.dcm", _bytes_of(written)
 
-    def _mask(self, told: Told) -> NDArray[np.uint8]:
+    def _mask(self, told: Told) -> Mask:
         mask = told.answered.answer.mask
         if mask is None:
             raise IntakeError("it has no mask")
-        return mask_to_source(mask, told.seen.size, self.spec.input).astype(np.uint8)
+        return mask_to_source(mask, told.seen.size, self.spec.input).astype(self._type)
+
+    @property
+    def _type(self) -> type[np.uint8] | type[np.uint16]:
+        return np.uint8 if len(self.spec.task.classes) <= 256 else np.uint16
 
     def _segmentation(
-        self, items: Mapping[str, Item], part: Sequence[Told], masks: list[NDArray[np.uint8]]
+        self,
+        items: Mapping[str, Item],
+        part: Sequence[Told],
+        masks: list[Mask],
     ) -> Dataset:
         sources = [self.header(items[told.seen.named.place]) for told in _objects_of(part)]
         stack = np.stack(masks)
         if part[0].seen.count > 1:
-            stack = np.zeros((part[0].seen.count, *masks[0].shape), dtype=np.uint8)
+            stack = np.zeros((part[0].seen.count, *masks[0].shape), dtype=self._type)
             for told, mask in zip(part, masks, strict=True):
                 stack[told.seen.frame.number] = mask
         made = hdseg.Segmentation(

@@ -48,6 +48,7 @@ class Results:
         self.folder = folder
         self._columns = columns
         self._open = ExitStack()
+        self._files: list[TextIO] = []
         self._spools = {part: self._file(f"{part}.jsonl") for part in PARTS}
         self._tables = {part: csv.writer(self._file(name)) for part, name in CSV_FILES.items()}
         for part, table in self._tables.items():
@@ -101,6 +102,8 @@ class Results:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with os.fdopen(descriptor, "wb") as file:
             file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
 
     def finish(self, head: Mapping[str, Any]) -> None:
         """Put ``predictions.json`` together: `head`, then the rows."""
@@ -117,11 +120,17 @@ class Results:
             file.flush()
             os.fsync(file.fileno())
         for part in PARTS:
-            self._spools[part].close()
             (self.folder / f"{part}.jsonl").unlink()
+        for written in self._files:
+            written.flush()
+            os.fsync(written.fileno())
 
     def _file(self, name: str) -> TextIO:
-        opened = os.fdopen(self._new(name), "w", encoding="utf-8", newline="")
+        # The name of a file may be no text in UTF-8, and no file may stop the others.
+        opened = os.fdopen(
+            self._new(name), "w", encoding="utf-8", errors="backslashreplace", newline=""
+        )
+        self._files.append(opened)
         return self._open.enter_context(opened)
 
     def _new(self, name: str) -> int:
@@ -145,10 +154,8 @@ def flattened(row: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     for key, value in row.items():
         if isinstance(value, Mapping):
             yield from ((f"{key} {{{name}}}", inner) for name, inner in value.items())
-        elif isinstance(value, list) and all(isinstance(one, str) for one in value):
-            yield key, "; ".join(value)
         elif isinstance(value, list):
-            yield key, len(value)
+            yield key, len(value) if key == "boxes" else "; ".join(value)
         else:
             yield key, value
 

@@ -40,7 +40,7 @@ NO_MODALITY = "the model does not say for which modalities it is meant"
 NO_BODY_PART = "the model does not say for which body parts it is meant"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Named:
     """Who and what an object is, as its header says.
 

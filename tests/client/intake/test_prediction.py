@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator, Mapping
@@ -424,6 +425,16 @@ def test_an_identifier_is_no_formula_in_a_spreadsheet(clinic: Clinic, identifier
     assert safe("P1") == "P1"
 
 
+def test_a_file_s_name_that_is_no_text_stops_nothing(clinic: Clinic) -> None:
+    path = clinic.hospital.film("a.dcm")
+    odd = os.fsdecode(b"\xff.dcm")
+    path.rename(path.with_name(odd))
+    clinic.hospital.film("b.dcm")
+    found = clinic.answer(clinic.model())
+    assert {row["file"] for row in found.json["images"]} == {odd, "b.dcm"}
+    assert len(found.table("predictions.csv")) == 2
+
+
 def test_results_are_never_put_over_something_and_never_half(
     clinic: Clinic, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -710,6 +721,34 @@ def test_a_box_stands_in_pixels_of_its_source_in_table_and_report(clinic: Clinic
     assert group.roi.value.max(axis=0).tolist() == [42, 66]
     (study,) = found.json["studies"]
     assert study["boxes"] == {"cell": 1}
+    assert [line["boxes"] for line in found.table("predictions.csv")] == ["1"]
+    assert [line["boxes {cell}"] for line in found.table("studies.csv")] == ["1"]
+
+
+def test_an_image_without_a_box_has_none(clinic: Clinic) -> None:
+    clinic.hospital.film("a.dcm", np.zeros((96, 96), np.uint16))
+    changes = {**DETECTION, "evaluation": {"metric": "map50", "threshold": 0.999}}
+    model = clinic.model(Boxed(), **changes)
+    found = clinic.answer(model, additions=(Reports(model.package),))
+    assert found.json["images"][0]["boxes"] == []
+    assert [line["boxes"] for line in found.table("predictions.csv")] == ["0"]
+    assert found.refused == {}
+    assert len(found.files("sr")) == 1
+
+
+def test_a_mask_of_an_image_that_lies_nowhere_is_a_segmentation_too(clinic: Clinic) -> None:
+    values = np.zeros((16, 64), np.uint16)
+    values[4:8, 8:24] = 4000
+    uid = "1.2.3.55"
+    clinic.hospital.film("a.dcm", values, SOPInstanceUID=uid)
+    size = {"height": 64, "width": 64, "window": "range"}
+    model = clinic.model(Bright(), **{**SEGMENTATION, "input": size})
+    found = clinic.answer(model, additions=(Segmentations(model.package),))
+    assert found.refused == {}
+    segmentation = highdicom.seg.segread(found.files("seg")[0])
+    pixels = segmentation.get_pixels_by_source_instance([uid], combine_segments=True)
+    assert (pixels[0] == (values == 4000)).all()
+    assert found.json["images"][0]["area_mm2"] == {"organ": None, "tumour": None}
 
 
 def test_an_answer_is_explained_by_a_picture_that_nothing_of_a_patient_names(
