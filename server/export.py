@@ -114,22 +114,24 @@ class Described:
         return cls(found, {**found.card, "calibration": made.to_json()}, made.calibration)
 
     def papers(self) -> dict[str, bytes]:
-        """The files that every export holds: the run's file and the card."""
-        text = json.dumps(self.card, indent=2, ensure_ascii=False, allow_nan=False)
-        return {
-            package.SPEC: self.package.spec.canonical_json.encode(),
-            package.CARD: f"{text}\n".encode(),
-            package.CARD_TEXT: self._for_people().encode(),
-        }
+        """The files that every export holds: the run's file and the card.
 
-    def _for_people(self) -> str:
+        Raises:
+            PackageError: if the card is not as this version writes it.
+        """
         try:
-            return to_markdown(self.card)
+            text = json.dumps(self.card, indent=2, ensure_ascii=False, allow_nan=False)
+            page = to_markdown(self.card)
         except (LookupError, TypeError, ValueError, AttributeError) as error:
             raise PackageError(
                 f"{self.package.path / package.CARD}: not as this version writes it ({error!r}); "
                 "`cloister report` writes that of a run again"
             ) from None
+        return {
+            package.SPEC: self.package.spec.canonical_json.encode(),
+            package.CARD: f"{text}\n".encode(),
+            package.CARD_TEXT: page.encode(),
+        }
 
     def files(self) -> dict[str, bytes]:
         """The files of a package."""
