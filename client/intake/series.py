@@ -26,6 +26,11 @@ from client.intake.quiet import quiet
 from client.intake.source import NotUsed
 from common.errors import CohortError
 
+_TWICE = (
+    "its SOP Instance UID is that of another image of the same series, which is used: a copy, or "
+    "one of the two has a wrong UID"
+)
+
 
 class SeriesItem(NamedTuple):
     """One series of a source as an `Item`.
@@ -153,17 +158,22 @@ def in_series(listing: Listing, limits: Limits, workers: int, bounds: Bounds, po
 def _grouped(
     described: list[tuple[Item, Described]],
 ) -> tuple[list[SeriesItem], list[NotUsed]]:
+    described = sorted(described, key=lambda pair: pair[0].place)
     images: dict[str, list[Item]] = defaultdict(list)
+    seen: set[tuple[str, str]] = set()
+    wrong = []
     series_of: dict[str, set[str]] = defaultdict(set)
     frames_of: dict[str, set[str]] = defaultdict(set)
     for item, said in described:
-        if not said.is_mask:
+        if not said.is_mask and (said.series, said.instance) in seen:
+            wrong.append(NotUsed(item.place, _TWICE))
+        elif not said.is_mask:
+            seen.add((said.series, said.instance))
             images[said.series].append(item)
             for name in (said.instance, said.series):
                 series_of[name].add(said.series)
             frames_of[said.reference or said.series].add(said.series)
     masks: dict[str, list[Item]] = defaultdict(list)
-    wrong = []
     for item, said in described:
         if said.is_mask:
             meant = {series for name in said.names for series in series_of.get(name, ())}

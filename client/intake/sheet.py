@@ -14,10 +14,13 @@ from common.errors import CohortError
 
 _GAP = 4
 _SHORTEST = 96
+_FLAT = 3  # numbers in the shape of an image
 
 
 def write_sheet(cohort: Cohort, file: Path, *, columns: int = 8, rows: int = 4) -> int:
     """Write a PNG of up to columns x rows images, evenly spread over the cohort.
+
+    Of a volume it shows the slice in the middle.
 
     It shows patients' images, so only its owner may read it (mode 0600).
 
@@ -31,7 +34,8 @@ def write_sheet(cohort: Cohort, file: Path, *, columns: int = 8, rows: int = 4) 
         raise CohortError(f"{cohort.path}: is empty; there is nothing to put on a sheet")
     count = min(columns * rows, len(cohort))
     chosen = np.linspace(0, len(cohort) - 1, count).round().astype(np.int64)
-    sheet = Image.fromarray(_tiled(cohort.images(chosen), columns))
+    shown = np.stack([_shown(cohort.images([int(row)])[0]) for row in chosen])
+    sheet = Image.fromarray(_tiled(shown, columns))
     try:
         descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with os.fdopen(descriptor, "wb") as stream:
@@ -39,6 +43,11 @@ def write_sheet(cohort: Cohort, file: Path, *, columns: int = 8, rows: int = 4) 
     except OSError as error:
         raise CohortError(f"{file}: cannot be written ({error})") from error
     return count
+
+
+def _shown(image: NDArray[np.float32]) -> NDArray[np.float32]:
+    """(channels, height, width) of an image or of a volume."""
+    return image if image.ndim == _FLAT else image[:, image.shape[1] // 2]
 
 
 def _tiled(images: NDArray[np.float32], columns: int) -> NDArray[np.uint8]:

@@ -81,7 +81,8 @@ def _pictures(
         for row in range(len(cohort)):
             image = cohort.images([row])[0].max(axis=0)
             greys = np.rint(image * 255).astype(np.uint8)
-            yield Picture("images", row, greys), row + 1, len(cohort)
+            for plane in greys.reshape(-1, *greys.shape[-2:]):  # of a volume each slice
+                yield Picture("images", row, plane), row + 1, len(cohort)
         return
     files = [place] if place.is_file() else sorted(path for path in place.rglob("*"))
     files = [path for path in files if path.is_file() and _is_object(path)]
