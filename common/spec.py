@@ -303,6 +303,17 @@ class Input(Section):
         return self.patch or self.sides
 
     @property
+    def row_shape(self) -> tuple[int, ...]:
+        """The shape of what a network sees at once, of a study with its images before all."""
+        one = self.channels, *self.seen
+        return one if self.images == 1 else (self.images, *one)
+
+    @property
+    def row_name(self) -> str:
+        """What one answer is about: ``image`` (or volume), or ``study``."""
+        return "image" if self.images == 1 else "study"
+
+    @property
     def preprocessing_digest(self) -> str:
         """SHA-256 of what intake does to an image; a cohort made otherwise does not fit the run."""
         kept = self.model_dump(mode="json", exclude=set(AFTER_INTAKE))

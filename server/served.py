@@ -42,8 +42,7 @@ class Served(nn.Module):
         self.spec, self._task = spec, task_for(spec)
         self.generates = isinstance(network, Pair)
         self.network: nn.Module = network.generator if isinstance(network, Pair) else network
-        several = (spec.input.images,) if spec.input.images > 1 else ()
-        self.given: tuple[int, ...] = (*several, spec.input.channels, *spec.input.seen)
+        self.given: tuple[int, ...] = self.spec.input.row_shape
         if isinstance(network, Pair):
             self.given = (network.generator.given,)
         self.input_name = "noise_and_classes" if self.generates else "images"

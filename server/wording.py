@@ -211,7 +211,8 @@ def timing(record: RunRecord) -> tuple[str, ...]:
 def limitations(record: RunRecord) -> tuple[str, ...]:
     """What a user of the model must bear in mind."""
     test = record.final.get("test")
-    tested = f"{test.images} images of one cohort" if test else "no test part"
+    name = record.spec.input.row_name
+    tested = f"{words.counted(test.images, name)} of one cohort" if test else "no test part"
     return (
         f"It was tested on {tested}; other scanners, populations and prevalences may give "
         "other results. Test it on local images first.",

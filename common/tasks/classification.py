@@ -12,17 +12,21 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from common import task_sections
+from common.cohort import Cohort
 from common.errors import ModelError
+from common.models.studies import StudyNetwork
 from common.spec import Loss, RunSpec
+from common.tasks import pictures
 from common.tasks.answers import Answer
-from common.tasks.classification_exhibits import exhibits
+from common.tasks.classification_exhibits import exhibits, studies
 from common.tasks.estimates import Estimate
 from common.tasks.exhibits import Exhibit
 from common.tasks.metrics import Predictions, score
+from common.tasks.preprocess import normalise
 from common.tasks.task import Evidence, Task
 
 _TINY = 1e-12
@@ -80,6 +84,21 @@ class Classification(Task):
         """Logits, and (B, classes) probabilities."""
         return {"logits": outputs, "probabilities": self.probabilities(outputs)}
 
+    def pictures(self, network: nn.Module, cohort: Cohort, device: torch.device) -> Evidence:
+        """Of studies evenly spread over the cohort the images, and the weight that each had."""
+        if not isinstance(network, StudyNetwork):
+            return {}
+        rows = pictures.spread(len(cohort), self.spec.evaluation.gallery)
+        images = cohort.images(rows)
+        seen = normalise(torch.from_numpy(images).to(device), self.spec.input)
+        weights = network.attended(seen)[1].float().cpu().numpy()
+        absent = np.isnan(images).reshape(*weights.shape, -1).all(axis=2)
+        return {
+            "gallery_rows": rows,
+            "gallery_studies": pictures.grey_levels(images),
+            "gallery_weights": np.where(absent, np.nan, weights),
+        }
+
     def without_answers(self) -> str:
         """Nothing: every image has its probabilities."""
         return ""
@@ -103,7 +122,10 @@ class Classification(Task):
 
     def exhibits(self, evidence: Evidence, patients: NDArray[np.int64]) -> Sequence[Exhibit]:
         """See `common.tasks.classification_exhibits`."""
-        return exhibits(self.predictions(evidence, patients), self.spec)
+        shown: list[Exhibit] = [*exhibits(self.predictions(evidence, patients), self.spec)]
+        if len(evidence.get("gallery_studies", ())):
+            shown.append(studies(evidence, self.spec))
+        return shown
 
     def without_value(self, evidence: Evidence) -> str:
         """Why there is no AUROC."""

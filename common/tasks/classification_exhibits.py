@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from common.spec import RunSpec
-from common.tasks import curves, words
+from common.tasks import curves, pictures, words
 from common.tasks.curves import GRID, Column, Curve
 from common.tasks.estimates import Estimate
-from common.tasks.exhibits import Bars, Chart, Exhibit, Line, Matrix, Table
+from common.tasks.exhibits import Bars, Chart, Exhibit, Gallery, Line, Matrix, Table
 from common.tasks.metrics import Predictions, confusion_matrix, score
 
 _MOST_COLUMNS = 24
+_BAR = 12  # pixels
 _READING = (
     "Shaded and barred: 95 % pointwise, by resampling. Dotted: chance, or perfect calibration. "
-    "Grey bars: how many images have such a probability."
+    "Grey bars: how many have such a probability."
 )
 
 
@@ -47,15 +50,17 @@ def _confusion(predictions: Predictions, spec: RunSpec) -> Iterator[Matrix]:
     counts = confusion_matrix(predictions)
     binary = predictions.kind == "binary"
     how = f"threshold {predictions.threshold}" if binary else "most probable class"
-    says = _reading(counts.tolist(), spec.task.classes[1]) if binary else ""
-    yield Matrix(f"Images of the test part, {how}", spec.task.classes, counts, says)
+    says = _reading(counts.tolist(), spec) if binary else ""
+    rows = words.plural(spec.input.row_name).capitalize()
+    yield Matrix(f"{rows} of the test part, {how}", spec.task.classes, counts, says)
 
 
-def _reading(counts: Sequence[Sequence[int]], finding: str) -> str:
+def _reading(counts: Sequence[Sequence[int]], spec: RunSpec) -> str:
     (clear, mistaken), (missed, found) = counts
+    name, finding = spec.input.row_name, spec.task.classes[1]
     return (
-        f"Of {words.counted(missed + found, 'image')} with “{finding}”, {found} "
-        f"{'is' if found == 1 else 'are'} found. Of {words.counted(clear + mistaken, 'image')} "
+        f"Of {words.counted(missed + found, name)} with “{finding}”, {found} "
+        f"{'is' if found == 1 else 'are'} found. Of {words.counted(clear + mistaken, name)} "
         f"without, {mistaken} {'is' if mistaken == 1 else 'are'} called so by mistake."
     )
 
@@ -68,7 +73,11 @@ def _by_class(predictions: Predictions, spec: RunSpec) -> Iterator[Table]:
     titles = [spec.task.METRICS[name].title for name in shown]
     yield Table(
         "By class",
-        ("Class", "Images", *(head for title in titles for head in (title, "95 % interval"))),
+        (
+            "Class",
+            words.plural(spec.input.row_name).capitalize(),
+            *(head for title in titles for head in (title, "95 % interval")),
+        ),
         [
             (name, str(int(column.truths.sum())), *_figures(column, spec, shown))
             for name, column in _columns(predictions, spec)
@@ -100,7 +109,7 @@ def _charts(predictions: Predictions, spec: RunSpec) -> Iterator[Chart]:
         yield _roc([_Named(name, curves.roc(c)) for name, c in drawn])
         chance = drawn[0][1].prevalence if len(drawn) == 1 else None
         yield _recall([_Named(name, curves.precision_recall(c)) for name, c in drawn], chance)
-        yield _calibration(predictions, spec.seed)
+        yield _calibration(predictions, spec)
 
 
 @dataclass(frozen=True)
@@ -144,14 +153,17 @@ def _recall(named: Sequence[_Named], chance: float | None) -> Chart:
     )
 
 
-def _calibration(predictions: Predictions, seed: int) -> Chart:
+def _calibration(predictions: Predictions, spec: RunSpec) -> Chart:
     """The reliability diagram; the labels of a multilabel task are taken together."""
     confidences, outcomes = predictions.calibrated
     patients = np.repeat(predictions.patients, confidences.shape[1])
-    found = curves.calibration(Column(confidences.ravel(), outcomes.ravel(), patients, seed))
+    found = curves.calibration(Column(confidences.ravel(), outcomes.ravel(), patients, spec.seed))
     at, held = found.confidence, found.frequency
     triples = zip(at, held, found.images, strict=True)
-    bins = "; ".join(f"{c:.2f} predicted, {f:.2f} observed, {n} images" for c, f, n in triples)
+    bins = "; ".join(
+        f"{c:.2f} predicted, {f:.2f} observed, {words.counted(n, spec.input.row_name)}"
+        for c, f, n in triples
+    )
     return Chart(
         "Calibration",
         "predicted probability",
@@ -172,3 +184,44 @@ def _points_in_words(named: Sequence[_Named], at: str, reads: str, places: Seque
         pairs = (f"{at} {p:g} {reads} {v:.2f}" for p, v in zip(places, values, strict=True))
         said.append((f"{one.name}: " if one.name else "") + ", ".join(pairs))
     return "; ".join(said) + "."
+
+
+# --- Studies ----------------------------------------------------------------------------------
+
+
+def studies(evidence: Mapping[str, NDArray[Any]], spec: RunSpec) -> Gallery:
+    """Some studies, image by image, each above a bar as long as its weight in the decision."""
+    drawn, captions = [], []
+    each = (evidence[f"gallery_{name}"] for name in ("rows", "studies", "weights"))
+    for row, images, weights in zip(*each, strict=True):
+        drawn.append(pictures.beside([_weighed(*one) for one in zip(images, weights, strict=True)]))
+        said = ", ".join(f"{weight:.2f}" for weight in weights[~np.isnan(weights)])
+        captions.append(f"{_found(evidence, int(row), spec)}; weights {said}")
+    return Gallery(
+        "Studies, and what their images weighed",
+        np.stack(drawn),
+        captions,
+        "Studies of the test part, image beside image.",
+        note="Orange: the weight of an image in its study's decision; all of a study add up to 1. "
+        "A place that stays white had no image. A weight says where the network looked, not why.",
+    )
+
+
+def _weighed(levels: pictures.Pixels, weight: float) -> pictures.Pixels:
+    """An image and a bar beneath it; white where there is none."""
+    picture = pictures.canvas(levels)
+    below = np.full((_BAR, picture.shape[1], 3), 255, dtype=np.uint8)
+    if np.isnan(weight):
+        picture = np.full_like(picture, 255)
+    else:
+        below[_BAR // 3 :, : round(weight * picture.shape[1])] = pictures.FOUND
+    return np.concatenate([picture, below])
+
+
+def _found(evidence: Mapping[str, NDArray[Any]], row: int, spec: RunSpec) -> str:
+    """What is true of a study, and how probable its likeliest class is."""
+    classes, label = np.array(spec.task.classes), evidence["labels"][row]
+    likely = evidence["probabilities"][row]
+    true = ", ".join(classes[label > 0]) if np.ndim(label) else str(classes[label])
+    number = int(likely.argmax())
+    return f"true: {true or 'none'}; {classes[number]} {likely[number]:.2f}"

@@ -29,8 +29,13 @@ def estimate(found: Estimate, digits: int = 3) -> str:
 
 
 def counted(count: int, noun: str) -> str:
-    """``1 site``, ``4 sites``."""
-    return f"{count:,} {noun}" + ("" if count == 1 else "s")
+    """``1 site``, ``4 sites``, ``4 studies``."""
+    return f"{count:,} {noun if count == 1 else plural(noun)}"
+
+
+def plural(noun: str) -> str:
+    """``sites``, ``studies``."""
+    return f"{noun[:-1]}ies" if noun.endswith("y") else f"{noun}s"
 
 
 def task(section: Task) -> str:
