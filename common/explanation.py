@@ -9,7 +9,8 @@
 ======================  ==========================================================================
 
 Both are captum's. A class's score is its logit; of a binary task's one logit, class 0 has the
-negative; of a network that answers with a map it is the sum of the class's logits over all pixels.
+negative; of a network that answers with a map it is the sum of the class's logits over the pixels
+at which the image's own answer is that class, or over all where it is found nowhere.
 
 **Where Grad-CAM looks** is found by a forward pass and not by a name: of the modules that run
 once and give a map of more than one place, the last one. Of a network that answers with a map,
@@ -258,7 +259,8 @@ def _grad_cam(network: nn.Module, spec: RunSpec, images: Maps, classes: list[int
     method, layer, maps = _captum("LayerGradCam"), _layer_of(network, spec), []
     for image, number in zip(images, classes, strict=True):
         seen, _ = _seen(network, spec, image)
-        coarse = method(_score(network, number), layer).attribute(seen, relu_attributions=True)
+        score = _score(network, number, seen)
+        coarse = method(score, layer).attribute(seen, relu_attributions=True)
         fine = functional.interpolate(coarse.detach(), image.shape[1:], mode="bilinear")
         maps.append(fine[0, 0].cpu().numpy())
     return Explanation(np.array(maps, dtype=np.float32).reshape(-1, *spec.input.sides))
@@ -267,8 +269,8 @@ def _grad_cam(network: nn.Module, spec: RunSpec, images: Maps, classes: list[int
 def _integrated(network: nn.Module, spec: RunSpec, images: Maps, classes: list[int]) -> Explanation:
     maps, gains = [], []
     for image, number in zip(images, classes, strict=True):
-        score = _score(network, number)
         seen, black = _seen(network, spec, image)
+        score = _score(network, number, seen)
         maps.append(_along(score, seen.detach(), black).sum(dim=1)[0].cpu().numpy())
         with torch.no_grad():
             gains.append(float(score(seen) - score(black)))
@@ -304,16 +306,28 @@ def _seen(network: nn.Module, spec: RunSpec, image: Maps) -> tuple[Tensor, Tenso
     return seen, normalise(torch.zeros_like(pixels), spec.input)
 
 
-def _score(network: nn.Module, number: int) -> Any:
-    """From what the network sees, (B, C, H, W), to the class's score of each image, (B,)."""
+def _score(network: nn.Module, number: int, explained: Tensor) -> Any:
+    """From what the network sees, (B, C, H, W), to the class's score of each image, (B,).
+
+    Args:
+        network: the run's.
+        number: of the class.
+        explained: (1, C, H, W) the image itself, by which the pixels of a map are chosen.
+    """
+    with torch.no_grad():
+        answer = network(explained)
+    chosen = torch.ones_like(answer[:, 0])
+    if answer.dim() > 2:
+        found = (answer.argmax(dim=1) == number).to(chosen)
+        chosen = found if found.any() else chosen
 
     def score(seen: Tensor) -> Tensor:
         outputs: Tensor = network(seen).float()
-        if outputs.shape[1] == 1:
-            logits = outputs[:, 0] if number else -outputs[:, 0]
-        else:
+        if outputs.shape[1] > 1:
             logits = outputs[:, number]
-        return logits.reshape(len(logits), -1).sum(dim=1)
+        else:
+            logits = outputs[:, 0] if number else -outputs[:, 0]
+        return (logits * chosen).reshape(len(logits), -1).sum(dim=1)
 
     return score
 
@@ -321,11 +335,11 @@ def _score(network: nn.Module, number: int) -> Any:
 def _layer_of(network: nn.Module, spec: RunSpec) -> nn.Module | None:
     """Where Grad-CAM looks; None where there is no such layer."""
     runs: list[tuple[nn.Module, torch.Size]] = []
-    hooks = [
-        module.register_forward_hook(lambda m, _, out: runs.append((m, out.shape)))
-        for module in network.modules()
-        if module is not network
-    ]
+
+    def note(module: nn.Module, _: Any, given: Any) -> None:
+        runs.append((module, given.shape if isinstance(given, Tensor) else torch.Size()))
+
+    hooks = [m.register_forward_hook(note) for m in network.modules() if m is not network]
     try:
         with _at_rest(network), torch.no_grad():
             network(_seen(network, spec, np.zeros(spec.input.shape, dtype=np.float32))[0])
@@ -393,9 +407,14 @@ def _check_explained(spec: RunSpec) -> None:
 def _why_not(spec: RunSpec) -> str:
     name = spec.model.name
     gives = models.NETWORKS[name].gives if name in models.NETWORKS else "unknown"
-    if gives in _EXPLAINED and len(spec.input.shape) == 3:
+    if gives not in _EXPLAINED:
+        what = f"gives {gives!r}"
+    elif len(spec.input.shape) != 3:
+        what = "takes volumes"
+    elif spec.input.images > 1:
+        what = "takes several images of a study"
+    else:
         return ""
-    what = f"gives {gives!r}" if gives not in _EXPLAINED else "takes volumes"
     return (
         f"model.name = {name!r}: it {what}, and is not explained; Grad-CAM and integrated "
         f"gradients explain networks that give {' or '.join(_EXPLAINED)} of images"

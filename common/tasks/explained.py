@@ -17,6 +17,7 @@ from common.errors import ModelError
 from common.explanation import METHODS, Similarity
 from common.spec import RunSpec
 from common.tasks import pictures, words
+from common.tasks.answers import Answer
 from common.tasks.estimates import Estimate
 from common.tasks.exhibits import Exhibit, Gallery, Table
 from common.tasks.preprocess import normalise
@@ -28,13 +29,15 @@ MOST = 8
 """Images that are explained at the end of a run: each costs some hundred passes."""
 
 _PREFIX = "gallery_explained"
+# What torch and captum raise on a network that they cannot take slopes of, or for lack of memory.
+_FAILURES = (ModelError, RuntimeError, ValueError, AssertionError, MemoryError)
 _log = logging.getLogger("cloister.explained")
 
 
 def evidence(
     task: Task, network: nn.Module, cohort: Cohort, device: torch.device
 ) -> dict[str, NDArray[Any]]:
-    """Explanations of images evenly spread over `cohort`; nothing where there can be none.
+    """Explanations of some of a gallery's images; nothing where there can be none.
 
     A failure of it is told and costs no run its end.
 
@@ -48,7 +51,7 @@ def evidence(
         return {}
     try:
         return _evidence(task, network, cohort, device)
-    except (ModelError, RuntimeError) as error:
+    except _FAILURES as error:
         _log.warning("the report explains nothing: %s", error)
         return {}
 
@@ -57,12 +60,10 @@ def _evidence(
     task: Task, network: nn.Module, cohort: Cohort, device: torch.device
 ) -> dict[str, NDArray[Any]]:
     spec = task.spec
-    rows = pictures.spread(len(cohort), min(MOST, spec.evaluation.gallery))
-    images = cohort.images(rows)
-    seen = torch.from_numpy(images).to(device)
-    answers = task.answers(network(normalise(seen, spec.input)).float(), seen)
-    if not all(answer.finite for answer in answers):
+    rows, answers = _worth_it(task, network, cohort, device)
+    if not answers:
         return {}
+    images = cohort.images(rows)
     classes = [explanation.decided(answer, spec) for answer in answers]
     likely = [
         np.nan if answer.probabilities is None else answer.probabilities[number]
@@ -81,6 +82,22 @@ def _evidence(
         if one.gains is not None and one.errors is not None:
             kept |= {f"{method}_gains": one.gains, f"{method}_errors": one.errors}
     return _named(_PREFIX, kept)
+
+
+def _worth_it(
+    task: Task, network: nn.Module, cohort: Cohort, device: torch.device
+) -> tuple[NDArray[np.int64], list[Answer]]:
+    """Some of a gallery's images, in which something was found, and what was."""
+    chosen, found = [], []
+    for row in pictures.spread(len(cohort), task.spec.evaluation.gallery):
+        image = torch.from_numpy(cohort.images(np.array([row]))).to(device)
+        outputs = network(normalise(image, task.spec.input)).float()
+        (answer,) = task.answers(outputs, image)
+        if answer.finite and (answer.mask is None or answer.mask.any()):
+            chosen.append(row)
+            found.append(answer)
+    places = pictures.spread(len(chosen), MOST)
+    return np.array(chosen, dtype=np.int64)[places], [found[place] for place in places]
 
 
 def exhibits(

@@ -291,7 +291,7 @@ class Generation(Task):
                 lines.append(Line(name, curve.x, curve.y))
         chart = Chart(
             "Trained on synthetic images, tested on real ones",
-            "1 - specificity",
+            "1 − specificity",
             "sensitivity",
             lines,
             "How well a small classifier that has seen synthetic images alone tells real ones "

@@ -350,7 +350,7 @@ class Reconstruction(Task):
         return [
             Chart(
                 "Anomalies by how they were given back",
-                "1 - specificity",
+                "1 − specificity",
                 "sensitivity",
                 [line],
                 "How many of the abnormal images have a larger score than a threshold, against "
