@@ -111,7 +111,8 @@ class SeriesReader:
 
     def _known(self, item: SeriesItem) -> FileResult:
         """The digest of all its objects, and whether they name a patient."""
-        digest, patients = hashlib.sha256(), set()
+        digest = hashlib.sha256()
+        patients: set[tuple[str, str]] = set()
         for one in (*item.images, *item.segmentations):
             with one.open(self.files.limits.read_bytes) as stream:
                 digest.update(bytes.fromhex(digest_of(stream)))
