@@ -11,8 +11,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from safetensors.numpy import save_file
 
+from common import models
 from common.spec import RunSpec, parse_run_text
+from server.card import write_card
 from server.evaluation import EvaluationResult, score_part
 
 RUN = """
@@ -243,6 +247,24 @@ def build_run(tmp_path: Path, prepared_runs: Callable[..., Path]) -> Callable[..
         return Path(shutil.copytree(prepared_runs(**options), tmp_path / "run"))
 
     return build
+
+
+@pytest.fixture(scope="session")
+def finish_run() -> Callable[..., Path]:
+    """Call it with a run directory, and a seed: gives it real weights, and the card of these."""
+
+    def finish(run: Path, seed: int = 1) -> Path:
+        spec = RunSpec.from_json((run / "spec.json").read_text())
+        source = torch.Generator().manual_seed(seed)
+        weights = {
+            name: (tensor + 0.1 * torch.randn(tensor.shape, generator=source)).numpy()
+            for name, tensor in models.build(spec).state_dict().items()
+        }
+        save_file(weights, run / "model.safetensors")
+        write_card(run)
+        return run
+
+    return finish
 
 
 @pytest.fixture
