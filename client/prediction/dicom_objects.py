@@ -107,10 +107,16 @@ class _Objects:
         return said
 
     def header(self, item: Item) -> Dataset:
-        """The header of an object, read again; a date or time that is none is empty."""
+        """The header of an object, read again, with all that has to stand in one.
+
+        What of patient and study is missing is empty, and so is a date or time that is none.
+        """
         with quiet(), item.open(self.limits.read_bytes) as stream:
             file = DicomFile.parse(stream, self.limits)
         found = FileDataset("", file.header, file_meta=FileMetaDataset())
+        for keyword in _PATIENT:
+            if keyword not in found:
+                setattr(found, keyword, "")
         for keyword, form in _FORMS.items():
             if not form.fullmatch(text_of(found, keyword)):
                 setattr(found, keyword, "")
@@ -322,6 +328,8 @@ class Segmentations(_Objects):
             content_description=WARNING,
         )
         made.SeriesDescription = _cut(f"{self.spec.name}: {WARNING}")
+        if part[0].seen.frame.plane is None:
+            made.PatientOrientation = ""  # of type 2C where no orientation is known (PS3.3 C.7.6.1)
         return made
 
     @cached_property

@@ -177,10 +177,10 @@ class Study:
                 yield f"mean_{key}", self._each(key, np.mean)
                 yield f"largest_{key}", self._each(key, np.max)
         if self._of("boxes"):
-            yield "boxes", self._each("boxes", np.sum)
+            yield "boxes", self._sums("boxes")
             yield "largest_score", self._each("score", np.max)
         if self._of("pixels"):
-            yield "pixels", self._each("pixels", np.sum)
+            yield "pixels", self._sums("pixels")
             yield "volume_mm3", {name: volumes(slices) for name, slices in self._slices.items()}
         if scores := self._values.get(("anomaly_score", "")):
             yield "mean_anomaly_score", float(np.mean(scores))
@@ -188,6 +188,9 @@ class Study:
 
     def _of(self, key: str) -> dict[str, list[float]]:
         return {name: values for (kept, name), values in self._values.items() if kept == key}
+
+    def _sums(self, key: str) -> dict[str, int]:
+        return {name: int(sum(values)) for name, values in self._of(key).items()}
 
     def _each(self, key: str, how: Any) -> dict[str, float]:
         return {name: _short(how(values)) for name, values in self._of(key).items()}
