@@ -107,7 +107,7 @@ class Described:
                 f"{folder}: has no {package.CARD}; `cloister report` writes it from the record"
             )
         if found.calibration is not None or not (folder / EVALUATION_FILE).exists():
-            return cls(found, found.card, found.calibration)
+            return cls(found, dict(found.card), found.calibration)
         parts = RunRecord.read(folder).final
         arrays = EvaluationResult(parts.get("validation"), parts.get("test")).arrays()
         made = calibrate(found.spec, arrays)
