@@ -395,6 +395,8 @@ def abnormal(targets: Tensor) -> Tensor:
         return torch.full((len(targets),), _UNKNOWN, device=targets.device)
     if targets.dim() == 3 and targets.is_floating_point():
         targets = targets[:, :, 4] >= 0  # boxes; a row that is none has the class -1
+    elif targets.dim() == 2 and targets.is_floating_point():
+        targets = targets[:, 1:]  # of many labels; the first is that of a normal image
     return (targets.reshape(len(targets), -1) > 0).any(dim=1).long()
 
 

@@ -319,6 +319,8 @@ def test_what_is_abnormal_is_read_off_any_target():
     for targets in (torch.tensor([0, 2]), torch.tensor([[0.0, 0], [0, 1]]), masks, boxes):
         assert abnormal(targets).tolist() == [0, 1]
     assert abnormal(torch.zeros(2, 0)).tolist() == [-1, -1]
+    many = torch.tensor([[1.0, 0.0, 0.0], [0.0, 0.0, 1.0], [1.0, 1.0, 0.0], [0.0, 0.0, 0.0]])
+    assert abnormal(many).tolist() == [0, 1, 1, 0]  # the first label is that of a normal image
 
 
 # --- What is shown -----------------------------------------------------------------------------
