@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,7 +28,7 @@ from typing import Literal
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from tasks import DATA, HERE, cohort_of, conduct, figures
+from tasks import DATA, HERE, TRIALS, cohort_of, conduct, figures, finished, lines
 from tasks import changed as with_keys
 
 from common.accounting import planned
@@ -46,7 +45,8 @@ class Curve:
 
     Attributes:
         title: for people.
-        kind: see above; ``plain`` is ``drawn`` without privacy.
+        kind: see above.
+        plain: the trial of `tasks` that is this without privacy, at the sites of the table.
         preset: below ``benchmarks``.
         data: of `cohort_of`.
         sizes: N, patients or images of each site.
@@ -55,7 +55,8 @@ class Curve:
     """
 
     title: str
-    kind: Literal["drawn", "plain", "scaled"]
+    kind: Literal["drawn", "scaled"]
+    plain: str
     preset: str
     data: str
     sizes: tuple[int, ...]
@@ -63,27 +64,42 @@ class Curve:
     changes: Mapping[str, str] = field(default_factory=dict)
 
 
+FIGURES = {
+    "Classification": "AUROC",
+    "Denoising": "PSNR (dB)",
+    "Generation": "AUROC on real images",
+    "Segmentation": "Dice",
+    "Detection": "mAP at 0.5",
+}
 _SIZES = (50, 100, 200, 400, 800, 1177)
 _PNEUMONIA = {"privacy.target_epsilon": "8.0"}
 CURVES = {
     "classification": Curve(
-        "Classification", "drawn", "pneumonia/eps3", "pneumonia", _SIZES, changes=_PNEUMONIA
+        "Classification",
+        "drawn",
+        "classification",
+        "pneumonia/eps3",
+        "pneumonia",
+        _SIZES,
+        changes=_PNEUMONIA,
     ),
-    "classification-plain": Curve(
-        "Classification", "plain", "pneumonia/eps3", "pneumonia", _SIZES, changes=_PNEUMONIA
+    "denoising": Curve(
+        "Denoising", "drawn", "denoising", "tasks/denoising-eps8", "pneumonia", _SIZES
     ),
-    "denoising": Curve("Denoising", "drawn", "tasks/denoising-eps8", "pneumonia", _SIZES),
-    "generation": Curve("Generation", "drawn", "tasks/generation-eps8", "pneumonia", _SIZES),
+    "generation": Curve(
+        "Generation", "drawn", "generation", "tasks/generation-eps8", "pneumonia", _SIZES
+    ),
     "hippocampus": Curve(
         "Segmentation",
         "scaled",
+        "hippocampus",
         "tasks/hippocampus-eps8",
         "hippocampus",
         (30, 1000, 3000, 9000),
         there=30,
     ),
     "bccd": Curve(
-        "Detection", "scaled", "tasks/bccd-eps8", "bccd", (51, 1700, 5100, 9000), there=51
+        "Detection", "scaled", "bccd", "tasks/bccd-eps8", "bccd", (51, 1700, 5100, 9000), there=51
     ),
 }
 
@@ -128,10 +144,6 @@ def text_of(curve: Curve, size: int, seed: int, rounds: int | None = None) -> st
     if rounds is not None:
         changes |= {"rounds": str(rounds)}
     text = with_keys(text, changes)
-    if curve.kind == "plain":
-        return re.sub(
-            r"\[privacy\][^\[]*", '[privacy]\nmechanism = "none"\nunit = "image"\n\n', text
-        )
     if curve.kind == "scaled":
         mechanism = planned(parse_run_text(text, source=curve.preset).spec, curve.there)
         if mechanism is None:
@@ -164,15 +176,17 @@ def draw(work: Path, docs: Path) -> None:
     titles = list(dict.fromkeys(CURVES[name].title for name in kept))
     if not titles:
         return
-    columns = min(3, len(titles))
+    columns = min(2, len(titles))
     rows = -(-len(titles) // columns)
-    figure = Figure(figsize=(4 * columns, 3.2 * rows), layout="constrained")
+    figure = Figure(figsize=(4.5 * columns, 3.2 * rows), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False)
     for axis, title in zip(axes.flat, titles, strict=False):
         for name, by_size in kept.items():
             if CURVES[name].title == title:
                 _line(axis, name, by_size)
+                _plain(axis, work, CURVES[name].plain)
         axis.set(title=title, xscale="log", xlabel="patients (images) of each of four sites")
+        axis.set_ylabel(FIGURES[title])
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
     for axis in axes.flat[len(titles) :]:
@@ -192,10 +206,15 @@ def _line(axis: Axes, name: str, by_size: Mapping[int, list[dict[str, float | No
     values = [mean(value) for value, _, _ in each]
     below = [value - min(low) for value, (_, low, _) in zip(values, each, strict=True)]
     above = [max(high) - value for value, (_, _, high) in zip(values, each, strict=True)]
-    label = {"drawn": "ε = 8", "plain": "no privacy", "scaled": "noise of ε = 8 at that size"}[
-        CURVES[name].kind
-    ]
+    label = {"drawn": "ε = 8", "scaled": "noise of ε = 8 at that size"}[CURVES[name].kind]
     axis.errorbar(sizes, values, yerr=[below, above], marker="o", capsize=3, label=label)
+
+
+def _plain(axis: Axes, work: Path, trial: str) -> None:
+    """What the table has without privacy, if it is there."""
+    folders = finished(work, trial)
+    if folders and (value := lines(TRIALS[trial], folders)[0].value) is not None:
+        axis.axhline(value, color="grey", linestyle="--", label="no privacy (table)")
 
 
 if __name__ == "__main__":
