@@ -135,7 +135,7 @@ def test_of_masks_those_images_are_explained_in_which_something_was_found(make_s
             self.net = models.build(spec)
 
         def forward(self, images: Tensor) -> Tensor:
-            found = self.net(images)
+            found: Tensor = self.net(images)
             bright = images.mean(dim=(1, 2, 3)) > 0
             return found + 99 * torch.stack([~bright, bright], dim=1)[:, :, None, None]
 
