@@ -14,7 +14,9 @@ from monai.metrics.hausdorff_distance import compute_hausdorff_distance
 from torch import Tensor, nn
 from torch.nn import functional
 
-from common.errors import ModelError, SpecError
+from client.intake.builder import CohortBuilder, ImageRecord
+from common.cohort import Cohort, CohortMeta
+from common.errors import CohortError, ModelError, SpecError
 from common.spec import Augmentation, RunSpec
 from common.tasks import task_for
 from common.tasks.augment import augment
@@ -381,3 +383,151 @@ def test_among_what_is_measured_is_no_image(segmentation: Make):
     assert not [name for name in evidence if name.startswith("gallery")]
     assert len(task.exhibits(evidence, PATIENTS)) == 2
     assert max(np.prod(array.shape[1:]) for array in evidence.values()) <= 6
+
+
+# --- Volumes -------------------------------------------------------------------------------------
+
+VOLUMES = {"depth": 16, "height": 32, "width": 32, "spacing": [2, 1, 0.5], "direction": "axial"}
+
+
+def test_a_loss_of_a_volume_is_that_of_its_slices_in_one_image(segmentation: Make):
+    """Slices side by side are the same voxels."""
+    logits, masks = (torch.stack([part, part.flip(0)], dim=-3) for part in drawn())
+    flat = logits.transpose(2, 3).flatten(3), masks.transpose(1, 2).flatten(2)
+    for name in LOSSES:
+        of_volumes = segmentation(loss={"name": name}, input=VOLUMES).losses(logits, masks)
+        of_images = segmentation(loss={"name": name}).losses(*flat)
+        assert torch.allclose(of_volumes, of_images, atol=1e-6), name
+
+
+def test_a_distance_in_a_volume_is_that_of_monai_in_millimetres():
+    random = np.random.default_rng(2)
+    found, true = random.random((2, 6, 9, 8)) < 0.1
+    expected = compute_hausdorff_distance(
+        *(torch.from_numpy(mask)[None, None].float() for mask in (found, true)),
+        include_background=True,
+        percentile=95,
+        spacing=[3.0, 1.0, 0.5],
+    )
+    assert hausdorff95(found, true, (3.0, 1.0, 0.5)) == pytest.approx(float(expected), rel=1e-5)
+    empty = np.zeros_like(found)
+    assert hausdorff95(found, empty, (3.0, 1.0, 0.5)) == pytest.approx(math.hypot(18, 9, 4))
+
+
+class Blocks(nn.Module):
+    """Says for every voxel that it is of the class that its brightness is, whatever the window."""
+
+    def forward(self, seen: Tensor) -> Tensor:
+        kinds = (seen[:, 0] * 2).round().long().clamp(0, 2)
+        return functional.one_hot(kinds, 3).movedim(-1, 1).float() * 9
+
+
+def test_a_volume_is_seen_window_by_window_scored_in_its_units_and_shown_where_most_is(
+    segmentation: Make,
+):
+    seen = VOLUMES | {"patch": [16, 32, 32], "height": 40, "mean": [0.0], "std": [1.0]}
+    task = segmentation(loss={"name": "dice"}, input=seen, evaluation={"gallery": 2})
+    true = np.zeros((3, 16, 40, 32), dtype=np.int64)
+    true[0, 4:6, 5:10, 5:10] = 1
+    true[0, 5, 20:30, 5:10] = 2
+    true[1, 9, 3:9, 3:9] = 2
+    shown = true.copy()
+    shown[0, 3, 5:10, 5:10] = 1  # found, and not there: 25 voxels of one microlitre
+    cohort: Any = Masked(shown[:, None] / 2, true)
+
+    evidence = dict(task.evidence(Blocks(), cohort, torch.device("cpu")))
+    evidence |= task.pictures(Blocks(), cohort, torch.device("cpu"))
+
+    assert evidence["pixels"][:, :, 1].tolist() == [[75, 50], [0, 36], [0, 0]]
+    assert evidence["gallery_slices"].tolist() == [5, 8]  # and a middle
+    patients = np.arange(3)
+    found = task.score(evidence, patients, resamples=0, generator=np.random.default_rng(1))
+    assert found["volume-difference"].value == pytest.approx(0.025 / 3 / 2)
+    assert found["hausdorff95"].value == pytest.approx(2.0 / 2)
+    table, _, gallery = task.exhibits(evidence, patients)
+    assert isinstance(table, Table)
+    assert "Hausdorff distance (95 %) (mm)" in table.head
+    assert "Volumes missed" in table.head
+    assert isinstance(gallery, Gallery)
+    assert gallery.captions[0].startswith("Volume 1, slice 6 of 16: Dice head 0.80, tail 1.00")
+
+
+def test_a_patch_is_a_part_of_its_own_volume_at_any_place(segmentation: Make, tmp_path: Any):
+    """From a cohort on disk; over many draws every place is met, and the mask is the patch's."""
+    seen = VOLUMES | {"patch": [16, 31, 30]}
+    task = segmentation(loss={"name": "dice"}, input=seen)
+    random = np.random.default_rng(5)
+    volumes = random.integers(0, 65536, (3, 1, 16, 32, 32), dtype=np.uint16)
+    masks = (volumes[:, 0] % 3).astype(np.uint16)
+    meta = CohortMeta.of(task.spec, unit="patient", source="test", created="2026-01-01")
+    with CohortBuilder(tmp_path / "c", meta.shape, task=task.spec.task) as builder:
+        for number in range(3):
+            names = [f"{number}{word}" for word in "abcd"]
+            record = ImageRecord(*names, label=0, height=32, width=32)
+            builder.add(record, volumes[number], masks[number])
+        builder.finish(meta)
+    cohort = Cohort.open(tmp_path / "c")
+    cohort.verify()
+
+    rows = np.array([2, 0])
+    images, targets = task.taken(cohort, rows, 40, generator())
+
+    assert images.shape == (80, 1, 16, 31, 30)
+    places = set()
+    for number, (image, target) in enumerate(zip(images, targets, strict=True)):
+        whole = volumes[rows[number // 40], 0]
+        stored = np.rint(image[0].numpy() * 65535).astype(np.uint16)
+        (place,) = [
+            (y, x)
+            for y in range(2)
+            for x in range(3)
+            if np.array_equal(whole[:, y : y + 31, x : x + 30], stored)
+        ]
+        np.testing.assert_array_equal(target.numpy(), stored % 3)
+        places.add(place)
+    assert len(places) == 6
+    assert cohort.present().all()
+    with pytest.raises(CohortError, match="expected parts within volumes"):
+        cohort.patches(rows, np.array([[0, 2, 0], [0, 0, 0]]), (16, 31, 30))
+
+
+def test_masks_of_a_volume_move_with_its_slices_each_in_its_plane(segmentation: Make):
+    images, masks = torch.rand(3, 1, 5, 20, 20, generator=generator()), torch.zeros(3, 5, 20, 20)
+    masks[:, 1, 5:12, 4:9] = 1
+    change = Augmentation(rotate=30, zoom=0.2, shift=0.1, flip_horizontal=True, flip_vertical=True)
+    moved, motion = augment(images, change, generator())
+    with_it = segmentation(loss={"name": "dice"}, input=VOLUMES).moved(masks.long(), motion)
+    for number in range(5):
+        alone, own = augment(images[:, :, number], change, generator())
+        assert torch.allclose(moved[:, :, number], alone, atol=1e-6)
+        flat = segmentation(loss={"name": "dice"}).moved(masks[:, number].long(), own)
+        assert torch.equal(with_it[:, number], flat)
+    assert int(with_it[:, [0, 2, 3, 4]].sum()) == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"depth": None}, "spacing is of volumes; write depth as well"),
+        ({"spacing": None}, "depth = 16: spacing is missing"),
+        ({"direction": None}, "depth = 16: direction is missing"),
+        ({"fit": "stretch"}, "a volume is never stretched"),
+        ({"frames": "all"}, "a volume is never stretched and has all its frames"),
+        ({"patch": [17, 32, 32]}, "patch of 17 x 32 x 32 in a grid of 16 x 32 x 32: it is larger"),
+        ({"depth": 4096, "height": 4096}, "voxels; at most"),
+    ],
+)
+def test_a_volume_that_cannot_be_is_refused(segmentation: Make, changes, message):
+    with pytest.raises(SpecError, match=message):
+        segmentation(loss={"name": "dice"}, input=VOLUMES | changes)
+
+
+def test_other_tasks_take_no_volumes(make_spec: Callable[..., RunSpec]):
+    with pytest.raises(SpecError, match=r"input\.depth = 16: classification takes images"):
+        make_spec(input=VOLUMES)
+
+
+def test_a_run_of_images_keeps_its_digests(make_spec: Callable[..., RunSpec]):
+    """Of a spec from before there were volumes, byte for byte."""
+    text = make_spec().canonical_json
+    assert all(word not in text for word in ("depth", "spacing", "direction", "patch"))
