@@ -30,7 +30,7 @@ from client.incident import REFUSED, incident_reply
 from client.ledger import Ledger, Signed, TaskKey, stamp
 from client.policy import Policy
 from client.rules import check_open, check_sound
-from client.training import LocalResult, LocalTrainer, check_weights
+from client.training import LocalResult, LocalTrainer, check_weights, patient_bytes
 from common import accounting, models
 from common.accounting import Share, SubsampledGaussian
 from common.clock import Clock
@@ -266,6 +266,7 @@ class Gate:
         except ModelError as error:
             raise Refusal(RefusalCode.SPEC, str(error)) from error
         shares = self._policy.judge(spec, sum(map(math.prod, shapes.values())))
+        self._check_memory(spec)
         if book.admitted != self._site.cohort:
             raise Refusal(
                 RefusalCode.POLICY,
@@ -273,6 +274,15 @@ class Gate:
                 "node check`, then `cloister node admit`",
             )
         return shares
+
+    def _check_memory(self, spec: RunSpec) -> None:
+        """Refuse what would run out of memory after its budget is booked."""
+        try:
+            objections = list(self._policy.objections_to_memory(patient_bytes(spec)))
+        except ModelError as error:
+            raise Refusal(RefusalCode.SPEC, str(error)) from error
+        if objections:
+            raise Refusal(RefusalCode.POLICY, "; ".join(objections))
 
     def _check_approved(self, spec: RunSpec, shares: tuple[Share, ...]) -> None:
         """Whether a person said no; and in ``ask`` mode, whether one said yes to just this.

@@ -190,7 +190,10 @@ class Releases(Section):
 
 
 class Machine(Section):
-    """What training may take: the device, and memory for per-patient gradients in MiB."""
+    """What training may take: the device, and memory in MiB for the images of one batch.
+
+    `gradient_memory` holds what the network makes of each image, and each patient's gradient.
+    """
 
     device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d{1,3})?)$")] = "auto"
     gradient_memory: Annotated[int, Field(ge=16, le=1_000_000)] = 512
@@ -274,7 +277,6 @@ class Policy(Section):
         limits, rate = self.limits, accounting.sampling_rate(spec, self.declared_size)
         yield from self._objections_to_privacy(spec, shares)
         yield from self._objections_to_data(spec)
-        yield from self._objections_to_memory(spec, parameters)
         for what, name, allowed in (
             ("operator", spec.operator, limits.operators),
             ("task", spec.task.name, limits.tasks),
@@ -309,15 +311,17 @@ class Policy(Section):
             if noise < least:
                 yield f"noise multiplier of {part}: {noise:g}, at least {least:g}"
 
-    def _objections_to_memory(self, spec: RunSpec, parameters: int) -> Iterator[str]:
-        """The copies of one patient's image go through together, each with its own gradient."""
-        copies = spec.augmentation.multiplicity * spec.task.VIEWS
+    def objections_to_memory(self, patient_bytes: int) -> Iterator[str]:
+        """Why a run would not fit into this machine's memory, in words; nothing if it does.
+
+        Args:
+            patient_bytes: the least that goes through at once (`client.training.patient_bytes`).
+        """
         most = self.machine.gradient_memory
-        needed = 4 * parameters * copies
-        if isinstance(spec.privacy, DpSgd) and needed > most * 2**20:
+        if patient_bytes > most * 2**20:
             yield (
-                f"gradients of a patient: 4 bytes x {parameters} parameters x {copies} copies = "
-                f"{math.ceil(needed / 2**20)} MiB, at most {most} MiB"
+                f"memory for one patient in training: {math.ceil(patient_bytes / 2**20)} MiB, at "
+                f"most {most} (machine.gradient_memory)"
             )
 
     def _objections_to_data(self, spec: RunSpec) -> Iterator[str]:

@@ -22,9 +22,11 @@ What `train` returns beside the update (losses, counts) is for the node's own lo
 from __future__ import annotations
 
 import logging
+import math
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -34,6 +36,7 @@ from opacus import GradSampleModule
 from opacus.optimizers import DPOptimizer
 from torch import Tensor, nn
 
+from client.memory import peak_bytes
 from common import models
 from common.accounting import SubsampledGaussian, sampling_rate
 from common.cohort import Cohort
@@ -51,6 +54,11 @@ log = logging.getLogger("cloister.training")
 Arrays = Mapping[str, NDArray[np.float32]]
 
 _NORM_BLOCK = 2**15
+# Float32 tensors of an image's size that come and go around the network: the image as it is read,
+# repeated, changed and moved to the device, with a mask of eight bytes a pixel as often; and what
+# a loss makes of the outputs.
+_IMAGE_COPIES, _LOSS_COPIES = 8, 12
+_OF_KERNELS = 1.25  # what convolutions take for themselves while they run: 0.1 was measured
 # Between these float32 keeps all its digits, with room for sums and for factors like C / norm.
 _SMALLEST_SCALE, _LARGEST_SCALE = 1e-12, 1e30
 _LARGEST_NORM = 1e18  # beyond it the squares overflow, or C / norm comes near the denormals
@@ -61,7 +69,7 @@ class Compute:
     """Where to train, and how many images at once (None: by the network's size).
 
     The size of a physical batch bounds memory; it does not change what is computed. Where it is
-    not given, the per-image gradients of one fit into `gradient_memory` bytes.
+    not given, what its patients take (`patient_bytes`) fits into `gradient_memory` bytes.
     """
 
     device: torch.device
@@ -143,7 +151,8 @@ class PatientOptimizer(DPOptimizer):  # type: ignore[misc]
         finite = norms <= _LARGEST_NORM  # false of NaN
         if not finite.all():
             self.zeroed += int((~finite).sum())
-            gradients = [torch.where(_like(finite, g), g, torch.zeros_like(g)) for g in gradients]
+            for gradient in gradients:
+                gradient[~finite] = 0  # in place: there may be no room for a copy
         factor = (self.max_grad_norm / (norms + 1e-6)).clamp(max=1.0).nan_to_num(0.0)
         for parameter, gradient in zip(self.params, gradients, strict=True):
             clipped = factor @ gradient.flatten(1)
@@ -217,10 +226,7 @@ class LocalTrainer:
         self._network = models.build(spec).to(self._device)
         models.check_private(self._network)
         learner = self._task.private(self._network)
-        size = sum(parameter.numel() for parameter in learner.parameters())
-        self._physical_images = compute.physical_images or _physical_images(
-            size, compute.gradient_memory
-        )
+        self._physical_patients = _physical_patients(spec, compute)
         self._learner = _with_sample_gradients(learner) if mechanism else learner
 
     def check(self, weights: Arrays) -> None:
@@ -280,11 +286,10 @@ class LocalTrainer:
         self, optimizer: Any, rows: NDArray[np.int64], generator: torch.Generator, weights: Arrays
     ) -> list[Tensor]:
         """One logical batch, in physical batches; returns the patients' losses."""
-        of_each = self._spec.augmentation.multiplicity * self._task.views * self._spec.input.images
         losses = []
         private = isinstance(optimizer, PatientOptimizer)
         optimizer.begin() if private else optimizer.zero_grad()
-        for part in _parts(rows, max(1, self._physical_images // of_each)):
+        for part in _parts(rows, self._physical_patients):
             loss = self._losses(part, generator)
             total = loss.sum() if private else loss.sum() / self._spec.local.batch_size
             _backward(total)
@@ -459,9 +464,47 @@ def _set_rate(optimizer: Any, rate: float) -> None:
         group["lr"] = rate
 
 
-def _physical_images(parameters: int, memory: int) -> int:
-    """As many images as their float32 gradients fit into `memory` bytes; 1 to 512."""
-    return int(min(512, max(1, memory // (4 * parameters))))
+@lru_cache(maxsize=32)
+def patient_bytes(spec: RunSpec) -> int:
+    """What one more patient of a physical batch takes in training; no data is needed for it.
+
+    A patient is an image, or those of a study, in as many copies and views as the run makes of it:
+    they go through together. Counted is what stands between the images as a cohort gives them and
+    the patient's gradient: copies, what the backward pass needs, what Opacus keeps, and under
+    DP-SGD the gradient of each row. What is there once for a whole batch, as weights and the
+    optimiser's state, is not.
+
+    Raises:
+        ModelError: as `models.build`, or if the network cannot be trained under DP-SGD.
+    """
+    private = isinstance(spec.privacy, DpSgd)
+    learner = task_for(spec).private(models.outline(spec))
+    size = sum(parameter.numel() for parameter in learner.parameters())
+    learner = _with_sample_gradients(learner) if private else learner
+    settings, copies = spec.input, spec.augmentation.multiplicity
+    places = () if settings.images == 1 else (settings.images,)
+
+    def outputs_of(patients: int) -> Tensor:
+        rows = patients * copies * spec.task.VIEWS
+        images = torch.zeros(rows, *places, settings.channels, *settings.seen, device="meta")
+        outputs: Tensor = learner(normalise(images, settings)).float()
+        _backward(outputs.sum())
+        return outputs
+
+    one, two = (peak_bytes(partial(outputs_of, patients)) for patients in (1, 2))
+    around = _IMAGE_COPIES * copies * settings.images * math.prod(settings.shape)
+    around += _LOSS_COPIES * outputs_of(1).numel()
+    if private and copies * spec.task.VIEWS * settings.images > 1:
+        around += size  # a patient's rows are added up beside them
+    return math.ceil(_OF_KERNELS * (two - one)) + 4 * around
+
+
+def _physical_patients(spec: RunSpec, compute: Compute) -> int:
+    """How many patients go through at once; 1 to 512 where `compute` does not say."""
+    if compute.physical_images is None:
+        return min(512, max(1, compute.gradient_memory // patient_bytes(spec)))
+    of_each = spec.augmentation.multiplicity * spec.task.VIEWS * spec.input.images
+    return max(1, compute.physical_images // of_each)
 
 
 def _norms(gradients: list[Tensor]) -> Tensor:
@@ -477,10 +520,6 @@ def _norms(gradients: list[Tensor]) -> Tensor:
 
 def _parts(rows: NDArray[np.int64], size: int) -> Iterator[NDArray[np.int64]]:
     return (rows[start : start + size] for start in range(0, len(rows), size))
-
-
-def _like(mask: Tensor, tensor: Tensor) -> Tensor:
-    return mask.view(-1, *([1] * (tensor.dim() - 1)))
 
 
 def _gradient(parameter: nn.Parameter) -> Tensor:

@@ -219,12 +219,16 @@ def review(policy: Policy, spec: RunSpec, book: Book, cohort: str | None) -> Rev
 
 
 def _objections(policy: Policy, spec: RunSpec, shares: tuple[Share, ...]) -> Iterator[str]:
-    parameters = 0
+    from client.training import patient_bytes  # noqa: PLC0415 - only a run has to wait for Opacus
+
+    parameters = memory = 0
     try:
         parameters = sum(map(math.prod, models.shapes(spec).values()))
+        memory = patient_bytes(spec)
     except ModelError as error:
         yield str(error)
     yield from policy.objections(spec, parameters, shares)
+    yield from policy.objections_to_memory(memory)
 
 
 def _booked(policy: Policy, spec: RunSpec, book: Book, shares: tuple[Share, ...]) -> Iterator[str]:

@@ -197,7 +197,7 @@ greatest_slot = 86400.0  # seconds; meanwhile the node does nothing else
 
 [machine]
 device = "auto"
-gradient_memory = 512  # MiB
+gradient_memory = 512  # MiB, for what training makes of the images of one batch
 
 [ledger]
 witness = "ledger.witness"  # best on another machine

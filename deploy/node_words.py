@@ -143,7 +143,7 @@ def _how_much(policy: Policy) -> Iterator[str]:
         f"{limits.lapse_days} days."
     )
     where = "the best device there is" if machine.device == "auto" else machine.device
-    yield f"Training takes {where}, and {machine.gradient_memory} MiB for gradients of patients."
+    yield f"Training takes {where}, and {machine.gradient_memory} MiB for the images of a batch."
 
 
 def _budget(policy: Policy) -> Iterator[str]:

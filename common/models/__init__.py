@@ -102,10 +102,19 @@ def shapes(spec: RunSpec) -> Mapping[str, tuple[int, ...]]:
     Raises:
         ModelError: as `build`.
     """
+    named = outline(spec).named_parameters()
+    return {name: tuple(parameter.shape) for name, parameter in named}
+
+
+def outline(spec: RunSpec) -> nn.Module:
+    """A run's network on torch's ``meta`` device: its shapes, without any of its numbers.
+
+    Raises:
+        ModelError: as `build`.
+    """
     _network_for(spec)
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
-        model = _made(spec)
-    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+        return _made(spec)
 
 
 def check_private(model: nn.Module) -> None:

@@ -18,6 +18,7 @@ from client import app as node_app
 from client.folder import KEY_FILE, POLICY_FILE, cohort_digest
 from client.home import NodeHome, compute_of
 from client.ledger import Signed
+from client.training import patient_bytes
 from common import accounting
 from common.errors import CohortError, ConfigError, LedgerError, RefusalCode
 from common.files import locked
@@ -275,10 +276,9 @@ def test_the_device_and_the_memory_of_the_file_reach_the_trainer(folder: Folder,
     for memory in (16, 64):
         folder.write("gradient_memory = 16", f"gradient_memory = {memory}")
         trainer = folder.home.gate()._trainer_for(spec, share.whole)
-        size = sum(parameter.numel() for parameter in trainer._network.parameters())
         assert trainer._device == torch.device("cpu")
-        assert trainer._physical_images == memory * 2**20 // (4 * size)
-        batches.append(trainer._physical_images)
+        assert trainer._physical_patients == memory * 2**20 // patient_bytes(spec)
+        batches.append(trainer._physical_patients)
     assert batches[0] < batches[1]
     folder.write('device = "cpu"', 'device = "cuda:1"')
     assert compute_of(folder.home.policy).device == torch.device("cuda", 1)

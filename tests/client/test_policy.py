@@ -231,23 +231,6 @@ def test_data_of_too_few_classes_are_none(make_policy, kind: str, classes: list[
         make_policy(data={"kind": kind, "classes": classes})
 
 
-def test_the_rows_that_a_task_makes_of_an_image_need_memory_as_its_copies_do(
-    make_policy, make_spec: Spec
-):
-    generation = {
-        "task": {"name": "generation", "classes": ["normal", "finding"]},
-        "loss": {"name": "adversarial"},
-        "evaluation": {"metric": "tstr-auroc"},
-        "model": {"name": "dcgan"},
-        "augmentation": {"multiplicity": 4},
-    }
-    policy = make_policy(machine={"gradient_memory": 16}, limits={"tasks": "any", "models": "any"})
-    fits = 16 * 2**20 // 4 // 4 // 2  # four copies, of which each is a real and a made row
-    assert policy.judge(make_spec(**generation), fits)
-    no = refusal(policy.judge, make_spec(**generation), fits + 1)
-    assert f"{fits + 1} parameters x 8 copies" in no.detail
-
-
 def test_a_network_is_measured_by_its_parameters(make_policy, make_spec: Spec):
     policy = make_policy(limits={"greatest_parameters": 500})
     assert policy.judge(make_spec(), 500)
@@ -255,27 +238,13 @@ def test_a_network_is_measured_by_its_parameters(make_policy, make_spec: Spec):
     assert (no.code, no.detail) == (RefusalCode.POLICY, "parameters: 501, at most 500")
 
 
-def test_the_copies_of_a_patient_fit_into_the_memory_for_gradients(make_policy, make_spec: Spec):
-    """A patient's copies are never parted, so they are the least that training takes."""
-    policy = make_policy(machine={"gradient_memory": 16})
-    fits = 16 * 2**20 // 4
-    assert policy.judge(make_spec(), fits)
-    assert refusal(policy.judge, make_spec(), fits + 1).code is RefusalCode.POLICY
-    assert policy.judge(make_spec(augmentation={"multiplicity": 64}), fits // 64)
-    no = refusal(policy.judge, make_spec(augmentation={"multiplicity": 64}), 2 * fits // 64)
-    assert (no.code, no.detail) == (
-        RefusalCode.POLICY,
-        "gradients of a patient: 4 bytes x 131072 parameters x 64 copies = 32 MiB, at most 16 MiB",
+def test_what_one_patient_takes_has_to_fit_into_the_memory(make_policy):
+    policy, fits = make_policy(machine={"gradient_memory": 16}), 16 * 2**20
+    assert not [*policy.objections_to_memory(fits)]
+    (no,) = policy.objections_to_memory(fits + 1)
+    assert no == (
+        "memory for one patient in training: 17 MiB, at most 16 (machine.gradient_memory)"
     )
-
-
-def test_without_privacy_no_gradients_of_single_patients_are_held(make_policy, make_spec: Spec):
-    policy = make_policy(machine={"gradient_memory": 16}, allow_no_privacy=True)
-    assert policy.judge(make_spec(privacy={"mechanism": "none"}), 16 * 2**20) == ()
-
-
-def test_what_the_example_trains_fits_into_the_default_memory(make_policy, make_spec: Spec):
-    assert make_policy().judge(make_spec(augmentation={"multiplicity": 8}), 11_200_000)
 
 
 def test_a_task_that_is_not_on_the_list_is_refused(make_policy, make_spec: Spec):
