@@ -14,13 +14,14 @@ from client.diary import Diary
 from client.folder import KEY_FILE, LEDGER, POLICY_FILE, NodeFolder, check_budget, cohort_digest
 from client.gate import Counter, Gate, Site
 from client.policy import Policy
+from client.synthetic import synthetic_cohort
 from client.training import Compute, LocalTrainer, best_device
 from common.accounting import SubsampledGaussian
 from common.cohort import Cohort
 from common.errors import CohortError
 from common.messages import Arrays
 from common.noise import Keystream, KeystreamSource, fresh_keystream
-from common.spec import RunSpec
+from common.spec import NoPrivacy, RunSpec
 
 __all__ = [
     "KEY_FILE",
@@ -54,6 +55,18 @@ class NodeHome(NodeFolder):
                 "look at it with `cloister node check`, admit it, and start the node again"
             )
 
+    def open_synthetic(self) -> Cohort | None:
+        """The synthetic cohort that runs may mix in; None where [data] names none.
+
+        Raises:
+            CohortError: as `synthetic_cohort`.
+        """
+        data = self.policy.data
+        if data is None or data.synthetic is None:
+            return None
+        path, key = self.path / data.synthetic, self.cohort_key
+        return synthetic_cohort(path, key, without_privacy=data.synthetic_without_privacy)
+
     def gate(self, keystream: KeystreamSource = fresh_keystream) -> Gate:
         """The gate of this node, for its worker process.
 
@@ -73,6 +86,8 @@ class NodeHome(NodeFolder):
         if admitted != ledger.book.admitted:
             Cohort.open(self.cohort_path, key)  # damaged, it opens no gate that would be kept
 
+        mixed_in = self.open_synthetic()
+
         @cache
         def whole() -> Cohort:  # read within a reply's slot: how long it takes tells its size
             return Cohort.open(self.cohort_path, key)
@@ -86,7 +101,7 @@ class NodeHome(NodeFolder):
                 declared_size=policy.declared_size,
                 mechanism=mechanism,
                 compute=compute,
-            )
+            ).mix_in(fitting(spec, mixed_in))
 
         site = Site(
             policy,
@@ -98,6 +113,20 @@ class NodeHome(NodeFolder):
         )
         counter = counter_of(lambda: whole().with_split("test"), compute)
         return Gate(site, trainer_for=trainer_for, counter=counter, keystream=keystream)
+
+
+def fitting(spec: RunSpec, synthetic: Cohort | None) -> Cohort | None:
+    """The synthetic cohort, if the run mixes images in and they fit it.
+
+    Raises:
+        CohortError: if they do not.
+    """
+    if synthetic is None or not spec.augmentation.synthetic:
+        return None
+    # No patient stands behind its images, so the run's unit of privacy does not bind it.
+    unbound = NoPrivacy(mechanism="none", unit=synthetic.unit)
+    synthetic.check_fits(spec.model_copy(update={"privacy": unbound}))
+    return synthetic
 
 
 def counter_of(held_out: Callable[[], Cohort], compute: Compute) -> Counter:

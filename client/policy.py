@@ -145,6 +145,8 @@ class Data(Section):
     """What the cohort is made for, in public terms; a run that asks for other data is refused.
 
     `preprocessing` is the digest of what intake did; ``cloister node init --cohort`` fills it in.
+    `synthetic` is a cohort of ``cloister generate``, relative to the file, that a run may mix in;
+    `synthetic_without_privacy` takes one whose generator had no differential privacy.
     """
 
     unit: Unit
@@ -152,6 +154,8 @@ class Data(Section):
     classes: tuple[str, ...]
     shape: Annotated[tuple[Count, ...], Field(min_length=3, max_length=4)]
     preprocessing: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    synthetic: PathText | None = None
+    synthetic_without_privacy: bool = False
 
     @field_validator("classes")
     @classmethod
@@ -329,6 +333,8 @@ class Policy(Section):
             return
         if problem := spec.task.problem_with(self.data.kind, self.data.classes):
             yield f"this site's data: {problem}"
+        if spec.augmentation.synthetic and self.data.synthetic is None:
+            yield "it mixes in synthetic images; [data] names no synthetic cohort"
         for what, asked, ours in (
             ("image's shape", spec.input.shape, self.data.shape),
             ("preprocessing", spec.input.preprocessing_digest, self.data.preprocessing),

@@ -10,8 +10,11 @@ What makes the guarantee, in the order of docs/privacy.md:
    over the copies of the sum over their rows. A patient's rows never cross a physical batch.
    Losses are summed, a patient's gradient is clipped to L2 norm C in float32, and one that is not
    finite, or too long for its norm to be taken, becomes zero.
+   Synthetic images that the run mixes in are clipped alike and added after the patients.
 3. Gaussian noise of deviation sigma x C from the keystream, then division by the public batch
-   size. An empty batch releases noise like any other.
+   size, of patients and synthetic images. An empty batch releases noise like any other.
+   In a sparse run, what is zero in the round's global weights is not learned: its gradient is
+   made zero before the clipping, and its noise after, by those public weights alone.
 4. Weight decay, momentum and FedProx's proximal term act on the noised sum: post-processing. So
    is what a task does after a step (`Task.follow`), of which no patient is a part; its randomness
    is its own, or how much of it was used would tell of the batch.
@@ -27,7 +30,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -40,7 +43,7 @@ from client.memory import peak_bytes
 from common import models
 from common.accounting import SubsampledGaussian, sampling_rate
 from common.cohort import Cohort
-from common.errors import ModelError, Refusal, RefusalCode
+from common.errors import CohortError, ModelError, Refusal, RefusalCode
 from common.messages import LARGEST_WEIGHT
 from common.noise import Keystream
 from common.spec import DpSgd, FedProx, RunSpec, Sgd
@@ -129,6 +132,7 @@ class PatientOptimizer(DPOptimizer):  # type: ignore[misc]
         )
         self.keystream = keystream
         self.zeroed = 0
+        self.learned: list[Tensor] | None = None  # of each parameter which numbers; None: all
 
     def begin(self) -> None:
         """Start a logical batch with a sum of zero, so that an empty one is a batch too."""
@@ -147,6 +151,8 @@ class PatientOptimizer(DPOptimizer):  # type: ignore[misc]
             ModelError: if a layer has not as many rows of each patient.
         """
         gradients = [self._by_patient(parameter, patients) for parameter in self.params]
+        for gradient, learned in zip(gradients, self.learned or (), strict=bool(self.learned)):
+            gradient.mul_(learned)  # before it is clipped: what is not learned takes no part of C
         norms = _norms(gradients)
         finite = norms <= _LARGEST_NORM  # false of NaN
         if not finite.all():
@@ -217,6 +223,7 @@ class LocalTrainer:
     ) -> None:
         self._spec = spec
         self._cohort = rows_for(spec, cohort)
+        self._synthetic: Cohort | None = None
         self._mechanism = mechanism
         self._rate = sampling_rate(spec, declared_size)
         _check_mechanism(mechanism, spec, self._rate)
@@ -225,9 +232,32 @@ class LocalTrainer:
         self._task = task_for(spec)
         self._network = models.build(spec).to(self._device)
         models.check_private(self._network)
+        _hold_still(self._network, spec)
         learner = self._task.private(self._network)
+        self._zeros: list[tuple[nn.Parameter, Tensor]] = []
         self._physical_patients = _physical_patients(spec, compute)
         self._learner = _with_sample_gradients(learner) if mechanism else learner
+
+    def mix_in(self, synthetic: Cohort | None) -> Self:
+        """Have these images mixed in; the same trainer.
+
+        Args:
+            synthetic: the caller has checked that they fit the spec, and that no patient stands
+                behind them; None where the run asks for none.
+
+        Raises:
+            CohortError: if there are fewer than the run expects in a batch.
+        """
+        wanted = self._spec.augmentation.synthetic
+        if synthetic is None or not wanted:
+            return self
+        self._synthetic = rows_for(self._spec, synthetic)
+        if len(self._synthetic) < wanted:
+            raise CohortError(
+                f"{synthetic.path}: {len(self._synthetic)} synthetic images, the run expects "
+                f"{wanted} in a batch; make more with `cloister generate`"
+            )
+        return self
 
     def check(self, weights: Arrays) -> None:
         """Refuse global weights that are not exactly the network's, finite and of sane size.
@@ -252,8 +282,9 @@ class LocalTrainer:
         self._task = task_for(self._spec)  # what it keeps is of one round
         self._network.train()
         optimizer = self._optimizer(keystream.derive("noise"))
+        self._keep_zeros(optimizer)
         sampling, looks = keystream.derive("sampling"), keystream.derive("augmentation")
-        following = keystream.derive("following")
+        following, mixing = keystream.derive("following"), keystream.derive("synthetic")
         generator = torch.Generator().manual_seed(looks.seed())
         losses: list[Tensor] = []
         sampled: list[int] = []
@@ -262,7 +293,10 @@ class LocalTrainer:
             for step in range(self._spec.local.steps):
                 _set_rate(optimizer, self._spec.learning_rate(round_number, step))
                 rows = self._sample(sampling)
-                losses += self._step(optimizer, rows, generator, weights)
+                self._begin(optimizer)
+                losses += self._add(optimizer, self._cohort, rows, generator)
+                self._add_synthetic(optimizer, mixing)
+                self._finish(optimizer, weights)
                 self._follow(following)
                 sampled.append(len(rows))
         return LocalResult(
@@ -273,6 +307,15 @@ class LocalTrainer:
             zeroed=getattr(optimizer, "zeroed", 0),
         )
 
+    def _keep_zeros(self, optimizer: Any) -> None:
+        """In a sparse run, note which weights are zero now, in the global model: a public thing."""
+        if not self._spec.model.sparse:
+            return
+        self._zeros = [(parameter, parameter.detach() != 0) for _, parameter in self._named()]
+        if isinstance(optimizer, PatientOptimizer):
+            kept = {id(parameter): mask for parameter, mask in self._zeros}
+            optimizer.learned = [kept[id(parameter)] for parameter in optimizer.params]
+
     def _sample(self, keystream: Keystream) -> NDArray[np.int64]:
         """One random image or study for each patient that the Poisson draw took."""
         patients = np.flatnonzero(keystream.uniform(len(self._cohort.patients)) < self._rate)
@@ -282,30 +325,56 @@ class LocalTrainer:
         rows = np.array([rows[which] for rows, which in pairs], dtype=np.int64)
         return self._cohort.drawn(rows, keystream.below)
 
-    def _step(
-        self, optimizer: Any, rows: NDArray[np.int64], generator: torch.Generator, weights: Arrays
-    ) -> list[Tensor]:
-        """One logical batch, in physical batches; returns the patients' losses."""
-        losses = []
+    def _begin(self, optimizer: Any) -> None:
         private = isinstance(optimizer, PatientOptimizer)
         optimizer.begin() if private else optimizer.zero_grad()
+
+    def _add(
+        self, optimizer: Any, cohort: Cohort, rows: NDArray[np.int64], generator: torch.Generator
+    ) -> list[Tensor]:
+        """Add to a logical batch, in physical batches; returns a loss for each row."""
+        losses = []
+        private = isinstance(optimizer, PatientOptimizer)
         for part in _parts(rows, self._physical_patients):
-            loss = self._losses(part, generator)
-            total = loss.sum() if private else loss.sum() / self._spec.local.batch_size
+            loss = self._losses(cohort, part, generator)
+            total = loss.sum() if private else loss.sum() / _normaliser(self._spec)
             _backward(total)
             if private:
                 optimizer.accumulate(len(part))
             losses.append(loss.detach().cpu())
-        if private:
+        return losses
+
+    def _add_synthetic(self, optimizer: Any, keystream: Keystream) -> None:
+        """Add synthetic images to a logical batch, clipped as a patient's is.
+
+        Which they are, and how they are changed, has randomness of its own: nothing of the sum
+        that they add depends on the patients of the batch, so it moves by no more than C as before.
+        """
+        wanted = self._spec.augmentation.synthetic
+        if not wanted:
+            return
+        if self._synthetic is None:
+            raise ValueError(f"augmentation.synthetic = {wanted}: no synthetic cohort is mixed in")
+        with torch.random.fork_rng(devices=[], enabled=True):
+            torch.manual_seed(keystream.seed())
+            generator = torch.Generator().manual_seed(keystream.seed())
+            taken = keystream.uniform(len(self._synthetic)) < wanted / len(self._synthetic)
+            rows = np.flatnonzero(taken)
+            chosen = self._synthetic.drawn(rows.astype(np.int64), keystream.below)
+            self._add(optimizer, self._synthetic, chosen, generator)
+
+    def _finish(self, optimizer: Any, weights: Arrays) -> None:
+        if isinstance(optimizer, PatientOptimizer):
             optimizer.add_noise()
             optimizer.scale_grad()
         self._apply(optimizer, weights)
-        return losses
 
-    def _losses(self, rows: NDArray[np.int64], generator: torch.Generator) -> Tensor:
+    def _losses(
+        self, cohort: Cohort, rows: NDArray[np.int64], generator: torch.Generator
+    ) -> Tensor:
         """(patients,) losses, each the mean over the copies of that patient's image."""
         task, copies = self._task, self._spec.augmentation.multiplicity
-        images, targets = task.taken(self._cohort, rows, copies, generator)
+        images, targets = task.taken(cohort, rows, copies, generator)
         images, motion = augment(images, self._spec.augmentation, generator)
         targets = task.moved(targets, motion).to(self._device)
         with torch.no_grad():
@@ -333,21 +402,27 @@ class LocalTrainer:
         finally:
             if isinstance(self._learner, GradSampleModule):
                 self._learner.enable_hooks()
+        with torch.no_grad():
+            for parameter, mask in self._zeros:
+                parameter.mul_(mask)
 
     def _apply(self, optimizer: Any, weights: Arrays) -> None:
         """The optimiser's step on the noised mean, with FedProx's pull back to the global model."""
         strategy = self._spec.aggregation
         if isinstance(strategy, FedProx):
-            learned = set(self._learner.parameters())
+            learned = set(_learned(self._learner))
             for name, parameter in self._named():
                 if parameter not in learned:
                     continue
                 anchor = torch.from_numpy(np.array(weights[name])).to(parameter.device)
                 parameter.grad = _gradient(parameter) + strategy.mu * (parameter.detach() - anchor)
+        for parameter, mask in self._zeros:
+            if parameter.grad is not None:  # with the noise in it, and the pull
+                parameter.grad.mul_(mask)
         getattr(optimizer, "original_optimizer", optimizer).step()
 
     def _optimizer(self, keystream: Keystream) -> Any:
-        inner = _plain_optimizer(self._spec, list(self._learner.parameters()))
+        inner = _plain_optimizer(self._spec, _learned(self._learner))
         privacy = self._spec.privacy
         if self._mechanism is None or not isinstance(privacy, DpSgd):
             return inner
@@ -355,7 +430,7 @@ class LocalTrainer:
             inner,
             noise_multiplier=self._mechanism.noise_multiplier,
             clip_norm=privacy.clip_norm,
-            normaliser=self._spec.local.batch_size,
+            normaliser=_normaliser(self._spec),
             keystream=keystream,
         )
 
@@ -384,6 +459,11 @@ class LocalTrainer:
     def _half_precision(self) -> bool:
         wanted = self._spec.local.precision == "bfloat16"
         return wanted and self._device.type == "cuda" and torch.cuda.is_bf16_supported()
+
+
+def _normaliser(spec: RunSpec) -> int:
+    """The public number of rows expected in a batch: of patients, and of synthetic images."""
+    return spec.local.batch_size + spec.augmentation.synthetic
 
 
 def best_device() -> torch.device:
@@ -450,6 +530,17 @@ def _with_sample_gradients(network: nn.Module) -> nn.Module:
     return wrapped
 
 
+def _hold_still(network: nn.Module, spec: RunSpec) -> None:
+    """No gradient for what the run does not train (`models.learned`)."""
+    learned = models.learned(spec)
+    for name, parameter in network.named_parameters():
+        parameter.requires_grad_(name in learned)
+
+
+def _learned(learner: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in learner.parameters() if parameter.requires_grad]
+
+
 def _plain_optimizer(spec: RunSpec, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
     chosen = spec.optimizer
     rate, decay = chosen.learning_rate, chosen.weight_decay
@@ -478,8 +569,10 @@ def patient_bytes(spec: RunSpec) -> int:
         ModelError: as `models.build`, or if the network cannot be trained under DP-SGD.
     """
     private = isinstance(spec.privacy, DpSgd)
-    learner = task_for(spec).private(models.outline(spec))
-    size = sum(parameter.numel() for parameter in learner.parameters())
+    network = models.outline(spec)
+    _hold_still(network, spec)
+    learner = task_for(spec).private(network)
+    size = sum(parameter.numel() for parameter in _learned(learner))
     learner = _with_sample_gradients(learner) if private else learner
     settings, copies = spec.input, spec.augmentation.multiplicity
     places = () if settings.images == 1 else (settings.images,)

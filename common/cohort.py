@@ -256,6 +256,11 @@ class Cohort:
         return cls(path, meta, index, seal=seal)
 
     @property
+    def digests(self) -> frozenset[bytes]:
+        """SHA-256 of the stored pixels of each image: equal ones are equal images."""
+        return frozenset(row.tobytes() for row in self._index.digests[self._rows])
+
+    @property
     def is_sealed(self) -> bool:
         """Whether it is sealed on the disk."""
         return self._seal is not None

@@ -48,6 +48,8 @@ SPEC, MODEL = "spec.json", "model.safetensors"
 CARD, CARD_TEXT = "model_card.json", "model_card.md"
 CALIBRATION = "calibration.json"
 REQUIRED = (SPEC, MODEL, CARD, CARD_TEXT)
+PERSONAL = "personal"
+"""The key of a card by which a model says that it must not leave the site that made it."""
 PURPOSE = "model package"
 """What the coordinator's key signs a manifest as; its signatures on other things do not fit."""
 

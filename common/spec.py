@@ -54,6 +54,10 @@ def _is_none(value: object) -> bool:
     return value is None
 
 
+def _is_false(value: bool) -> bool:
+    return not value
+
+
 def _is_one(number: int) -> bool:
     return number == 1
 
@@ -170,6 +174,7 @@ class Task(Section):
                 raise ValueError(
                     f"loss.{key} = {_shown(given)}: no loss of {self.name} has it; leave it out"
                 )
+        _check_loss_settings(spec.loss)
         if weights is not None and len(weights) != len(self.classes):
             raise ValueError(
                 f"loss.class_weights has {len(weights)} numbers for {len(self.classes)} "
@@ -203,12 +208,42 @@ class Task(Section):
             )
 
 
+def _check_loss_settings(loss: Loss) -> None:
+    """Refuse a setting that the loss, of those that its task has, does not take."""
+    if loss.focal_gamma != Loss.model_fields["focal_gamma"].default and loss.name != "focal":
+        raise ValueError(
+            f"loss.focal_gamma = {loss.focal_gamma:g}: it is of 'focal', and loss.name is "
+            f"{_shown(loss.name)}; leave it out"
+        )
+    if loss.label_smoothing and loss.name == "dice":
+        raise ValueError(
+            "loss.label_smoothing: 'dice' compares whole masks and takes none; leave it out, or "
+            "write 'dice-cross-entropy'"
+        )
+
+
 class Model(Section):
-    """Which network of the registry (``cloister models``), and its own options."""
+    """Which network of the registry (``cloister models``), and its own options.
+
+    ``sparse``: weights that are exactly zero, as those of a pruned model, stay so in every round.
+    ``trained``: all of the network, or its last layer alone.
+    """
 
     name: str
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     width: Annotated[int, Field(ge=4, le=1024)] | None = None
+    # Left out of the digest where they say nothing: specs from before them keep theirs.
+    sparse: bool = Field(False, exclude_if=_is_false)
+    trained: Literal["all", "head"] = Field("all", exclude_if=lambda part: part == "all")
+
+
+class Start(Section):
+    """Where a run begins: at a trained model, the SHA-256 of whose ``model.safetensors`` this is.
+
+    What that model's training has spent is in its own run's record, and in each site's ledger.
+    """
+
+    model_sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 class Input(Section):
@@ -326,7 +361,8 @@ class Augmentation(Section):
     ``rotate`` and ``shear`` in degrees, ``shift`` in parts of the image's side, ``zoom`` as a
     relative change; each is drawn uniformly from minus to plus the number. ``multiplicity``
     copies of a patient's image are averaged before clipping, which costs no privacy (De et al.
-    2022, arXiv:2204.13650).
+    2022, arXiv:2204.13650). ``synthetic`` images are expected in a batch beside the patients,
+    from a synthetic cohort that each site names; no patient stands behind them.
     """
 
     rotate: Annotated[float, Field(ge=0, le=180)] = 0.0
@@ -336,6 +372,8 @@ class Augmentation(Section):
     flip_horizontal: bool = False
     flip_vertical: bool = False
     multiplicity: Annotated[int, Field(ge=1, le=64)] = 1
+    # Left out of the digest where it is 0: specs from before it keep theirs.
+    synthetic: int = Field(0, ge=0, le=65536, exclude_if=lambda number: number == 0)
 
 
 class Loss(Section):
@@ -597,6 +635,7 @@ class RunSpec(Section):
     evaluation: Evaluation = Evaluation()
     # Left out of the digest where it says nothing: specs from before it keep theirs.
     use: Annotated[Use, Field(exclude_if=lambda use: use == Use())] = Use()
+    start: Start | None = Field(None, exclude_if=_is_none)
 
     @model_validator(mode="after")
     def _parts_fit_each_other(self) -> Self:
@@ -609,6 +648,11 @@ class RunSpec(Section):
             raise ValueError(
                 f"aggregation.strategy = {self.aggregation.strategy!r} holds all updates at once "
                 f"and means something from 3 on; federation.quorum is {self.federation.quorum}"
+            )
+        if self.model.sparse and self.start is None:
+            raise ValueError(
+                "model.sparse = True: means something to a run that begins at a pruned model; name "
+                "it in [start] model_sha256, or leave the key out"
             )
         if self.schedule.warmup_rounds >= self.rounds:
             raise ValueError(

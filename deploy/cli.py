@@ -91,6 +91,7 @@ def simulate(
     run: Annotated[
         Path | None, typer.Argument(help="The run's TOML file, with a [simulation] table.")
     ] = None,
+    *,
     runs: Annotated[Path, typer.Option(help="Folder in which the run's folder is made.")] = Path(
         "runs"
     ),
@@ -102,6 +103,10 @@ def simulate(
         typer.Option(
             min=0, help="Processes of the local engine; 0: all in one. Default: a site each."
         ),
+    ] = None,
+    model: Annotated[
+        Path | None,
+        typer.Option(help="A package, or a finished run's folder, at which [start] begins."),
     ] = None,
     resume: Annotated[
         Path | None, typer.Option(help="Go on with the killed run in this folder.")
@@ -118,9 +123,11 @@ def simulate(
 
     if (run is None) == (resume is None):
         raise typer.BadParameter("give a run's TOML file, or --resume with a run's folder")
+    if resume is not None and model is not None:
+        raise typer.BadParameter("--model: a run that goes on has begun already; leave it out")
     if engine not in ("local", "ray"):
         raise typer.BadParameter(f"--engine {engine!r}: expected local or ray")
-    folder = resume if resume is not None else simulation.prepare(run or Path(), runs)
+    folder = resume if resume is not None else simulation.prepare(run or Path(), runs, model)
     report = conduct(folder, engine=engine, workers=workers)
     _show_report(report)
 

@@ -80,6 +80,10 @@ def launch(
     run_file: Annotated[Path, typer.Argument(help="The run's TOML file.")],
     *,
     home: HomeOption = Path(),
+    model: Annotated[
+        Path | None,
+        typer.Option(help="A package, or a finished run's folder, at which [start] begins."),
+    ] = None,
     follow: Annotated[
         bool, typer.Option("--follow/--detach", help="Watch it until it is over.")
     ] = True,
@@ -95,7 +99,7 @@ def launch(
     from server.runs import open_home
 
     found = open_home(home)
-    run = put_into_queue(found, run_file)
+    run = put_into_queue(found, run_file, model)
     _say(f"{run.name} is in the queue; its folder is {run.path}")
     if not is_served(found):
         _say("No service runs on this home: `cloister coordinator start` begins with it.")

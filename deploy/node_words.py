@@ -108,6 +108,13 @@ def _what(policy: Policy) -> Iterator[str]:
         yield "A run may have NO differential privacy: its updates leave as they are."
     else:
         yield "A run without differential privacy is refused."
+    if data := policy.data:
+        mixed = f"those in {data.synthetic} alone" if data.synthetic else "none"
+        open_ones = "taken as well" if data.synthetic_without_privacy else "refused"
+        yield (
+            f"Synthetic images that a run may mix in: {mixed}; images of a generator without "
+            f"privacy are {open_ones}."
+        )
     unit = "the patient's whole record" if policy.least_unit == "patient" else "single images"
     yield f"A run protects at least {unit}."
     yield (

@@ -8,6 +8,8 @@ from common.spec import ALL_AT_ONCE, DpSgd, RunSpec
 from common.tasks import words
 from deploy.screen import printable
 
+_NO_CHANGE = {"multiplicity", "synthetic"}  # of augmentation, what changes no image
+
 
 def sentences(spec: RunSpec) -> Iterator[str]:
     """What the run does, a sentence a line, of printable characters."""
@@ -33,9 +35,10 @@ def _sentences(spec: RunSpec) -> Iterator[str]:
         f"{spec.optimizer.learning_rate:g} ({spec.schedule.name}), each on {local.batch_size} "
         f"{spec.privacy.unit}s expected"
     )
-    changes = [name for name, asked in looks.model_dump(exclude={"multiplicity"}).items() if asked]
+    changes = [name for name, asked in looks.model_dump(exclude=_NO_CHANGE).items() if asked]
     if changes:
         yield f"augments by {', '.join(changes)}, {looks.multiplicity} cop(ies) averaged"
+    yield from _special(spec)
     federation, strategy = spec.federation, spec.aggregation.strategy
     yield (
         f"a round closes when all sites have answered, or after "
@@ -57,6 +60,21 @@ def _sentences(spec: RunSpec) -> Iterator[str]:
             f"multiplier of {evaluation.federated.noise_multiplier:g}"
         )
     yield _privacy_sentence(spec)
+
+
+def _special(spec: RunSpec) -> Iterator[str]:
+    """What few runs do, and a person who approves one has to see."""
+    if spec.start is not None:
+        yield f"begins at the trained model {spec.start.model_sha256}"
+    if spec.model.sparse:
+        yield "weights that are zero in that model stay zero"
+    if spec.model.trained == "head":
+        yield "trains the network's last layer alone"
+    if spec.augmentation.synthetic:
+        yield (
+            f"mixes {spec.augmentation.synthetic} synthetic images into each batch, as expected, "
+            "from a cohort that each site names"
+        )
 
 
 def _weighting(spec: RunSpec) -> str:

@@ -28,6 +28,7 @@ or splits one cohort among invented sites, always by patient::
 from __future__ import annotations
 
 import json
+import logging
 import os
 import secrets
 from collections.abc import Mapping
@@ -44,10 +45,11 @@ from pydantic import Field, ValidationError, model_validator
 
 from client import app as client_wiring
 from client.gate import Gate, Site
-from client.home import counter_of
+from client.home import counter_of, fitting
 from client.keyfile import NodeKey, create_key
 from client.ledger import Ledger, Place, Signed
 from client.policy import Limits, Machine, Policy, Releases
+from client.synthetic import synthetic_cohort
 from client.training import Compute, LocalTrainer, best_device
 from common import models
 from common.accounting import SubsampledGaussian, planned
@@ -62,8 +64,13 @@ from deploy.ray_engine import run_on_ray
 from server import app as server_wiring
 from server.evaluation import CentralEvaluator
 from server.rounds import Conduct, Observer
+from server.start import START_FILE, starting_model
+
+log = logging.getLogger("cloister.simulation")
 
 Engine = Literal["local", "ray"]
+_REPEATS = 0.05
+"""The part of the evaluation's images that may be among those trained on, with a warning."""
 
 
 class SimulatedSite(Section):
@@ -83,6 +90,8 @@ class Simulation(Section):
         cohort: one cohort, split by `partition` among `sites`, with `alpha` for ``dirichlet``
             (by label) and ``quantity`` (by size).
         declared_size: of the split sites: one number for all, or one each.
+        synthetic: a cohort of ``cloister generate`` that every site mixes in, where the run asks
+            for it; with `synthetic_without_privacy` also one of a run without privacy.
         allow_odd_sites: go on although a site is empty or has images of one class only.
     """
 
@@ -93,6 +102,8 @@ class Simulation(Section):
     alpha: Positive = 0.5
     sites: Count = 1
     declared_size: Count | tuple[Count, ...] | None = None
+    synthetic: str | None = None
+    synthetic_without_privacy: bool = False
     allow_odd_sites: bool = False
 
     @model_validator(mode="after")
@@ -140,6 +151,22 @@ class Simulation(Section):
             parts = partition.quantity(whole, self.sites, seed, alpha=self.alpha)
         return whole.subset(parts[number])
 
+    def mixed_in(self, spec: RunSpec) -> Cohort | None:
+        """The synthetic images of a run that mixes some in; None of any other.
+
+        Raises:
+            CohortError: if they cannot be, or are not, named or do not fit.
+        """
+        if not spec.augmentation.synthetic:
+            return None
+        if self.synthetic is None:
+            raise CohortError(
+                f"augmentation.synthetic = {spec.augmentation.synthetic}: [simulation] names no "
+                "synthetic cohort; write synthetic = the cohort that `cloister generate` made"
+            )
+        path, unprotected = Path(self.synthetic), self.synthetic_without_privacy
+        return fitting(spec, synthetic_cohort(path, without_privacy=unprotected))
+
     def held_out(self, number: int) -> Cohort:
         """The images of site `number` that are marked ``test``; none of a cohort that is dealt."""
         if self.site:
@@ -155,6 +182,8 @@ class Simulation(Section):
         sites = tuple(s.model_copy(update={"cohort": resolved(s.cohort)}) for s in self.site)
         cohort = None if self.cohort is None else resolved(self.cohort)
         changed = {"site": sites, "cohort": cohort, "evaluation": resolved(self.evaluation)}
+        if self.synthetic is not None:
+            changed["synthetic"] = resolved(self.synthetic)
         return self.model_copy(update=changed)
 
 
@@ -176,7 +205,7 @@ def read_simulation(table: Mapping[str, Any], source: str) -> Simulation:
         raise SpecError("\n".join(lines)) from None
 
 
-def prepare(run_file: Path, runs: Path) -> Path:
+def prepare(run_file: Path, runs: Path, model: Path | None = None) -> Path:
     """Check a run and its data, and make its folder below `runs`.
 
     Returns:
@@ -196,12 +225,15 @@ def prepare(run_file: Path, runs: Path) -> Path:
     stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
     spec = read.spec.identified(f"{read.spec.name.lower()}-{stamp}-{secrets.token_hex(2)}")
     check(spec, simulation)
+    start = starting_model(spec, model)
     folder = runs / spec.run_id
     table = simulation.model_dump_json(indent=2, exclude_unset=True)
     try:
         folder.mkdir(parents=True)
         write_durably(folder / "spec.json", spec.canonical_json.encode())
         write_durably(folder / "simulation.json", table.encode())
+        if start is not None:
+            write_durably(folder / START_FILE, start)
     except OSError as error:
         raise RunError(f"{folder}: cannot be written ({error}); name another --runs") from error
     return folder
@@ -215,6 +247,8 @@ def check(spec: RunSpec, simulation: Simulation) -> None:
             f"{len(simulation.names)} sites"
         )
     models.check_private(models.build(spec))
+    models.learned(spec)
+    simulation.mixed_in(spec)
     evaluator = CentralEvaluator(spec, Cohort.open(Path(simulation.evaluation)))
     for number, name in enumerate(simulation.names):
         planned(spec, simulation.declared(number))
@@ -226,16 +260,31 @@ def check(spec: RunSpec, simulation: Simulation) -> None:
 
 
 def _check_apart(name: str, cohort: Cohort, evaluator: CentralEvaluator) -> None:
-    """One directory may hold both, each patient in one of them; a headline on others is none."""
+    """No patient is trained on and evaluated on, in one directory or in two.
+
+    Pseudonyms of two directories can be compared where both are of DICOM: those of one site key
+    are equal for one patient, and those of two keys for none. Equal images are a sign everywhere.
+    A few are told, as public data sets have some; many are no accident.
+    """
     for part, held_out in evaluator.parts.items():
-        if held_out.path.resolve() != cohort.path.resolve():
-            continue
-        if both := set(cohort.patients) & set(held_out.patients):
+        same_place = held_out.path.resolve() == cohort.path.resolve()
+        named = {cohort.meta.source, held_out.meta.source} == {"dicom"}
+        both = set(cohort.patients) & set(held_out.patients) if same_place or named else set()
+        if both:
             raise CohortError(
                 f"{cohort.path}: {len(both)} patients that site {name!r} trains on are in the "
-                f"{part} part of the evaluation as well; mark all images of a patient alike "
-                "(split), or name another evaluation cohort"
+                f"{part} part of the evaluation as well ({held_out.path}); mark all images of a "
+                "patient alike (split), or name another evaluation cohort"
             )
+        equal = 0 if same_place else len(cohort.digests & held_out.digests)
+        if equal > _REPEATS * len(held_out):
+            raise CohortError(
+                f"{cohort.path}: {equal} of the {len(held_out)} images of the {part} part of the "
+                f"evaluation ({held_out.path}) are images that site {name!r} trains on; name "
+                "another evaluation cohort"
+            )
+        if equal:
+            log.warning("%d images of site %r are in the %s part as well", equal, name, part)
 
 
 def _check_ordinary(name: str, cohort: Cohort) -> None:
@@ -335,7 +384,7 @@ def _gate(folder: Path, number: int) -> Gate:
             declared_size=declared,
             mechanism=mechanism,
             compute=compute,
-        )
+        ).mix_in(simulation.mixed_in(spec))
 
     def keystream(*, run_id: str, round_number: int) -> Keystream:  # the seed, not the run
         return Keystream.seeded(spec.seed, name, round_number)

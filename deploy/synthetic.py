@@ -30,6 +30,7 @@ from PIL.PngImagePlugin import PngInfo
 from torch import nn
 
 from client.intake.builder import CohortBuilder, ImageRecord
+from client.synthetic import ABOUT, PRIVATE
 from common.cohort import PIXEL_MAX, CohortMeta
 from common.errors import ConfigError, RunError
 from common.files import write_durably
@@ -113,6 +114,7 @@ def _write_parts(out: Path, generator: Generator, drawn: Drawn, seed: int) -> No
     about = {
         "what": "synthetic images; not to be taken for evidence of anything",
         "privacy": _privacy(spec),
+        PRIVATE: isinstance(spec.privacy, DpSgd),
         "run": spec.name,
         "run_digest": spec.digest,
         "model_sha256": generator.model_sha256,
@@ -124,7 +126,7 @@ def _write_parts(out: Path, generator: Generator, drawn: Drawn, seed: int) -> No
     names = list(write_pictures(out / "images", drawn, f"{SYNTHETIC}; {spec.name}"))
     write_durably(out / "labels.csv", _label_table(names, drawn, spec))
     write_cohort(out / "cohort", drawn, spec)
-    write_durably(out / "about.json", json.dumps(about, indent=2).encode())
+    write_durably(out / ABOUT, json.dumps(about, indent=2).encode())
 
 
 def _privacy(spec: RunSpec) -> str:

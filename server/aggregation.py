@@ -16,6 +16,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from common import models
 from common.errors import UpdateError
 from common.messages import Arrays
 from common.spec import FedAvgM, FedOpt, Krum, RunSpec, TrimmedMean
@@ -240,3 +241,18 @@ def check_update(update: Arrays, like: Arrays, largest_norm: float | None) -> fl
     if largest_norm is not None and norm > largest_norm:
         raise UpdateError(f"norm {norm:.4g} above aggregation.max_update_norm = {largest_norm:g}")
     return norm
+
+
+def check_still(update: Arrays, weights: Arrays, spec: RunSpec) -> None:
+    """Refuse an update that moves what the run holds still, of which a mean would not be zero.
+
+    Raises:
+        UpdateError: naming the parameter: of a sparse run, a weight that is zero in `weights`; of
+            one that trains the last layer, any other.
+    """
+    learned = models.learned(spec)
+    for name, array in update.items():
+        if name not in learned and np.any(array):
+            raise UpdateError(f"{name}: moved, and model.trained is {spec.model.trained!r}")
+        if spec.model.sparse and np.any(array[weights[name] == 0]):
+            raise UpdateError(f"{name}: moved where the global model is zero; the run is sparse")

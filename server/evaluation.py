@@ -14,6 +14,7 @@ import io
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -253,12 +254,14 @@ def split_cohort(cohort: Cohort, spec: RunSpec) -> dict[PartName, Cohort]:
 
 
 def _refuse_shared_patients(cohort: Cohort, parts: Mapping[PartName, Cohort]) -> None:
-    both = set(parts["validation"].patients) & set(parts["test"].patients)
-    if both:
-        raise CohortError(
-            f"{cohort.path}: {len(both)} patients have images in 'validation' and in 'test', one "
-            f"is {min(both)}; expected each patient in one part: mark all its images alike"
-        )
+    names = {name: set(part.patients) for name, part in parts.items()}
+    names |= {"train": set(cohort.with_split("train").patients)}
+    for one, other in combinations(names, 2):
+        if both := names[one] & names[other]:
+            raise CohortError(
+                f"{cohort.path}: {len(both)} patients have images in {one!r} and in {other!r}; "
+                "expected each patient in one part: mark all its images alike"
+            )
 
 
 def _choose(cohort: Cohort, spec: RunSpec) -> NDArray[np.bool_]:

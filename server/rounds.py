@@ -64,13 +64,14 @@ from common.messages import (
     read_reply,
 )
 from common.spec import RunSpec
-from server.aggregation import GlobalModel, aggregator_for, check_update
+from server.aggregation import GlobalModel, aggregator_for, check_still, check_update
 from server.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from server.evaluation import CentralEvaluator, EarlyStopping
 from server.federated import result_of, table_of
 from server.journal import RunJournal, SiteEntry
 from server.members import Anybody, Members
 from server.post import Post, names_of
+from server.start import starting_weights
 from server.witness import WITNESS_FILE, WitnessBook
 
 log = logging.getLogger("cloister.rounds")
@@ -247,7 +248,7 @@ class FederatedRun:
         self._turned_away: dict[int, float] = {}
         self._called: dict[int, str] = {}
         self._network = models.build(spec)
-        start = {name: p.detach().numpy().copy() for name, p in self._network.named_parameters()}
+        start = starting_weights(spec, folder, self._network)
         found = load_checkpoint(folder / "checkpoint", spec.digest)
         if found is None:
             _check_new(folder)
@@ -581,6 +582,7 @@ class FederatedRun:
         check_update(
             answer.update, self._state.model.weights, self._spec.aggregation.max_update_norm
         )
+        check_still(answer.update, self._state.model.weights, self._spec)
         return answer.update
 
     def _ask(

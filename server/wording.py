@@ -181,6 +181,7 @@ def claim(record: RunRecord) -> tuple[str, ...]:
         "ε covers the contents of the releases, not their timing or absence, and holds for real "
         "arithmetic. It is this run's; what a site has spent over its life is in its own ledger.",
         *_composition(record),
+        *_beginning(record.spec),
         "Patients of the central evaluation cohort are not covered: their hospital permits that "
         "use.",
         *_pictures(record.spec.evaluation.gallery),
@@ -218,7 +219,18 @@ def limitations(record: RunRecord) -> tuple[str, ...]:
         "other results. Test it on local images first.",
         "Nothing here says how it does in subgroups (age, sex, device, site).",
         *record.spec.task.CAVEATS,
+        *_beginning(record.spec),
         "Intervals show the chance of the sample of patients, not of training.",
+    )
+
+
+def _beginning(spec: RunSpec) -> tuple[str, ...]:
+    """What the figures leave out of a model that did not begin at random weights."""
+    if spec.start is None:
+        return ()
+    return (
+        f"The run began with the model {spec.start.model_sha256}; what its training spent is in "
+        "that run's record, and not in the figures here.",
     )
 
 

@@ -26,6 +26,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
 
 from common.errors import ModelError
 from common.spec import RunSpec
@@ -117,6 +118,32 @@ def outline(spec: RunSpec) -> nn.Module:
         return _made(spec)
 
 
+@lru_cache(maxsize=32)
+def learned(spec: RunSpec) -> frozenset[str]:
+    """The names of the parameters that a run trains: all, or those of the last layer.
+
+    Raises:
+        ModelError: as `build`; or the last layer alone is asked for, and is not that of the
+            task's outputs.
+    """
+    network = outline(spec)
+    if spec.model.trained == "all":
+        return frozenset(name for name, _ in network.named_parameters())
+    name, layer = [
+        (name, layer)
+        for name, layer in network.named_modules()
+        if any(True for _ in layer.parameters(recurse=False))
+    ][-1]
+    outputs = layer.get_parameter("weight").shape[0]
+    if outputs != spec.task.outputs or spec.task.NETWORK == "pair":
+        raise ModelError(
+            f"model.trained = 'head': {spec.model.name!r} does not end with a layer of the "
+            f"{spec.task.outputs} outputs of {spec.task.name}; leave the key out, or choose "
+            "another network"
+        )
+    return frozenset(f"{name}.{own}" for own, _ in layer.named_parameters())
+
+
 def check_private(model: nn.Module) -> None:
     """Refuse a network that cannot be trained soundly under DP-SGD.
 
@@ -157,6 +184,11 @@ def _made(spec: RunSpec) -> nn.Module:
     factory = pkgutil.resolve_name(NETWORKS[spec.model.name].factory)
     around = pkgutil.resolve_name(_OF_STUDY) if spec.input.images > 1 else None
     model: nn.Module = around(factory, spec) if around else factory(spec)
+    if spec.model.dropout and not any(isinstance(layer, _DropoutNd) for layer in model.modules()):
+        raise ModelError(
+            f"model.dropout = {spec.model.dropout:g}: {spec.model.name!r} has no dropout here; "
+            "leave the key out"
+        )
     return model
 
 

@@ -44,6 +44,8 @@ CHANGES: dict[str, Any] = {
     "data.classes": ["no", "maybe"],
     "data.shape": [3, 32, 48],
     "data.preprocessing": "ab" * 32,
+    "data.synthetic": "made/cohort",
+    "data.synthetic_without_privacy": True,
     "release.pace": 0.25,
     "release.least_slot": 41.0,
     "release.greatest_slot": 4321.0,

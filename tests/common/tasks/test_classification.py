@@ -18,7 +18,7 @@ IMAGES = 7
 WEIGHTS = (0.5, 2.0, 3.0)
 LOSSES: list[dict[str, Any]] = [
     {"name": name, "label_smoothing": smoothing, "focal_gamma": gamma}
-    for name, gammas in {"cross-entropy": (0.0,), "mse": (0.0,), "focal": (0.0, 0.5, 2.0)}.items()
+    for name, gammas in {"cross-entropy": (2.0,), "mse": (2.0,), "focal": (0.0, 0.5, 2.0)}.items()
     for smoothing in (0.0, 0.1)
     for gamma in gammas
 ]

@@ -1,0 +1,167 @@
+"""Synthetic images that are mixed in are no patients, and change nothing of what one can move."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from client.synthetic import synthetic_cohort
+from client.training import LocalTrainer
+from common.cohort import Cohort
+from common.errors import CohortError, Refusal
+from common.noise import Keystream
+from common.spec import RunSpec
+from common.tasks.generation import Drawn
+from deploy.synthetic import write_cohort as write_drawn
+
+PATIENTS, MIXED, C = 5, 3, 0.3
+Make = Callable[..., Any]
+
+
+@pytest.fixture
+def make(make_spec: Any, make_trainer: Any, array_cohort: Any) -> Make:
+    """A trainer of everyone that mixes in three synthetic images of six, and its cohort."""
+
+    def of(synthetic: int = MIXED, clip_norm: float = C, **privacy: Any) -> Any:
+        spec = make_spec(
+            model={"name": "small-cnn", "width": 4},
+            local={"batch_size": PATIENTS, "steps": 1},
+            augmentation={"rotate": 20.0, "synthetic": synthetic},
+            privacy=privacy or {"clip_norm": clip_norm},
+        )
+        rng = np.random.default_rng(5)
+        images = rng.random((PATIENTS, *spec.input.shape), dtype=np.float32)
+        made = rng.random((2 * MIXED, *spec.input.shape), dtype=np.float32)
+        cohort = array_cohort(images, np.arange(PATIENTS) % 2)
+        trainer = make_trainer(spec, cohort, PATIENTS)
+        return trainer.mix_in(array_cohort(made, np.arange(2 * MIXED) % 2)), cohort, spec
+
+    return of
+
+
+def sum_of(made: Any, patients: list[int], weights: Any, watch: Any, keystream: Any) -> Any:
+    trainer, cohort, _ = made
+    cohort.show([[patient] for patient in patients])
+    with watch() as steps:
+        result = trainer.train(weights, 1, keystream())
+    assert result.sampled == (len(patients),)  # they are counted as nobody
+    return steps[0]
+
+
+@pytest.mark.parametrize("clip_norm", [1e-3, 0.3])
+def test_no_patient_moves_the_sum_by_more_than_c(
+    make: Make, global_weights: Any, watch_steps: Any, quiet_keystream: Any, clip_norm: float
+):
+    made = make(clip_norm=clip_norm)
+    given = global_weights(made[2]), watch_steps, quiet_keystream
+    whole = sum_of(made, [0, 1, 2, 3, 4], *given).summed.astype(np.float64)
+    for last in range(PATIENTS):
+        others = [patient for patient in range(PATIENTS) if patient != last]
+        there = sum_of(made, [*others, last], *given).summed.astype(np.float64)
+        gone = sum_of(made, others, *given).summed.astype(np.float64)
+        assert np.linalg.norm(there - gone) <= clip_norm * (1 + 1e-5)
+    nobody = sum_of(made, [], *given).summed
+    assert 0 < np.linalg.norm(nobody) <= 2 * MIXED * clip_norm  # each of them clipped as well
+    assert np.linalg.norm(whole - nobody) > 0
+
+
+def test_the_sum_is_divided_by_patients_and_synthetic_images_together(
+    make: Make, global_weights: Any, watch_steps: Any, quiet_keystream: Any
+):
+    made = make()
+    step = sum_of(made, [0, 1], global_weights(made[2]), watch_steps, quiet_keystream)
+    np.testing.assert_allclose(step.gradient, step.summed / (PATIENTS + MIXED), rtol=1e-6)
+
+
+def test_as_many_as_the_run_expects_are_taken_on_average(make: Make, global_weights: Any):
+    trainer, _, spec = make()
+    weights, seen = global_weights(spec), []
+    for number in range(60):
+        trainer._synthetic.reads.clear()
+        trainer.train(weights, 1, Keystream.seeded(number, "north", 1))
+        seen.append(sum(map(len, trainer._synthetic.reads)))
+    assert abs(np.mean(seen) - MIXED) < 4 * np.sqrt(MIXED / 2 / len(seen))
+    assert np.var(seen) > 0.5  # Poisson, not a fixed number
+
+
+def test_without_privacy_they_count_as_much_as_patients(
+    make: Make, global_weights: Any, watch_steps: Any
+):
+    made = make(mechanism="none")
+    trainer, cohort, spec = made
+    cohort.show([])
+    with watch_steps() as steps:
+        trainer.train(global_weights(spec), 1, Keystream.seeded(1, "north", 1))
+    assert np.linalg.norm(steps[0].gradient) > 0
+
+
+def test_a_run_that_mixes_in_trains_nothing_without_them(
+    make_spec: Any, make_trainer: Any, array_cohort: Any, global_weights: Any
+):
+    spec = make_spec(augmentation={"synthetic": 2})
+    cohort = array_cohort(np.zeros((1, *spec.input.shape), np.float32), np.zeros(1, np.int64))
+    trainer: LocalTrainer = make_trainer(spec, cohort, 40)
+    with pytest.raises(ValueError, match="no synthetic cohort is mixed in"):
+        trainer.train(global_weights(spec), 1, Keystream.seeded(1, "north", 1))
+    with pytest.raises(CohortError, match="1 synthetic images, the run expects 2"):
+        trainer.mix_in(cohort)
+
+
+def test_older_specs_keep_their_digest(make_spec: Any):
+    assert "synthetic" not in make_spec().canonical_json
+    assert make_spec(augmentation={"synthetic": 0}).digest == make_spec().digest
+    assert make_spec(augmentation={"synthetic": 1}).digest != make_spec().digest
+
+
+# --- Which cohorts are taken ----------------------------------------------------------------------
+
+
+def told(cohort: Cohort, **about: Any) -> Path:
+    (cohort.path.parent / "about.json").write_text(json.dumps(about))
+    return cohort.path
+
+
+def test_patients_are_never_mixed_in(write_cohort: Any, make_spec: Any):
+    path = told(write_cohort(make_spec(), range(3)), differential_privacy=True)
+    with pytest.raises(CohortError, match="its source is 'test', expected 'synthetic'"):
+        synthetic_cohort(path, without_privacy=True)
+
+
+@pytest.mark.parametrize(
+    "about", [{}, {"differential_privacy": False}, {"differential_privacy": "yes"}]
+)
+def test_images_of_a_generator_without_privacy_take_a_word(
+    make_synthetic: Any, about: dict[str, Any]
+):
+    path = told(make_synthetic(), **about)
+    with pytest.raises(CohortError, match=r"about\.json: .*synthetic_without_privacy = true"):
+        synthetic_cohort(path, without_privacy=False)
+    assert len(synthetic_cohort(path, without_privacy=True)) == 3
+    told(make_synthetic(), differential_privacy=True)
+    assert len(synthetic_cohort(path, without_privacy=False)) == 3
+
+
+@pytest.fixture
+def make_synthetic(make_spec: Callable[..., RunSpec], tmp_path: Path) -> Callable[[], Cohort]:
+    def make() -> Cohort:
+        spec, path = make_spec(), tmp_path / "made" / "cohort"
+        if not path.exists():
+            path.parent.mkdir()
+            drawn = Drawn(torch.zeros(3, *spec.input.shape), torch.tensor([0, 1, 0]))
+            write_drawn(path, drawn, spec)
+        return Cohort.open(path)
+
+    return make
+
+
+def test_a_site_that_names_no_synthetic_cohort_says_so(make_policy: Any, make_spec: Any):
+    spec = make_spec(augmentation={"synthetic": 2})
+    with pytest.raises(Refusal, match=r"\[data\] names no synthetic cohort"):
+        make_policy().judge(spec, 1)
+    assert make_policy(data={"synthetic": "made/cohort"}).judge(spec, 1)
