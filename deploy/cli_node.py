@@ -15,6 +15,7 @@ from rich.progress import track
 from rich.text import Text
 
 from common.errors import ConfigError, Refusal
+from deploy.cli_fine_tune import fine_tune
 from deploy.cli_join import join, renew, request
 from deploy.cli_listen import listen
 from deploy.cli_node_service import doctor, start, status
@@ -612,3 +613,4 @@ def _limit(limit: Limit) -> str:
 
 for command in (listen, request, join, renew, start, status, doctor):
     node_app.command()(command)
+node_app.command(name="fine-tune")(fine_tune)

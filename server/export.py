@@ -160,7 +160,13 @@ def export(
         RunError: likewise, or if `out` cannot be written.
     """
     refuse_what_is_there(out)
-    files = pkgutil.resolve_name(FORMATS[kind])(Described.of(source))
+    described = Described.of(source)
+    if signing is not None and package.PERSONAL in described.card:
+        raise PackageError(
+            f"{source}: a personal model, trained on the patients of one site for that site; no "
+            "federation signs it"
+        )
+    files = pkgutil.resolve_name(FORMATS[kind])(described)
     return write_folder(out, kind, files, signing=signing, clock=clock)
 
 

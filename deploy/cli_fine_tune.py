@@ -1,0 +1,132 @@
+"""`cloister node fine-tune`: a site trains the federation's model further on its own patients."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from deploy.cli_model import AuthorityOption, UnsignedOption, believed_authority
+from deploy.cli_take import CohortKeyFile, Node, sealing_key
+
+if TYPE_CHECKING:  # each command imports what it needs: --help answers at once
+    from common.package import Package
+    from common.spec import RunSpec
+    from deploy.fine_tune import FineTuned, Wish
+
+console = Console()
+
+
+def fine_tune(
+    model: Annotated[Path, typer.Argument(help="A model's package, or a finished run's folder.")],
+    cohort: Annotated[Path, typer.Argument(help="The site's cohort, as intake made it.")],
+    out: Annotated[Path, typer.Argument(help="A folder that is not there yet.")],
+    *,
+    epochs: Annotated[
+        int, typer.Option(min=1, max=1000, help="How often each patient is expected to be seen.")
+    ] = 5,
+    head_only: Annotated[
+        bool,
+        typer.Option("--head-only", help="Train the last layer alone, over the shared body."),
+    ] = False,
+    learning_rate: Annotated[
+        float | None,
+        typer.Option(min=1e-9, max=1e6, help="Of the optimiser.", show_default="the run's own"),
+    ] = None,
+    private: Annotated[
+        bool,
+        typer.Option("--private", help="With noise, booked in the ledger of --node."),
+    ] = False,
+    epsilon: Annotated[
+        float | None,
+        typer.Option(min=1e-3, help="With --private: what it may spend.", show_default="the run's"),
+    ] = None,
+    name: Annotated[
+        str, typer.Option(help="Of this training; with --private another one is booked anew.")
+    ] = "fine-tuned",
+    node: Node = None,
+    cohort_key: CohortKeyFile = None,
+    authority: AuthorityOption = None,
+    unsigned: UnsignedOption = False,
+) -> None:
+    """Train a model further on this site's own patients: a model of the site's own.
+
+    Nothing leaves the site, so nothing is added to protect its patients and nothing is booked: the
+    model is **personal, and must not leave the site**. No run begins at it, and no federation
+    signs it. With `--private` it is trained with noise on the node's own cohort instead, after the
+    node's policy and a person have said yes, and is booked in its ledger for life: it may then be
+    published.
+
+    Patients marked `test` are held out, or else a quarter of them; each metric is shown before and
+    after, and what changed with the interval of the difference on the same patients.
+
+    Example: `cloister node fine-tune chest.package north/cohort ours --head-only --node north`
+    """
+    from common.errors import ConfigError
+    from common.package import Package
+    from deploy import fine_tune as work
+    from server.export import refuse_what_is_there, write_folder
+
+    refuse_what_is_there(out)
+    if epsilon is not None and not private:
+        raise ConfigError("--epsilon: is of --private; without it nothing is spent")
+    believed = None
+    if authority is not None or (node is not None and not unsigned):
+        believed = believed_authority(node, authority)
+    opened = Package.open(model, authority=believed, unsigned=unsigned)
+    wish = work.Wish(epochs, head_only, learning_rate, name)
+    if private:
+        found = _private(opened, wish, epsilon, node, cohort)
+    else:
+        from common.cohort import Cohort
+
+        own = Cohort.open(cohort, sealing_key(node, cohort_key))
+        with console.status("Training …"):
+            found = work.fine_tune(opened, own, wish)
+    write_folder(out, "package", found.files)
+    _show(found, opened.spec, out)
+
+
+def _private(
+    model: Package, wish: Wish, epsilon: float | None, node: Path | None, cohort: Path
+) -> FineTuned:
+    from client.home import NodeHome
+    from common.errors import ConfigError
+    from deploy import fine_tune as work
+
+    if node is None:
+        raise ConfigError("--private: books in a node's ledger; name its folder with --node")
+    home = NodeHome.open(node)
+    if home.cohort_path.resolve() != cohort.resolve():
+        raise ConfigError(
+            f"{cohort}: --private trains on the node's own cohort, {home.cohort_path}, whose "
+            "patients its ledger is of; expected that one"
+        )
+    with console.status("Training …"):
+        return work.fine_tune_privately(model, home, wish, epsilon)
+
+
+def _show(found: FineTuned, spec: RunSpec, out: Path) -> None:
+    from common.tasks.words import estimate
+    from deploy.fine_tune import MUST_NOT_LEAVE
+
+    table = Table("metric", "before", "after", "change")
+    for metric, known in spec.metrics.items():
+        if metric in found.differences:
+            row = (found.before.metrics[metric], found.after.metrics[metric])
+            change = found.differences[metric]
+            table.add_row(known.title, *(estimate(each, 3) for each in (*row, change)))
+    console.print(table)
+    console.print(
+        f"On {found.after.images} images of {found.after.patients} held-out {found.after.unit}s, "
+        "with 95 % intervals; that of the change is of the same patients before and after.",
+        highlight=False,
+    )
+    if found.epsilon is None:
+        console.print(f"[bold]{MUST_NOT_LEAVE}[/] Nothing was booked.", highlight=False)
+    else:
+        console.print(f"Booked: epsilon {found.epsilon:.3f}. It may be published.", highlight=False)
+    console.print(f"The model: {out}", highlight=False, markup=False, soft_wrap=True)

@@ -1,0 +1,354 @@
+"""A site makes the federation's model its own: trained further on the site's own patients.
+
+Without ``private`` nothing leaves the site. No noise is added and no budget is spent, so what comes
+of it may give its patients away: it is marked as personal, and no run begins at it. With
+``private`` the training is one round of a run of this site alone, which goes through the node's
+own gate: policy, a person's yes, ledger. What comes of it is a release like any other.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors.numpy import save
+from torch import nn
+
+from client.folder import cohort_digest
+from client.home import NodeHome
+from client.training import LocalTrainer, best_device
+from common import accounting, models, package
+from common.cohort import Cohort
+from common.errors import CohortError, ConfigError, PackageError
+from common.messages import Arrays, Closing, Invitation, RefusalReply, Release, TrainTask
+from common.noise import fresh_keystream
+from common.package import Package
+from common.spec import DpSgd, NoPrivacy, RunSpec
+from common.studies import rows_for
+from common.tasks import task_for
+from common.tasks.estimates import Estimate
+from common.tasks.paired import paired_differences
+from deploy import node_review
+from server.card import to_markdown
+from server.evaluation import PartResult, score_part
+
+MUST_NOT_LEAVE = (
+    "Trained on this site's patients without noise: it may give them away, and must not leave the "
+    "site."
+)
+_HELD_OUT = 0.25
+_OF_THE_OTHER = ("calibration", "smaller")  # keys of a card that hold of its own weights alone
+_SEED = 1
+
+
+@dataclass(frozen=True)
+class Wish:
+    """How a model is to be trained further.
+
+    Attributes:
+        epochs: how often each patient is expected to be seen.
+        head_only: whether the last layer alone is trained, over the body that all sites share.
+        learning_rate: None: the run's own.
+        name: of the site's own run; another one is another run, and is booked anew.
+    """
+
+    epochs: int = 5
+    head_only: bool = False
+    learning_rate: float | None = None
+    name: str = "fine-tuned"
+
+
+@dataclass(frozen=True)
+class FineTuned:
+    """What came of it.
+
+    Attributes:
+        files: of a package, by name.
+        before, after: on the site's held-out patients.
+        differences: after minus before, of each metric, both resampled alike.
+        epsilon: what was booked for it, at the delta of the run; None if nothing was.
+    """
+
+    files: Mapping[str, bytes]
+    before: PartResult
+    after: PartResult
+    differences: Mapping[str, Estimate]
+    epsilon: float | None
+
+
+def fine_tune(model: Package, cohort: Cohort, wish: Wish) -> FineTuned:
+    """Train a model further on a site's cohort; nothing of it is protected.
+
+    Args:
+        model: where it begins.
+        cohort: the site's. Its patients marked ``test`` are held out, or else a quarter of them.
+        wish: how.
+
+    Raises:
+        CohortError: if the cohort does not fit the model, or has too few patients.
+        ModelError: if the network has no head of its own, and that is asked for.
+        PackageError: if the model's weights cannot be used.
+    """
+    unbound = NoPrivacy(mechanism="none", unit=cohort.unit)
+    cohort.check_fits(model.spec.model_copy(update={"privacy": unbound}))
+    train, held_out = _parts(cohort)
+    size = len(train.patients)
+    spec = _spec_of(model, wish, size, unbound.model_dump(mode="json"))
+    trainer = LocalTrainer(spec, train, declared_size=size, mechanism=None)
+    weights = _weights(model.network())
+    stream = fresh_keystream(run_id=spec.run_id, round_number=1)
+    update = trainer.train(weights, 1, stream).update
+    return _finished(model, spec, (weights, update), held_out, size)
+
+
+def fine_tune_privately(
+    model: Package, home: NodeHome, wish: Wish, epsilon: float | None
+) -> FineTuned:
+    """The same under differential privacy, booked in the node's ledger: it may be published.
+
+    The node's own cohort is trained on, but its patients marked ``test``.
+
+    Args:
+        model: where it begins.
+        home: the node's folder.
+        wish: how; the same one is the same run, which is booked once.
+        epsilon: of this training; None: what the model's own run asked for.
+
+    Raises:
+        CohortError: as `fine_tune`; or no patient is marked ``test``.
+        ConfigError: if the node refuses, with everything that stands against it.
+        SpecError: if no noise reaches that epsilon.
+    """
+    cohort = home.open_cohort()
+    spec = _private_spec(model, home, wish, epsilon)
+    cohort.check_fits(spec)
+    held_out = cohort.with_split("test")
+    if not len(held_out):
+        raise CohortError(
+            f"{cohort.path}: no patient is marked 'test', so nobody could say what was gained; "
+            "take the source in again with --split"
+        )
+    weights = _weights(model.network())
+    update = _released(home, spec, weights)
+    return _finished(model, spec, (weights, update), held_out, home.policy.declared_size)
+
+
+# --- Training -------------------------------------------------------------------------------------
+
+
+def _parts(cohort: Cohort) -> tuple[Cohort, Cohort]:
+    """To train on, and held out: no patient is in both."""
+    train, held_out = cohort.with_split("", "train"), cohort.with_split("test")
+    if not len(held_out):
+        order = np.random.default_rng(_SEED).permutation(len(train.patients))
+        cut = math.ceil(_HELD_OUT * len(order))
+        train, held_out = train.subset(order[cut:]), train.subset(order[:cut])
+    if both := set(train.patients) & set(held_out.patients):
+        raise CohortError(
+            f"{cohort.path}: {len(both)} patients have images to train on and images marked "
+            "'test'; expected each patient in one part: mark all its images alike"
+        )
+    if min(len(train.patients), len(held_out.patients)) < 2:
+        raise CohortError(
+            f"{cohort.path}: {len(train.patients)} {cohort.unit}s to train on and "
+            f"{len(held_out.patients)} to test with; expected two of each at least"
+        )
+    return train, held_out
+
+
+def _spec_of(model: Package, wish: Wish, size: int, privacy: Mapping[str, Any]) -> RunSpec:
+    """The model's run as one round of one site: what a trainer and a gate take."""
+    plain = json.loads(model.spec.canonical_json)
+    batch = min(plain["local"]["batch_size"], max(1, size // 2))
+    steps = wish.epochs * math.ceil(size / batch)
+    plain["evaluation"].pop("federated", None)
+    if wish.learning_rate is not None:
+        plain["optimizer"]["learning_rate"] = wish.learning_rate
+    if wish.head_only:
+        plain["model"]["trained"] = "head"
+    changed = {
+        "name": wish.name,
+        "run_id": "",
+        "rounds": 1,
+        "schedule": {},
+        "privacy": dict(privacy),
+        "local": plain["local"] | {"batch_size": batch, "steps": steps},
+        "federation": {"quorum": 1},
+        "aggregation": {"strategy": "fedavg"},
+        "start": {"model_sha256": model.model_sha256},
+    }
+    plain["augmentation"].pop("synthetic", None)
+    return RunSpec.from_json(json.dumps(plain | changed), source=str(model.path))
+
+
+def _private_spec(model: Package, home: NodeHome, wish: Wish, epsilon: float | None) -> RunSpec:
+    policy, own = home.policy, model.spec.privacy
+    if not isinstance(own, DpSgd):
+        raise ConfigError(
+            f"{model.path}: its run had no differential privacy, and so no clip norm; fine-tune it "
+            "without --private, or begin at a model of a private run"
+        )
+    target = epsilon or own.target_epsilon
+    if target is None:
+        raise ConfigError("--private: say with --epsilon what this training may spend")
+    privacy = own.model_copy(update={"noise_multiplier": None, "target_epsilon": target})
+    spec = _spec_of(model, wish, policy.declared_size, privacy.model_dump(mode="json"))
+    pace, least = policy.release.pace, policy.release.least_slot
+    deadline = math.ceil(least / pace) if pace else math.ceil(least)
+    changed = spec.model_dump(mode="json")
+    changed["federation"]["deadline_seconds"] = float(deadline)
+    return RunSpec.from_json(json.dumps(changed), source=str(model.path))
+
+
+def _released(home: NodeHome, spec: RunSpec, weights: Arrays) -> Arrays:
+    """The noised update, as the node's gate lets it out."""
+    ledger = home.ledger()
+    judged = node_review.review(home.policy, spec, ledger.book, cohort_digest(home.cohort_path))
+    if judged.objections:
+        raise ConfigError(f"{home.path}: this node says no: {'; '.join(judged.objections)}")
+    gate = home.gate()
+    answers: list[object] = [gate.invite(Invitation(spec))]
+    if not isinstance(answers[0], RefusalReply):
+        answers.append(gate.train(TrainTask(spec, 1, weights)))
+        gate.close(Closing(spec.digest))
+    if isinstance(answers[-1], Release):
+        return answers[-1].update
+    code = getattr(answers[-1], "code", "")
+    if code == "approval":
+        raise ConfigError(
+            f"{home.path}: this training waits for a person: `cloister node approve "
+            f"{spec.digest[:12]}`, then give the same command again"
+        )
+    raise ConfigError(f"{home.path}: this node says no: {code}; its log has the reason")
+
+
+def _weights(network: nn.Module) -> Arrays:
+    return {name: p.detach().numpy().copy() for name, p in network.named_parameters()}
+
+
+# --- What came of it ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Made:
+    """A trained model that is about to be written down."""
+
+    model: Package
+    spec: RunSpec
+    content: bytes
+    before: PartResult
+    after: PartResult
+    spent: tuple[float, float] | None  # epsilon and delta; None: no privacy
+    declared_size: int
+
+
+def _finished(
+    model: Package,
+    spec: RunSpec,
+    updates: tuple[Arrays, Arrays],
+    held_out: Cohort,
+    declared_size: int,
+) -> FineTuned:
+    weights, update = updates
+    trained = {name: (array + update[name]).astype(np.float32) for name, array in weights.items()}
+    seen = rows_for(spec, held_out)
+    before, after = (_result(spec, arrays, seen) for arrays in (weights, trained))
+    differences = paired_differences(
+        task_for(spec),
+        (before.evidence, after.evidence),
+        before.patient_index,
+        generator=np.random.default_rng(_SEED),
+    )
+    content = save(trained, metadata={"spec": spec.canonical_json})
+    whole = accounting.planned(spec, declared_size)
+    spent = None
+    if whole is not None and isinstance(spec.privacy, DpSgd):
+        spent = accounting.epsilon([whole], spec.privacy.delta), spec.privacy.delta
+    made = _Made(model, spec, content, before, after, spent, declared_size)
+    return FineTuned(_files(made), before, after, differences, spent and spent[0])
+
+
+def _result(spec: RunSpec, arrays: Arrays, held_out: Cohort) -> PartResult:
+    """What a model is worth on the site's held-out patients."""
+    network = models.build(spec)
+    network.load_state_dict({name: torch.from_numpy(array) for name, array in arrays.items()})
+    device = best_device()
+    found = task_for(spec).evidence(network.to(device).eval(), held_out, device)
+    kept: dict[str, NDArray[Any]] = {k: a for k, a in found.items() if not k.startswith("gallery")}
+    return score_part(spec, "test", kept, held_out.patient_index, held_out.unit)
+
+
+def _files(made: _Made) -> dict[str, bytes]:
+    card = _card(made)
+    text = json.dumps(card, indent=2, ensure_ascii=False, allow_nan=False)
+    return {
+        package.SPEC: made.spec.canonical_json.encode(),
+        package.MODEL: made.content,
+        package.CARD: f"{text}\n".encode(),
+        package.CARD_TEXT: to_markdown(card).encode(),
+    }
+
+
+def _card(made: _Made) -> dict[str, Any]:
+    """The card of the model where it began, with what is true of this one."""
+    if not made.model.card:
+        raise PackageError(f"{made.model.path}: has no model card; `cloister report` writes it")
+    card = {key: value for key, value in made.model.card.items() if key not in _OF_THE_OTHER}
+    spec, own = made.spec, card["model"]
+    digest = hashlib.sha256(made.content).hexdigest()
+    card |= {
+        "name": spec.name,
+        "run_id": "",
+        "spec_sha256": spec.digest,
+        "model": own | {"safetensors_sha256": digest, "round": None},
+        "data": card["data"] | {"note": f"{card['data']['note']} {_began(made.model)}"},
+        "training": card["training"]
+        | {"rounds_finished": 1, "rounds_planned": 1}
+        | {"local_steps": spec.local.steps, "batch_size": spec.local.batch_size}
+        | {"optimizer": spec.optimizer.model_dump(mode="json")},
+        "privacy": _privacy(made),
+        "evaluation": {"validation": None, "test": _evaluated(made.after)},
+        "federated_evaluation": None,
+    }
+    if made.spent is None:
+        card[package.PERSONAL] = {
+            "warning": MUST_NOT_LEAVE,
+            "began_with": made.model.model_sha256,
+            "head_only": spec.model.trained == "head",
+            "before": made.before.to_json(),
+        }
+    return card
+
+
+def _began(model: Package) -> str:
+    return (
+        f"It was then trained further by one site, from the model {model.model_sha256}; what that "
+        "model's training spent is in the record of its own run."
+    )
+
+
+def _privacy(made: _Made) -> dict[str, Any]:
+    known = {"adjacency": f"add or remove one {made.spec.privacy.unit}", "sites": {}}
+    known |= {"all_sites_epsilon": None, "all_sites_delta": None, "timing": []}
+    if made.spent is None:
+        return known | {"protected": False, "warning": MUST_NOT_LEAVE, "claim": []}
+    epsilon, delta = made.spent
+    unit = made.spec.privacy.unit
+    said = (
+        f"Its further training is ({epsilon:.2f}, {delta:g})-differentially private under adding "
+        f"or removing one {unit}'s whole record of that site, and is booked in the site's ledger. "
+        "The site's held-out patients are not covered."
+    )
+    return known | {"protected": True, "warning": None, "claim": [said]}
+
+
+def _evaluated(part: PartResult) -> dict[str, Any]:
+    told = f"95 % bootstrap percentile, resampled by {part.unit}; of the site's held-out patients"
+    return part.to_json() | {"interval": told}
