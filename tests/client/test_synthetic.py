@@ -106,6 +106,7 @@ def test_a_run_that_mixes_in_trains_nothing_without_them(
 ):
     spec = make_spec(augmentation={"synthetic": 2})
     cohort = array_cohort(np.zeros((1, *spec.input.shape), np.float32), np.zeros(1, np.int64))
+    cohort.path = Path("made")
     trainer: LocalTrainer = make_trainer(spec, cohort, 40)
     with pytest.raises(ValueError, match="no synthetic cohort is mixed in"):
         trainer.train(global_weights(spec), 1, Keystream.seeded(1, "north", 1))
