@@ -232,7 +232,9 @@ class OneStepMore(LocalTrainer):
         optimizer = super()._optimizer(keystream)
         weights = {name: p.detach().numpy().copy() for name, p in self._named()}
         rows = self._sample(keystream.derive("one more"))
-        self._step(optimizer, rows, torch.Generator(), weights)
+        self._begin(optimizer)
+        self._add(optimizer, self._cohort, rows, torch.Generator())
+        self._finish(optimizer, weights)
         return optimizer
 
 
