@@ -335,7 +335,8 @@ def _began(model: Package) -> str:
 
 
 def _privacy(made: _Made) -> dict[str, Any]:
-    known = {"adjacency": f"add or remove one {made.spec.privacy.unit}", "sites": {}}
+    adjacency = f"add or remove one {made.spec.privacy.unit}"
+    known: dict[str, Any] = {"adjacency": adjacency, "sites": {}}
     known |= {"all_sites_epsilon": None, "all_sites_delta": None, "timing": []}
     if made.spent is None:
         return known | {"protected": False, "warning": MUST_NOT_LEAVE, "claim": []}

@@ -254,8 +254,8 @@ def split_cohort(cohort: Cohort, spec: RunSpec) -> dict[PartName, Cohort]:
 
 
 def _refuse_shared_patients(cohort: Cohort, parts: Mapping[PartName, Cohort]) -> None:
-    names = {name: set(part.patients) for name, part in parts.items()}
-    names |= {"train": set(cohort.with_split("train").patients)}
+    names: dict[str, set[str]] = {name: set(part.patients) for name, part in parts.items()}
+    names["train"] = set(cohort.with_split("train").patients)
     for one, other in combinations(names, 2):
         if both := names[one] & names[other]:
             raise CohortError(

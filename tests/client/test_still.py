@@ -26,7 +26,7 @@ OPTIMISERS = {
 }
 
 Weights = dict[str, Any]
-Make = Callable[..., tuple[LocalTrainer, Weights]]
+Make = Callable[..., tuple[LocalTrainer, Weights, Any]]
 
 
 @pytest.fixture
