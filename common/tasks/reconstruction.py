@@ -341,7 +341,7 @@ class Reconstruction(Task):
         known = self._section.goal == "anomaly" and (evidence["abnormal"] != _UNKNOWN).all()
         if not known:
             return []
-        scores = self._scores(evidence)
+        scores = self._scores(evidence).astype(np.float32)
         column = Column(scores, evidence["abnormal"] > 0, patients, self.spec.seed)
         if not column.drawable:
             return []
