@@ -84,6 +84,15 @@ Spec = Annotated[
     typer.Option(help="The run's TOML file: its [task] names the classes, its [input] the shape."),
 ]
 Labels = Annotated[Path, typer.Option(help="A CSV with the labels; see above.")]
+SegmentsFile = Annotated[
+    Path | None, typer.Option(help="For a run of masks, a CSV of segments; see above.")
+]
+WithoutMaskChoice = Annotated[
+    WithoutMask, typer.Option(help="What becomes of images that no segmentation speaks of.")
+]
+OverlapChoice = Annotated[
+    Overlap, typer.Option(help="What becomes of pixels that are of two classes.")
+]
 Split = Annotated[Splits | None, typer.Option(help="Put every image into this split.")]
 Workers = Annotated[int, typer.Option(min=0, help="Processes that read; 0: one for each core.")]
 NotUsed = Annotated[
@@ -202,15 +211,9 @@ def run(
     *,
     spec: Spec,
     labels: Annotated[Path | None, typer.Option(help="A CSV with the labels; see above.")] = None,
-    segments: Annotated[
-        Path | None, typer.Option(help="For a run of masks, a CSV of segments; see above.")
-    ] = None,
-    without_mask: Annotated[
-        WithoutMask, typer.Option(help="What becomes of images that no segmentation speaks of.")
-    ] = WithoutMask.REFUSE,
-    overlap: Annotated[
-        Overlap, typer.Option(help="What becomes of pixels that are of two classes.")
-    ] = Overlap.REFUSE,
+    segments: SegmentsFile = None,
+    without_mask: WithoutMaskChoice = WithoutMask.REFUSE,
+    overlap: OverlapChoice = Overlap.REFUSE,
     node: Node = None,
     profile: ProfileFile = None,
     site_key: KeyFile = None,
@@ -228,11 +231,9 @@ def run(
 
     The CSV has one column that says what a line is about (`PatientID`, `StudyInstanceUID`,
     `AccessionNumber` or `SOPInstanceUID`) and one named `label` with the name of a class. A
-    multilabel task has a column of 0 and 1 for each class. A column `split` is optional.
-
-    A run of masks takes `--segments` instead: its source has DICOM segmentations (SEG) beside
-    the images. The CSV has the columns `segment`, a code (`SCT:10200004`) or a segment's label,
-    and `class`. A series is used whole, with all its masks, or not at all.
+    multilabel task has a column of 0 and 1 for each class. A column `split` is optional. A run of
+    masks takes `--segments` instead, and DICOM segmentations (SEG) beside the images: a CSV with
+    `segment`, a code (`SCT:10200004`) or a label of segments, and `class`.
 
     Example: `cloister intake run /archive/chest north.cohort --spec run.toml
     --labels labels.csv --node north`
@@ -249,8 +250,8 @@ def run(
     table = _table(labels, segments, described)
     means = means_of(desk_of(cohort), node, profile, site_key, cohort_key)
     order = Order(source, cohort, described, table, means.key, means.profile, split or "")
-    order = replace(order, marking=Marking(without_mask.value, overlap.value))
     order = replace(order, cohort_key=means.cohort_key, workers=workers, registry=means.registry)
+    order = replace(order, marking=Marking(without_mask.value, overlap.value))
     summary = take_in_shown(order, means.options)
     if not_used is not None:
         write_listing(not_used, summary.not_used)
