@@ -1,0 +1,117 @@
+"""`cloister export`, `verify-model` and `optimise`, as a person meets them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from common.clock import Clock
+from common.package import Package
+from deploy.cli_model import believed_authority
+from server.authority import Authority, NewFederation, Signed
+
+Cloister = Callable[..., Any]
+
+
+@pytest.fixture
+def run(cloister: Cloister, write_run: Callable[..., Path], tmp_path: Path) -> Path:
+    """What a simulation of one round leaves."""
+    toml = write_run(changes=[("rounds = 3", "rounds = 1")])
+    assert cloister("simulate", toml, "--runs", tmp_path / "runs", "--workers", 0).code == 0
+    (folder,) = (tmp_path / "runs").iterdir()
+    return Path(folder)
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    new = NewFederation("chest", ["coordinator.example.org"], 9092)
+    words, who = "a passphrase of many words", Signed("ada")
+    return Authority.create(tmp_path / "home", new, words, who, Clock()).folder
+
+
+def test_a_simulated_model_is_exported_signed_checked_and_made_smaller(
+    cloister: Cloister, run: Path, home: Path, tmp_path: Path
+):
+    plain, signed, smaller = (tmp_path / name for name in ("plain", "signed", "smaller"))
+    said = cloister("export", run, plain)
+    assert said.code == 0, said.err
+    assert "unsigned" in said.words
+    said = cloister("verify-model", plain)
+    assert said.code == 2
+    assert "nobody has signed it" in said.words
+    assert cloister("verify-model", plain, "--unsigned").code == 0
+
+    said = cloister("export", plain, signed, "--sign", "--home", home)
+    assert "Signed on" in said.words
+    believed = ("--authority", home / "ca.pem")
+    said = cloister("verify-model", signed, *believed)
+    assert said.code == 0
+    assert "of the federation chest" in said.words
+    sha256 = Package.open(run, unsigned=True).model_sha256
+    assert sha256 in said.words
+    assert cloister("verify-model", signed, *believed, "--expect", sha256).code == 0
+    said = cloister("verify-model", signed, *believed, "--expect", "0" * 64)
+    assert said.code == 2
+    assert "an older one" in said.words
+
+    said = cloister("optimise", run, smaller, "--prune", 0.5, "--sign", "--home", home)
+    assert said.code == 0, said.err
+    assert "pruned" in said.words
+    assert "AUROC" in said.words
+    assert cloister("verify-model", smaller / "pruned", *believed).code == 0
+    table = json.loads((smaller / "optimise.json").read_text())
+    assert set(table) == {"as it is", "pruned"}
+    assert not (smaller / "quantised").exists()
+
+    (signed / "model_card.md").write_text("the best model of all")
+    said = cloister("verify-model", signed, *believed)
+    assert said.code == 2
+    assert "model_card.md: altered" in said.words
+
+
+@pytest.mark.parametrize(
+    ("command", "says"),
+    [
+        (("export", "missing", "out"), "not the folder of a finished run"),
+        (("export", "missing", "."), "is there already"),
+        (("export", "missing", "out", "--sign", "--home", "."), "tls.pem"),
+        (("verify-model", "missing"), "cannot be read"),
+        (("verify-model", "x", "--node", "n", "--authority", "a"), "expected one of them"),
+        (("optimise", "missing", "out"), "nothing to do"),
+        (("optimise", "missing", "out", "--structured", "--quantise"), "give --prune"),
+        (("optimise", "missing", "out", "--quantise"), "name it: --cohort"),
+    ],
+)
+def test_a_mistake_is_one_message_and_leaves_nothing(
+    cloister: Cloister,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    command: tuple[str, ...],
+    says: str,
+):
+    monkeypatch.chdir(tmp_path)
+    said = cloister(*command)
+    assert said.code == 2
+    assert says in said.words
+    assert "Traceback" not in said.words
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_cannot_be_written_leaves_nothing(
+    cloister: Cloister, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "file").write_text("x")
+    monkeypatch.chdir(tmp_path)
+    assert cloister("export", "missing", "file").code == 2
+    assert (tmp_path / "file").read_text() == "x"
+
+
+def test_who_is_believed_is_named_by_a_person(home: Path, tmp_path: Path):
+    assert believed_authority(None, None) is None
+    shutil.copy(home / "ca.pem", tmp_path / "theirs.pem")
+    assert believed_authority(None, tmp_path / "theirs.pem") is not None
