@@ -670,6 +670,7 @@ def test_a_report_is_of_the_model_unverified_and_names_its_images(segmented: Any
         values = {m.name.meaning: float(m.value) for m in group.get_measurements()}
         assert values["Pixels: organ"] == row["pixels"]["organ"]
         assert values["Area: tumour"] == row["area_mm2"]["tumour"]
+    assert report.PreliminaryFlag == "PRELIMINARY"
     assert "Not for clinical use" in str(report)
     (observer,) = report.content.get_observer_contexts(codes.DCM.Device)
     model = found.json["model"]["model_sha256"]
