@@ -20,33 +20,39 @@ if TYPE_CHECKING:  # each command imports what it needs: --help answers at once
 console = Console()
 
 
+Epochs = Annotated[
+    int, typer.Option(min=1, max=1000, help="How often each patient is expected to be seen.")
+]
+HeadOnly = Annotated[
+    bool, typer.Option("--head-only", help="Train the last layer alone, over the shared body.")
+]
+LearningRate = Annotated[
+    float | None,
+    typer.Option(min=1e-9, max=1e6, help="Of the optimiser.", show_default="the run's own"),
+]
+Private = Annotated[
+    bool, typer.Option("--private", help="With noise, booked in the ledger of --node.")
+]
+Epsilon = Annotated[
+    float | None,
+    typer.Option(min=1e-3, help="With --private: what it may spend.", show_default="the run's"),
+]
+Name = Annotated[
+    str, typer.Option(help="Of this training; with --private another one is booked anew.")
+]
+
+
 def fine_tune(
     model: Annotated[Path, typer.Argument(help="A model's package, or a finished run's folder.")],
     cohort: Annotated[Path, typer.Argument(help="The site's cohort, as intake made it.")],
     out: Annotated[Path, typer.Argument(help="A folder that is not there yet.")],
     *,
-    epochs: Annotated[
-        int, typer.Option(min=1, max=1000, help="How often each patient is expected to be seen.")
-    ] = 5,
-    head_only: Annotated[
-        bool,
-        typer.Option("--head-only", help="Train the last layer alone, over the shared body."),
-    ] = False,
-    learning_rate: Annotated[
-        float | None,
-        typer.Option(min=1e-9, max=1e6, help="Of the optimiser.", show_default="the run's own"),
-    ] = None,
-    private: Annotated[
-        bool,
-        typer.Option("--private", help="With noise, booked in the ledger of --node."),
-    ] = False,
-    epsilon: Annotated[
-        float | None,
-        typer.Option(min=1e-3, help="With --private: what it may spend.", show_default="the run's"),
-    ] = None,
-    name: Annotated[
-        str, typer.Option(help="Of this training; with --private another one is booked anew.")
-    ] = "fine-tuned",
+    epochs: Epochs = 5,
+    head_only: HeadOnly = False,
+    learning_rate: LearningRate = None,
+    private: Private = False,
+    epsilon: Epsilon = None,
+    name: Name = "fine-tuned",
     node: Node = None,
     cohort_key: CohortKeyFile = None,
     authority: AuthorityOption = None,
@@ -65,6 +71,7 @@ def fine_tune(
 
     Example: `cloister node fine-tune chest.package north/cohort ours --head-only --node north`
     """
+    from common.cohort import Cohort
     from common.errors import ConfigError
     from common.package import Package
     from deploy import fine_tune as work
@@ -73,16 +80,13 @@ def fine_tune(
     refuse_what_is_there(out)
     if epsilon is not None and not private:
         raise ConfigError("--epsilon: is of --private; without it nothing is spent")
-    believed = None
-    if authority is not None or (node is not None and not unsigned):
-        believed = believed_authority(node, authority)
+    asked = authority is not None or (node is not None and not unsigned)
+    believed = believed_authority(node, authority) if asked else None
     opened = Package.open(model, authority=believed, unsigned=unsigned)
     wish = work.Wish(epochs, head_only, learning_rate, name)
     if private:
         found = _private(opened, wish, epsilon, node, cohort)
     else:
-        from common.cohort import Cohort
-
         own = Cohort.open(cohort, sealing_key(node, cohort_key))
         with console.status("Training …"):
             found = work.fine_tune(opened, own, wish)
