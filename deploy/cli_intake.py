@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -56,12 +56,7 @@ class Part(StrEnum):
     TEST = "test"
 
 
-class Direction(StrEnum):
-    """Which slices of a volume are cut."""
-
-    SAGITTAL = "sagittal"
-    CORONAL = "coronal"
-    AXIAL = "axial"
+Direction = Literal["sagittal", "coronal", "axial"]
 
 
 CohortArgument = Annotated[
@@ -177,8 +172,7 @@ def nifti(
     run = read_run_file(spec).spec
     owners = None if patients is None else read_owners(patients)
     key = _key(site_key)
-    slices = None if direction is None else direction.value
-    source = NiftiPairs(images, masks, run, key, slices, owners, split or "")
+    source = NiftiPairs(images, masks, run, key, direction, owners, split or "")
     take_in(source, cohort, run, not_used)
 
 

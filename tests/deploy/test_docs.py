@@ -71,7 +71,7 @@ def test_every_command_of_the_intake_teaches_with_an_example_that_it_takes() -> 
     "line",
     [
         "cloister intake take films cohort",
-        "cloister intake run films cohort --spec run.toml",
+        "cloister intake run films cohort --labels labels.csv",
         "cloister intake verify cohort --againts films",
         "cloister intake run films cohort --spec a --labels b --split training",
     ],

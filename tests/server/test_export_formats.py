@@ -14,8 +14,9 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from monai.bundle import ConfigParser, verify_net_in_out
-from monai.bundle import run as run_bundle
+from monai.bundle.config_parser import ConfigParser
+from monai.bundle.scripts import run as run_bundle
+from monai.bundle.scripts import verify_net_in_out
 from torch import nn
 
 from common import models
@@ -180,7 +181,7 @@ def bundle(template: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(template / "bundle", tmp_path / "bundle"))
 
 
-def files_of(bundle: Path) -> dict[str, str]:
+def files_of(bundle: Path) -> dict[str, Any]:
     names = {"meta_file": "metadata", "config_file": "inference"}
     return {key: str(bundle / "configs" / f"{name}.json") for key, name in names.items()}
 

@@ -55,7 +55,7 @@ def slices(shared_data: Path) -> list[Dataset]:
         image.ImageOrientationPatient = list(first.ImageOrientationPatient)
         image.PixelSpacing = [1.0, 1.0]
         image.SliceThickness = 4.0
-    return alike[:SLICES]
+    return list(alike[:SLICES])
 
 
 def marks() -> NDArray[np.bool_]:
@@ -86,13 +86,14 @@ def segmentation(slices: list[Dataset], drawn: NDArray[np.bool_], **options: Any
     ]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return seg.Segmentation(
+        made: Dataset = seg.Segmentation(
             deepcopy(slices), drawn.astype(np.uint8), options.pop("kind", "BINARY"), segments,
             series_instance_uid=generate_uid(), series_number=99,
             sop_instance_uid=generate_uid(), instance_number=1, manufacturer="tests",
             manufacturer_model_name="tests", software_versions="1", device_serial_number="1",
             **options,
         )  # fmt: skip
+    return made
 
 
 @pytest.fixture

@@ -249,7 +249,8 @@ def test_a_judge_taught_on_good_images_knows_real_ones(generation: Make, task):
     assert auroc.low <= auroc.value <= auroc.high
     network = pair_of(made)
     network.generator = painter
-    evidence |= made.gallery(network, cohort, torch.device("cpu"))
+    some: Any = cohort
+    evidence |= made.gallery(network, some, torch.device("cpu"))
     shown: Any = made.exhibits(evidence, np.arange(90))
     assert [type(each) for each in shown] == [Chart, Chart, Gallery]
     assert len(shown[-1].pictures) == len(shown[-1].captions) == 4

@@ -403,8 +403,10 @@ def test_a_loss_of_a_volume_is_that_of_its_slices_in_one_image(segmentation: Mak
 def test_a_distance_in_a_volume_is_that_of_monai_in_millimetres():
     random = np.random.default_rng(2)
     found, true = random.random((2, 6, 9, 8)) < 0.1
+    tensors = [torch.from_numpy(mask)[None, None].float() for mask in (found, true)]
     expected = compute_hausdorff_distance(
-        *(torch.from_numpy(mask)[None, None].float() for mask in (found, true)),
+        tensors[0],
+        tensors[1],
         include_background=True,
         percentile=95,
         spacing=[3.0, 1.0, 0.5],
@@ -462,8 +464,8 @@ def test_a_patch_is_a_part_of_its_own_volume_at_any_place(segmentation: Make, tm
     meta = CohortMeta.of(task.spec, unit="patient", source="test", created="2026-01-01")
     with CohortBuilder(tmp_path / "c", meta.shape, task=task.spec.task) as builder:
         for number in range(3):
-            names = [f"{number}{word}" for word in "abcd"]
-            record = ImageRecord(*names, label=0, height=32, width=32)
+            one, two, three, four = (f"{number}{word}" for word in "abcd")
+            record = ImageRecord(one, two, three, four, label=0, height=32, width=32)
             builder.add(record, volumes[number], masks[number])
         builder.finish(meta)
     cohort = Cohort.open(tmp_path / "c")
