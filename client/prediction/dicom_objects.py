@@ -49,6 +49,7 @@ _Group = (
 )
 Mask = NDArray[np.unsignedinteger[Any]]
 _LONGEST, _SHORT_TEXT = 64, 16
+_UTF_8 = "ISO_IR 192"
 _MOST_PIXELS = 2**27
 """Of one segmentation: a longer series becomes several."""
 _SERIES = {"sr": 9901, "seg": 9902}
@@ -383,6 +384,8 @@ def _tracking(name: str) -> hdsr.TrackingIdentifier:
 
 
 def _bytes_of(dataset: Dataset) -> bytes:
+    """In UTF-8 whatever the source is in: it has every name of a patient and of a class."""
+    dataset.SpecificCharacterSet = _UTF_8
     content = io.BytesIO()
     dataset.save_as(content, enforce_file_format=True)
     return content.getvalue()

@@ -566,6 +566,15 @@ class Bright(nn.Module):
         return torch.stack([-(x - 0.0).abs(), -(x - 1.0).abs(), -(x - 0.5).abs()], dim=1)
 
 
+class Everywhere(nn.Module):
+    """Class 1 on every other row, class 2 on the rest."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        rows = torch.arange(images.shape[2])[:, None].expand(images.shape[2:]) % 2
+        maps = torch.stack([torch.zeros_like(rows), rows, 1 - rows]).float()
+        return maps.expand(len(images), *maps.shape)
+
+
 def slice_of(number: int, marked: NDArray[Any]) -> dict[str, Any]:
     """A CT slice, 3 mm above the one before it."""
     return {
@@ -679,6 +688,43 @@ def test_a_report_is_of_the_model_unverified_and_names_its_images(segmented: Any
     assert said.serial_number == model
     assert report.PatientName == "Doe^Jane"
     assert report.StudyInstanceUID == found.json["images"][0]["study_instance_uid"]
+
+
+NAMES = [
+    ("ISO_IR 126", "Παπαδόπουλος^Νίκος", "Ω7"),
+    ("ISO_IR 192", "王^小东", "号7"),
+    ("ISO_IR 100", "Müller^Jörg", "Ä7"),
+    (None, "Müller^Jörg", "Ä7"),
+]
+
+
+@pytest.mark.filterwarnings("ignore:.*:UserWarning:pydicom")
+@pytest.mark.parametrize(("charset", "name", "patient"), NAMES)
+def test_a_patient_s_name_is_in_every_object_as_it_was(
+    clinic: Clinic, charset: str | None, name: str, patient: str
+) -> None:
+    path = clinic.hospital.folder / "a.dcm"
+    made = slice_of(0, np.full((16, 64), 4000, np.uint16))
+    made |= {"PatientName": name, "PatientID": patient, "WindowCenter": 100, "WindowWidth": 50}
+    clinic.hospital.film("a.dcm", SpecificCharacterSet=charset or "ISO_IR 100", **made)
+    if charset is None:
+        header = dcmread(path)
+        del header.SpecificCharacterSet
+        header.save_as(path)
+    classes = ["ground", "όγκος", "瘤"]
+    model = clinic.model(
+        Everywhere(), **{**SEGMENTATION, "task": SEGMENTATION["task"] | {"classes": classes}}
+    )
+    additions = (Reports(model.package), Segmentations(model.package))
+    found = clinic.answer(model, additions=additions)
+    assert found.refused == {}
+    for written in (*found.files("sr"), *found.files("seg")):
+        header = dcmread(written)
+        assert (str(header.PatientName), header.PatientID) == (name, patient)
+        assert header.SpecificCharacterSet == "ISO_IR 192"
+        assert name.encode() in written.read_bytes()
+    segments = dcmread(found.files("seg")[0]).SegmentSequence
+    assert [segment.SegmentLabel for segment in segments] == classes[1:]
 
 
 @pytest.mark.parametrize(("tool", "words"), [("dsrdump", "UNVERIFIED"), ("dciodvfy", "")])
