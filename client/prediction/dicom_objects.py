@@ -35,6 +35,7 @@ from client.intake.part10 import DicomFile, Limits
 from client.intake.quiet import quiet
 from client.prediction.geometry import mask_to_source
 from client.prediction.predict import Told
+from client.prediction.reading import check_same
 from client.prediction.rows import Row
 from common.errors import IntakeError
 from common.package import Package
@@ -107,12 +108,16 @@ class _Objects:
             said.append(_cut(f"temperature {heats}"))
         return said
 
-    def header(self, item: Item) -> Dataset:
+    def header(self, item: Item, sha256: str) -> Dataset:
         """The header of an object, read again, with all that has to stand in one.
 
         What of patient and study is missing is empty, and so is a date or time that is none.
+
+        Raises:
+            IntakeError: if the object is another than the one that was answered.
         """
         with quiet(), item.open(self.limits.read_bytes) as stream:
+            check_same(stream, sha256)
             file = DicomFile.parse(stream, self.limits)
         found = FileDataset("", file.header, file_meta=FileMetaDataset())
         for keyword in _PATIENT:
@@ -141,7 +146,7 @@ class Reports(_Objects):
         """The report of one study."""
         first = images[0].seen.named
         with quiet():
-            source = self._source(self.header(items[first.place]))
+            source = self._source(self.header(items[first.place], first.sha256))
             evidence = [self._evidence(source, told) for told in _objects_of(images)]
             groups = [group for told in images for group in self._groups(told)]
             report = hdsr.MeasurementReport(
@@ -306,7 +311,8 @@ class Segmentations(_Objects):
         part: Sequence[Told],
         masks: list[Mask],
     ) -> Dataset:
-        sources = [self.header(items[told.seen.named.place]) for told in _objects_of(part)]
+        named = [told.seen.named for told in _objects_of(part)]
+        sources = [self.header(items[one.place], one.sha256) for one in named]
         stack = np.stack(masks)
         if part[0].seen.count > 1:
             stack = np.zeros((part[0].seen.count, *masks[0].shape), dtype=self._type)

@@ -85,15 +85,20 @@ class Results:
                 raise RunError(f"{target}: {full}; nothing was put there") from error
             raise
 
-    def add(self, part: str, row: Mapping[str, Any]) -> None:
+    def add(self, part: str, row: Mapping[str, Any]) -> bool:
         """Write one row of ``images``, ``studies`` or ``refused``.
 
-        Raises:
-            ValueError: if it holds a number that is none.
+        Returns:
+            False, and nothing is written, if it holds a number that is none.
         """
-        self._spools[part].write(json.dumps(row, allow_nan=False) + "\n")
+        try:
+            line = json.dumps(row, allow_nan=False)
+        except ValueError:
+            return False
+        self._spools[part].write(line + "\n")
         flat = dict(flattened(row))
         self._tables[part].writerow(safe(flat.get(name)) for name in self._columns[part])
+        return True
 
     def write(self, name: str, content: bytes) -> None:
         """Write a file of its own, such as ``sr/1.dcm``."""

@@ -57,6 +57,9 @@ Progress = Callable[[str, int, int], None]
 
 COPY = "a copy of another object, byte for byte, which is answered"
 AMBIGUOUS = "other bytes have the same SOP Instance UID: one of them has a wrong one"
+TWO_PATIENTS = "its study names two patients: whose it is, is not known"
+TWO_ORDERS = "the objects of its study have different accession numbers"
+NOT_WRITTEN = "what is said of it holds a number that is none"
 NOT_MADE = "it could not be made"
 NOT_NUMBERS = "the network's outputs are not numbers"
 PSEUDONYMS = "Pseudonyms of a cohort; its images have no true identifiers."
@@ -273,6 +276,7 @@ class _Prediction:
             {
                 "file": named.place,
                 "patient_id": named.patient,
+                "issuer": named.issuer,
                 "study_instance_uid": named.study,
                 "series_instance_uid": named.series,
                 "sop_instance_uid": named.instance,
@@ -320,19 +324,35 @@ class _Prediction:
                 self.refuse(named, AMBIGUOUS if differ else COPY)
             if not differ:
                 wanted.append(first)
-        return sorted(wanted, key=lambda named: named.order)
+        return sorted(self._of_one_patient(wanted), key=lambda named: named.order)
+
+    def _of_one_patient(self, found: Sequence[Named]) -> Iterator[Named]:
+        """The objects of studies that are of one patient, as a study has to be (PS3.3 A.1.2)."""
+        patients: defaultdict[str, set[tuple[str, str]]] = defaultdict(set)
+        for named in found:
+            patients[named.study].add((named.issuer, named.patient))
+        for named in found:
+            if len(patients[named.study]) > 1:
+                self.refuse(named, TWO_PATIENTS)
+            else:
+                yield named
 
     def _images(
         self, wanted: Sequence[Named], items: Mapping[str, Item], readers: Mapper
     ) -> Iterator[tuple[Seen, Any]]:
         """The images of these objects, in order; what cannot be read is refused on the way."""
-        tasks = (Prepare(items[named.place], named.instance) for named in wanted)
+        orders: defaultdict[str, set[str]] = defaultdict(set)
+        for named in wanted:
+            orders[named.study].add(named.accession)
+        tasks = (Prepare(items[named.place], named.sha256) for named in wanted)
         replies = readers.map(tasks)
         for done, (named, reply) in enumerate(zip(wanted, replies, strict=True), start=1):
             self._progress("Answering", done, len(wanted))
             if isinstance(reply, Prepared) and not reply.reason:
+                said = (TWO_ORDERS,) if len(orders[named.study]) > 1 else ()
                 for frame in reply.frames:
-                    yield Seen(named, frame, reply.size, reply.count), frame.pixels
+                    told = replace(frame, caveats=(*frame.caveats, *said))
+                    yield Seen(named, told, reply.size, reply.count), frame.pixels
             else:
                 self.refuse(named, reply.reason if isinstance(reply, Prepared) else str(reply))
 
@@ -349,16 +369,19 @@ class _Prediction:
                 self.summary.images + 1, seen, answered.answer, answered.calibrated
             )
             if answered.picture is not None:
-                row |= self._picture(row, answered.picture)
-            self._write(study, seen, row)
+                row |= _pictured(row, answered.picture)
+            if not self._write(study, seen, row, answered.picture):
+                self.refuse(seen.named, NOT_WRITTEN)
+                continue
             if self._order.additions:
                 kept.append(Told(seen.without_pixels, answered._replace(picture=None), row))
-        if study is None:
+        if study is None or not study.images:
             return
         self.summary.studies += 1
         self._add(study, items, kept)
         study.refused = self._lost.pop(study.named.study, 0)
-        self._results.add("studies", study.row())
+        if not self._results.add("studies", study.row()):
+            self.refuse(replace(study.named, place=f"study {study.named.study}"), NOT_WRITTEN)
 
     def _add(self, study: Study, items: Mapping[str, Item], kept: Sequence[Told]) -> None:
         """Make what is made of a study besides; that it cannot be made costs no answer."""
@@ -373,25 +396,29 @@ class _Prediction:
                 what = f"{addition.name} of study {study.named.study}"
                 self.refuse(replace(study.named, place=what), f"{NOT_MADE}: {reason_of(error)}")
 
-    def _picture(self, row: Row, picture: Drawn) -> Row:
-        """Write what moved an answer; the file is named by the row's number alone."""
-        name = f"explanations/{row['number']:06}.png"
-        self._results.write(name, picture.png)
-        return {
-            "explanation": name,
-            "explains": picture.explains,
-            "explained_by": list(picture.methods),
-        }
-
-    def _write(self, study: Study, seen: Seen, row: Row) -> None:
+    def _write(self, study: Study, seen: Seen, row: Row, picture: Drawn | None) -> bool:
+        """Write an image's row and picture, and count it in; False if it is no row."""
+        if not self._results.add("images", row):
+            return False
+        if picture is not None:
+            self._results.write(row["explanation"], picture.png)
         self.summary.images += 1
         decided = row.get("decision", ())
         self.summary.decisions.update([decided] if isinstance(decided, str) else decided)
         study.add(seen, row)
-        self._results.add("images", row)
+        return True
 
 
-_WHO = ("patient_id", "accession_number", "study_instance_uid")
+def _pictured(row: Row, picture: Drawn) -> Row:
+    """What a row says of its picture, which is named by the row's number alone."""
+    return {
+        "explanation": f"explanations/{row['number']:06}.png",
+        "explains": picture.explains,
+        "explained_by": list(picture.methods),
+    }
+
+
+_WHO = ("patient_id", "issuer", "accession_number", "study_instance_uid")
 _IMAGE = (
     "number",
     *_WHO,
@@ -405,6 +432,7 @@ _IMAGE = (
 _REFUSED = (
     "file",
     "patient_id",
+    "issuer",
     "study_instance_uid",
     "series_instance_uid",
     "sop_instance_uid",
@@ -426,7 +454,7 @@ def columns_of(model: Model) -> dict[str, tuple[str, ...]]:
     ]
     return {
         "images": (*_IMAGE, *named[0], "caveats", "file", "file_sha256"),
-        "studies": (*_WHO, "images", "refused", *named[1]),
+        "studies": (*_WHO, "images", "refused", *named[1], "caveats"),
         "refused": _REFUSED,
     }
 

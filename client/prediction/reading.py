@@ -36,6 +36,9 @@ _UID = re.compile(r"[0-9]{1,64}(\.[0-9]{1,64})*")
 _LONGEST_UID = 64
 _PIECE = 2**20
 _LAST, _DIGITS = 2**31 - 1, 10
+_LEAST_SPACING, _MOST_SPACING, _FARTHEST = 1e-4, 1e4, 1e6  # mm
+NOWHERE = "where it lies cannot be: areas and volumes are not known"
+CHANGED = "it was changed while it was being read"
 NO_MODALITY = "the model does not say for which modalities it is meant"
 NO_BODY_PART = "the model does not say for which body parts it is meant"
 
@@ -47,12 +50,14 @@ class Named:
     Attributes:
         place: its path within the source.
         sha256: of its bytes.
+        issuer: of the patient's identifier, without which that may be of two patients.
         number: its Instance Number, or the last there can be.
     """
 
     place: str
     sha256: str = ""
     patient: str = ""
+    issuer: str = ""
     accession: str = ""
     study: str = ""
     series: str = ""
@@ -117,10 +122,10 @@ class Look:
 
 @dataclass(frozen=True)
 class Prepare:
-    """A question to `StudyReader`: its images, if it still is what it was."""
+    """A question to `StudyReader`: its images, if its bytes still are those of this SHA-256."""
 
     item: Item
-    instance: str
+    sha256: str
 
 
 @dataclass(frozen=True)
@@ -184,10 +189,8 @@ class StudyReader:
     def _prepare(self, task: Prepare) -> Prepared:
         try:
             with quiet(), task.item.open(self.limits.read_bytes) as stream:
-                file = DicomFile.parse(stream, self.limits)
-                if text_of(file.header, "SOPInstanceUID") != task.instance:
-                    raise IntakeError("it was changed while it was being read")
-                return self._prepared(file)
+                check_same(stream, task.sha256)
+                return self._prepared(DicomFile.parse(stream, self.limits))
         except Exception as error:  # noqa: BLE001
             # Codecs raise whatever the bytes of a broken file drive them to.
             return Prepared(reason_of(error))
@@ -219,6 +222,8 @@ class StudyReader:
         plane = None
         with suppress(IntakeError):
             plane = plane_of(header, number)
+        if plane is not None and not _possible(plane):
+            plane, said = None, (*said, NOWHERE)
         return Frame(number, to_shape(kept.pixels, self.settings), plane, said)
 
 
@@ -279,6 +284,7 @@ def _named(place: str, sha256: str, header: Dataset) -> Named:
         place=place,
         sha256=sha256,
         patient=text_of(header, "PatientID"),
+        issuer=text_of(header, "IssuerOfPatientID"),
         accession=text_of(header, "AccessionNumber"),
         study=text_of(header, "StudyInstanceUID"),
         series=text_of(header, "SeriesInstanceUID"),
@@ -287,6 +293,22 @@ def _named(place: str, sha256: str, header: Dataset) -> Named:
         modality=text_of(header, "Modality"),
         number=int(number) if number.isdecimal() and len(number) < _DIGITS else _LAST,
     )
+
+
+def check_same(stream: BinaryIO, sha256: str) -> None:
+    """See that these are the bytes by which an answer names its patient.
+
+    Raises:
+        IntakeError: if they are others.
+    """
+    if _digest(stream) != sha256:
+        raise IntakeError(CHANGED)
+
+
+def _possible(plane: Plane) -> bool:
+    """Whether a frame lies where a patient can."""
+    spaced = all(_LEAST_SPACING <= gap <= _MOST_SPACING for gap in plane.spacing)
+    return spaced and bool((np.abs(plane.position) < _FARTHEST).all())
 
 
 def _digest(stream: BinaryIO) -> str:

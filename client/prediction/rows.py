@@ -6,6 +6,7 @@ decision: the threshold on the model's card is one for images.
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -69,6 +70,7 @@ class Rows:
             "file": named.place,
             "file_sha256": named.sha256,
             "patient_id": named.patient,
+            "issuer": named.issuer,
             "accession_number": named.accession,
             "study_instance_uid": named.study,
             "series_instance_uid": named.series,
@@ -116,7 +118,7 @@ class Rows:
         pixels = {name: int(counts[number]) for number, name in enumerate(classes) if number}
         plane = seen.frame.plane
         each = None if plane is None else plane.spacing[0] * plane.spacing[1]
-        areas = {n: None if each is None else round(c * each, _DIGITS) for n, c in pixels.items()}
+        areas = {n: None if each is None else _finite(c * each) for n, c in pixels.items()}
         return {"pixels": pixels, "area_mm2": areas}
 
     def _boxes(self, seen: Seen, boxes: NDArray[np.float32]) -> list[Row]:
@@ -139,6 +141,7 @@ class Study:
     named: Named
     images: int = 0
     refused: int = 0
+    _caveats: dict[str, None] = field(default_factory=dict)
     _values: dict[tuple[str, str], list[float]] = field(default_factory=lambda: defaultdict(list))
     _slices: dict[str, list[tuple[Plane | None, Mapping[str, float | None]]]] = field(
         default_factory=lambda: defaultdict(list)
@@ -147,6 +150,7 @@ class Study:
     def add(self, seen: Seen, row: Row) -> None:
         """Count one of its images in."""
         self.images += 1
+        self._caveats |= dict.fromkeys(row["caveats"])
         for key in ("raw_probability", "probability", "pixels"):
             for name, value in (row.get(key) or {}).items():
                 self._values[key, name].append(value)
@@ -164,11 +168,13 @@ class Study:
         """What is said of it."""
         return {
             "patient_id": self.named.patient,
+            "issuer": self.named.issuer,
             "accession_number": self.named.accession,
             "study_instance_uid": self.named.study,
             "images": self.images,
             "refused": self.refused,
             **dict(self._said()),
+            "caveats": list(self._caveats),
         }
 
     def _said(self) -> Iterator[tuple[str, Any]]:
@@ -198,14 +204,14 @@ class Study:
 
 def volumes(
     slices: Sequence[tuple[Plane | None, Mapping[str, float | None]]],
-) -> Mapping[str, float] | None:
+) -> Mapping[str, float | None] | None:
     """Volumes by class of the slices of one series; None unless they are parallel and regular.
 
     Args:
         slices: of each where it lies, and its areas by class in mm².
 
     Returns:
-        In mm³: the areas times the distance of neighbouring slices.
+        In mm³: the areas times the distance of neighbouring slices; None if one is no number.
     """
     planes = [plane for plane, _ in slices if plane is not None]
     if len(planes) != len(slices) or len(planes) < 2:
@@ -219,9 +225,11 @@ def volumes(
     if gap <= 0 or np.abs(gaps - gap).max() > _REGULAR * gap:
         return None
     names = slices[0][1]
-    return {
-        name: round(gap * sum(areas[name] or 0.0 for _, areas in slices), _DIGITS) for name in names
-    }
+    return {name: _finite(gap * sum(areas[name] or 0.0 for _, areas in slices)) for name in names}
+
+
+def _finite(value: float) -> float | None:
+    return round(value, _DIGITS) if math.isfinite(value) else None
 
 
 def _named(classes: Sequence[str], values: NDArray[Any]) -> dict[str, float]:

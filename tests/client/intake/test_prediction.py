@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import os
 import shutil
@@ -39,12 +40,16 @@ from client.prediction.predict import (
     AMBIGUOUS,
     COPY,
     NOT_NUMBERS,
+    NOT_WRITTEN,
+    TWO_ORDERS,
+    TWO_PATIENTS,
     Order,
     Summary,
     predict,
     predict_cohort,
 )
-from client.prediction.reading import Prepare, Prepared
+from client.prediction.reading import CHANGED, NOWHERE, Prepare, Prepared
+from client.prediction.rows import Rows
 from common import models
 from common.calibration import Calibration
 from common.cohort import PIXEL, Cohort
@@ -133,8 +138,8 @@ def clinic(hospital: Any, in_this_process: Any, make_spec: Callable[..., RunSpec
 def seen_by_predict(model: Model, folder: Path, profile: Profile) -> Iterator[bytes]:
     order = Order(model, folder, folder / "none", profile)
     for item in listed(folder).items:
-        uid = str(dcmread(folder / item.place, stop_before_pixels=True).SOPInstanceUID)
-        found = order.reader(Prepare(item, uid))
+        digest = hashlib.sha256((folder / item.place).read_bytes()).hexdigest()
+        found = order.reader(Prepare(item, digest))
         assert isinstance(found, Prepared)
         assert not found.reason, found.reason
         yield from (frame.pixels.astype(PIXEL).tobytes() for frame in found.frames)
@@ -189,7 +194,8 @@ def test_its_probabilities_are_the_network_s_on_a_cohort_of_the_same_files(clini
     generator = np.random.default_rng(2)
     for number in range(5):
         values = generator.integers(0, 4096, (20, 30), dtype=np.uint16)
-        clinic.hospital.film(f"{number}.dcm", values, PatientID=f"P{number}")
+        of = {"PatientID": f"P{number}", "StudyInstanceUID": f"1.2.3.{number}"}
+        clinic.hospital.film(f"{number}.dcm", values, **of)
     labels = clinic.hospital.labels({f"P{number}": "normal" for number in range(5)})
     cohort = clinic.hospital.take_in(labels).cohort
     model = clinic.model()
@@ -391,6 +397,108 @@ def test_two_files_of_one_instance_are_answered_once_or_not_at_all(clinic: Clini
     again = clinic.answer(clinic.model(), "again")
     assert again.refused == dict.fromkeys(["a.dcm", "b.dcm", "d.dcm"], AMBIGUOUS)
     assert [row["file"] for row in again.json["images"]] == ["c.dcm"]
+
+
+@pytest.mark.parametrize("other", [{"PatientID": "P2"}, {"IssuerOfPatientID": "ELSEWHERE"}])
+def test_a_study_of_two_patients_is_of_none(clinic: Clinic, other: dict[str, str]) -> None:
+    clinic.hospital.film("a.dcm", StudyInstanceUID="1.2.3.1")
+    clinic.hospital.film("b.dcm", StudyInstanceUID="1.2.3.1", **other)
+    clinic.hospital.film("c.dcm", StudyInstanceUID="1.2.3.2")
+    model = clinic.model()
+    found = clinic.answer(model, additions=(Reports(model.package),))
+    assert found.refused == dict.fromkeys(["a.dcm", "b.dcm"], TWO_PATIENTS)
+    assert [row["file"] for row in found.json["images"]] == ["c.dcm"]
+    assert len(found.files("sr")) == 1
+
+
+def test_two_accession_numbers_of_a_study_are_said_of_each_image(clinic: Clinic) -> None:
+    for name, number in (("a", "A1"), ("b", "A2")):
+        clinic.hospital.film(f"{name}.dcm", StudyInstanceUID="1.2.3.1", AccessionNumber=number)
+    clinic.hospital.film("c.dcm", StudyInstanceUID="1.2.3.2")
+    found = clinic.answer(clinic.model()).json
+    said = {row["file"]: TWO_ORDERS in row["caveats"] for row in found["images"]}
+    assert said == {"a.dcm": True, "b.dcm": True, "c.dcm": False}
+    assert [TWO_ORDERS in study["caveats"] for study in found["studies"]] == [True, False]
+
+
+@dataclass(frozen=True)
+class Replaced:
+    """A reader before which a file becomes another patient's, once it has been looked at."""
+
+    reader: Any
+    path: Path
+
+    def __call__(self, task: Any) -> Any:
+        if isinstance(task, Prepare):
+            header = dcmread(self.path)
+            header.PatientID = "P2"
+            header.save_as(self.path)
+        return self.reader(task)
+
+
+def test_a_file_that_is_replaced_on_the_way_is_nobody_s(clinic: Clinic) -> None:
+    path = clinic.hospital.film("a.dcm")
+
+    def pool(reader: Any, *rest: Any) -> Any:
+        return clinic.in_this_process(Replaced(reader, path), *rest)
+
+    target = clinic.hospital.place / "answers"
+    predict(Order(clinic.model(), clinic.hospital.folder, target), pool=pool)
+    assert Answers(Summary(), target).refused == {"a.dcm": CHANGED}
+
+
+def test_no_report_is_made_of_a_file_that_was_replaced_after_its_answer(clinic: Clinic) -> None:
+    path = clinic.hospital.film("a.dcm")
+
+    class Later(Reports):
+        def of_study(self, *study: Any) -> Iterator[Any]:
+            header = dcmread(path)
+            header.PatientName = "Another"
+            header.save_as(path)
+            yield from super().of_study(*study)
+
+    model = clinic.model()
+    found = clinic.answer(model, additions=(Later(model.package),))
+    assert found.files("sr") == []
+    assert CHANGED in str(found.json)
+
+
+@pytest.mark.parametrize(
+    "attributes",
+    [{"PixelSpacing": ["1e200", "1e200"]}, {"ImagePositionPatient": [0, 0, "1e300"]}],
+)
+def test_a_header_of_impossible_measures_costs_its_areas_alone(
+    clinic: Clinic, attributes: dict[str, Any]
+) -> None:
+    marked_slices(clinic)
+    made = slice_of(9, np.full((16, 64), 4000, np.uint16)) | attributes
+    clinic.hospital.film("9.dcm", SeriesInstanceUID="1.2.3.9", **made)
+    found = clinic.answer(clinic.model(Everywhere(), **SEGMENTATION))
+    assert found.refused == {}
+    areas = {row["file"]: row["area_mm2"]["organ"] for row in found.json["images"]}
+    assert areas.pop("9.dcm") is None
+    assert len(areas) == 3
+    assert all(areas.values())
+    assert [NOWHERE in row["caveats"] for row in found.json["images"]].count(True) == 1
+
+
+def test_a_row_that_cannot_be_written_costs_no_other(
+    clinic: Clinic, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = Rows.of_image
+
+    def wrong(*of: Any) -> Any:
+        row = made(*of)
+        return row | ({"area": float("inf")} if row["file"] == "a.dcm" else {})
+
+    monkeypatch.setattr(Rows, "of_image", wrong)
+    for name in ("a", "b", "c"):
+        clinic.hospital.film(f"{name}.dcm")
+    model = clinic.model()
+    found = clinic.answer(model, pictures=Explainer(model))
+    assert found.refused == {"a.dcm": NOT_WRITTEN}
+    assert [row["file"] for row in found.json["images"]] == ["b.dcm", "c.dcm"]
+    assert len(list((found.folder / "explanations").iterdir())) == 2
 
 
 class Diverged(nn.Module):
