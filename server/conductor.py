@@ -34,7 +34,7 @@ from server.members import Enrolled
 from server.record import MODEL_FILE
 from server.roster import Roster
 from server.rounds import Conduct, FederatedRun, LogObserver
-from server.runs import CoordinatorHome, EventLog, Run, Standing
+from server.runs import OVER, CoordinatorHome, EventLog, Run, Standing
 
 log = logging.getLogger("cloister.conductor")
 
@@ -99,24 +99,27 @@ def conduct(home: CoordinatorHome, run: Run, orders: Orders) -> None:
                 over = federated.run(grid)
             except _EndAskedError:
                 federated.end(grid)
-                _hand_out(home, run)
-                run.write(Standing.STOPPED, "a person ended it")
+                how_it_is = (Standing.STOPPED, "a person ended it")
             else:
-                _hand_out(home, run)
                 how_it_is = (Standing.FINISHED, "") if over else (Standing.FAILED, _NOT_COUNTED)
-                run.write(*how_it_is)
+            run.write(*how_it_is)
+        hand_out(home, run)
 
 
-def _hand_out(home: CoordinatorHome, run: Run) -> None:
-    """Put the model into a signed package beside it; what hinders that does not undo the run."""
+def hand_out(home: CoordinatorHome, run: Run) -> None:
+    """Put the model of a run that is over into a signed package beside it.
+
+    How the run stands is written before: nothing that happens here costs it its end, not even the
+    death of this process. A run that failed may go on, so its model is not handed out.
+    """
     out = run.path / PACKAGE
-    shutil.rmtree(out, ignore_errors=True)  # of a process that was killed just then
-    if not (run.path / MODEL_FILE).exists():
-        return  # it was stopped before its first round
+    if run.state.standing not in OVER or not (run.path / MODEL_FILE).exists():
+        return  # without a model: it was stopped before its first round
+    shutil.rmtree(out, ignore_errors=True)
     try:
         export(run.path, out, "package", signing=Signing.open(home.path))
-    except CloisterError as error:
-        log.warning("the model has no package (%s); `cloister export` makes one", error)
+    except Exception:
+        log.exception("the model has no package; `cloister export --sign` makes one")
 
 
 @contextmanager

@@ -26,6 +26,7 @@ def test_a_run_from_enrolment_to_its_report(federation: Federation, undisturbed:
     assert {name for row in rows for name in row["sites"]} == {"north", "south"}
     assert (undisturbed.path / "report.html").stat().st_size > 1000
     authority = read_authority(federation.home.path)
+    federation.wait((undisturbed.path / "package").exists, "the package")  # the end comes before
     model = Package.open(undisturbed.path / "package", authority=authority)
     assert model.signer is not None
     assert model.network()
