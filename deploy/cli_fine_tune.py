@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -13,9 +14,10 @@ from deploy.cli_model import AuthorityOption, UnsignedOption, believed_authority
 from deploy.cli_take import CohortKeyFile, Node, sealing_key
 
 if TYPE_CHECKING:  # each command imports what it needs: --help answers at once
+    from client.home import NodeHome
     from common.package import Package
     from common.spec import RunSpec
-    from deploy.fine_tune import FineTuned, Wish
+    from deploy.fine_tune import FineTuned
 
 console = Console()
 
@@ -64,7 +66,7 @@ def fine_tune(
     model is **personal, and must not leave the site**. No run begins at it, and no federation
     signs it. With `--private` it is trained with noise on the node's own cohort instead, after the
     node's policy and a person have said yes, and is booked in its ledger for life: it may then be
-    published.
+    published. The node is stopped meanwhile.
 
     Patients marked `test` are held out, or else a quarter of them; each metric is shown before and
     after, and what changed with the interval of the difference on the same patients.
@@ -73,33 +75,54 @@ def fine_tune(
     """
     from common.cohort import Cohort
     from common.errors import ConfigError
-    from common.package import Package
     from deploy import fine_tune as work
-    from server.export import refuse_what_is_there, write_folder
+    from server.export import write_folder
 
-    refuse_what_is_there(out)
+    _check_room(out)
     if epsilon is not None and not private:
         raise ConfigError("--epsilon: is of --private; without it nothing is spent")
-    asked = authority is not None or (node is not None and not unsigned)
-    believed = believed_authority(node, authority) if asked else None
-    opened = Package.open(model, authority=believed, unsigned=unsigned)
+    opened = _opened(model, node, authority, unsigned=unsigned)
     wish = work.Wish(epochs, head_only, learning_rate, name)
     if private:
-        found = _private(opened, wish, epsilon, node, cohort)
+        home = _home(node, cohort)
+        trained = work.fine_tuned_privately(opened, home, wish, epsilon)
+        with console.status("Training …"), trained as found:
+            write_folder(out, "package", found.files)  # before the release is let go of
     else:
         own = Cohort.open(cohort, sealing_key(node, cohort_key))
         with console.status("Training …"):
             found = work.fine_tune(opened, own, wish)
-    write_folder(out, "package", found.files)
+        write_folder(out, "package", found.files)
     _show(found, opened.spec, out)
 
 
-def _private(
-    model: Package, wish: Wish, epsilon: float | None, node: Path | None, cohort: Path
-) -> FineTuned:
+def _opened(model: Path, node: Path | None, authority: Path | None, *, unsigned: bool) -> Package:
+    from common.package import Package
+
+    asked = authority is not None or (node is not None and not unsigned)
+    believed = believed_authority(node, authority) if asked else None
+    return Package.open(model, authority=believed, unsigned=unsigned)
+
+
+def _check_room(out: Path) -> None:
+    """Whether a folder can be made there, before anything is spent for what goes into it."""
+    from common.errors import ConfigError
+    from server.export import refuse_what_is_there
+
+    refuse_what_is_there(out)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=out.parent, prefix=f".{out.name}."):
+            pass
+    except OSError as error:
+        raise ConfigError(
+            f"{out}: cannot be made ({error}); give a folder in one that can be written to"
+        ) from error
+
+
+def _home(node: Path | None, cohort: Path) -> NodeHome:
     from client.home import NodeHome
     from common.errors import ConfigError
-    from deploy import fine_tune as work
 
     if node is None:
         raise ConfigError("--private: books in a node's ledger; name its folder with --node")
@@ -109,13 +132,12 @@ def _private(
             f"{cohort}: --private trains on the node's own cohort, {home.cohort_path}, whose "
             "patients its ledger is of; expected that one"
         )
-    with console.status("Training …"):
-        return work.fine_tune_privately(model, home, wish, epsilon)
+    return home
 
 
 def _show(found: FineTuned, spec: RunSpec, out: Path) -> None:
     from common.tasks.words import estimate
-    from deploy.fine_tune import MUST_NOT_LEAVE
+    from deploy.fine_tune import FIGURES_STAY, MUST_NOT_LEAVE
 
     table = Table("metric", "before", "after", "change")
     for metric, known in spec.metrics.items():
@@ -132,5 +154,9 @@ def _show(found: FineTuned, spec: RunSpec, out: Path) -> None:
     if found.epsilon is None:
         console.print(f"[bold]{MUST_NOT_LEAVE}[/] Nothing was booked.", highlight=False)
     else:
-        console.print(f"Booked: epsilon {found.epsilon:.3f}. It may be published.", highlight=False)
+        console.print(f"[bold]{FIGURES_STAY}[/]", highlight=False)
+        published = "It may be published" if found.warning is None else found.warning
+        console.print(
+            f"Booked: epsilon {found.epsilon:.3f}. {published.rstrip('.')}.", highlight=False
+        )
     console.print(f"The model: {out}", highlight=False, markup=False, soft_wrap=True)

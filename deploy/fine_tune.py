@@ -3,7 +3,8 @@
 Without ``private`` nothing leaves the site. No noise is added and no budget is spent, so what comes
 of it may give its patients away: it is marked as personal, and no run begins at it. With
 ``private`` the training is one round of a run of this site alone, which goes through the node's
-own gate: policy, a person's yes, ledger. What comes of it is a release like any other.
+own gate: policy, a person's yes, ledger. What comes of it is a release like any other, and holds
+nothing of the held-out patients: figures of them are exact, and for the site's own screen alone.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,11 +24,14 @@ from safetensors.numpy import save
 from torch import nn
 
 from client.folder import cohort_digest
+from client.gate import Gate
 from client.home import NodeHome
+from client.node import AlreadyRunningError, alone
 from client.training import LocalTrainer, best_device
 from common import accounting, models, package
 from common.cohort import Cohort
 from common.errors import CohortError, ConfigError, PackageError
+from common.files import locked
 from common.messages import Arrays, Closing, Invitation, RefusalReply, Release, TrainTask
 from common.noise import fresh_keystream
 from common.package import Package
@@ -38,10 +43,20 @@ from common.tasks.paired import paired_differences
 from deploy import node_review
 from server.card import to_markdown
 from server.evaluation import PartResult, score_part
+from server.start import refuse_personal
 
 MUST_NOT_LEAVE = (
     "Trained on this site's patients without noise: it may give them away, and must not leave the "
     "site."
+)
+FIGURES_STAY = (
+    "These figures are exact, of this site's own patients: they are on this screen alone, not in "
+    "the package, and must not leave the site."
+)
+NOT_PROTECTED = "The model where the further training began was not protected."
+_NO_FIGURES = (
+    "How well it does at the site where it was trained further is not in this card: exact figures "
+    "of that site's held-out patients do not leave it."
 )
 _HELD_OUT = 0.25
 _OF_THE_OTHER = ("calibration", "smaller")  # keys of a card that hold of its own weights alone
@@ -74,6 +89,7 @@ class FineTuned:
         before, after: on the site's held-out patients.
         differences: after minus before, of each metric, both resampled alike.
         epsilon: what was booked for it, at the delta of the run; None if nothing was.
+        warning: of its card, if it has one.
     """
 
     files: Mapping[str, bytes]
@@ -81,6 +97,7 @@ class FineTuned:
     after: PartResult
     differences: Mapping[str, Estimate]
     epsilon: float | None
+    warning: str | None
 
 
 def fine_tune(model: Package, cohort: Cohort, wish: Wish) -> FineTuned:
@@ -96,24 +113,28 @@ def fine_tune(model: Package, cohort: Cohort, wish: Wish) -> FineTuned:
         ModelError: if the network has no head of its own, and that is asked for.
         PackageError: if the model's weights cannot be used.
     """
+    _check_card(model)
     unbound = NoPrivacy(mechanism="none", unit=cohort.unit)
     cohort.check_fits(model.spec.model_copy(update={"privacy": unbound}))
     train, held_out = _parts(cohort)
     size = len(train.patients)
     spec = _spec_of(model, wish, size, unbound.model_dump(mode="json"))
     trainer = LocalTrainer(spec, train, declared_size=size, mechanism=None)
-    weights = _weights(model.network())
+    begun = _begin(model, spec, held_out, size)
     stream = fresh_keystream(run_id=spec.run_id, round_number=1)
-    update = trainer.train(weights, 1, stream).update
-    return _finished(model, spec, (weights, update), held_out, size)
+    return _finished(begun, trainer.train(begun.weights, 1, stream).update)
 
 
-def fine_tune_privately(
+@contextmanager
+def fine_tuned_privately(
     model: Package, home: NodeHome, wish: Wish, epsilon: float | None
-) -> FineTuned:
+) -> Iterator[FineTuned]:
     """The same under differential privacy, booked in the node's ledger: it may be published.
 
-    The node's own cohort is trained on, but its patients marked ``test``.
+    The node's own cohort is trained on, but its patients marked ``test``. The node's folder is held
+    meanwhile. When the block that is given the model ends, the run is over and its kept release
+    gone; if it raises, or the process dies, the same wish gets the same bytes again and costs
+    nothing more.
 
     Args:
         model: where it begins.
@@ -123,21 +144,43 @@ def fine_tune_privately(
 
     Raises:
         CohortError: as `fine_tune`; or no patient is marked ``test``.
-        ConfigError: if the node refuses, with everything that stands against it.
+        ConfigError: if the node runs, or refuses, with everything that stands against it.
+        PackageError: as `fine_tune`; or the model is personal.
         SpecError: if no noise reaches that epsilon.
     """
-    cohort = home.open_cohort()
-    spec = _private_spec(model, home, wish, epsilon)
-    cohort.check_fits(spec)
-    held_out = cohort.with_split("test")
-    if not len(held_out):
-        raise CohortError(
-            f"{cohort.path}: no patient is marked 'test', so nobody could say what was gained; "
-            "take the source in again with --split"
-        )
-    weights = _weights(model.network())
-    update = _released(home, spec, weights)
-    return _finished(model, spec, (weights, update), held_out, home.policy.declared_size)
+    _check_card(model)
+    refuse_personal(model)
+    with _alone(home):
+        cohort = home.open_cohort()
+        spec = _private_spec(model, home, wish, epsilon)
+        cohort.check_fits(spec)
+        held_out = cohort.with_split("test")
+        if not len(held_out):
+            raise CohortError(
+                f"{cohort.path}: no patient is marked 'test', so nobody could say what was gained; "
+                "take the source in again with --split"
+            )
+        _check_apart(cohort, cohort.with_split("", "train"), held_out)
+        begun = _begin(model, spec, held_out, home.policy.declared_size)
+        gate = _willing_gate(home, spec)
+        yield _finished(begun, _released(home, gate, begun))
+        gate.close(Closing(spec.digest))
+
+
+@contextmanager
+def _alone(home: NodeHome) -> Iterator[None]:
+    """Two gates on one ledger would book by turns, and each takes the whole machine."""
+    try:
+        with ExitStack() as held:
+            held.enter_context(alone(home.path))
+            held.enter_context(locked(home.path))
+            kept = held.pop_all()
+    except (AlreadyRunningError, BlockingIOError):
+        raise ConfigError(
+            f"{home.path}: its node runs, and --private answers in its place; stop the node first"
+        ) from None
+    with kept:
+        yield
 
 
 # --- Training -------------------------------------------------------------------------------------
@@ -150,17 +193,22 @@ def _parts(cohort: Cohort) -> tuple[Cohort, Cohort]:
         order = np.random.default_rng(_SEED).permutation(len(train.patients))
         cut = math.ceil(_HELD_OUT * len(order))
         train, held_out = train.subset(order[cut:]), train.subset(order[:cut])
-    if both := set(train.patients) & set(held_out.patients):
-        raise CohortError(
-            f"{cohort.path}: {len(both)} patients have images to train on and images marked "
-            "'test'; expected each patient in one part: mark all its images alike"
-        )
+    _check_apart(cohort, train, held_out)
     if min(len(train.patients), len(held_out.patients)) < 2:
         raise CohortError(
             f"{cohort.path}: {len(train.patients)} {cohort.unit}s to train on and "
             f"{len(held_out.patients)} to test with; expected two of each at least"
         )
     return train, held_out
+
+
+def _check_apart(cohort: Cohort, train: Cohort, held_out: Cohort) -> None:
+    """A patient of both parts would be tested on what was trained on."""
+    if both := set(train.patients) & set(held_out.patients):
+        raise CohortError(
+            f"{cohort.path}: {len(both)} patients have images to train on and images marked "
+            "'test'; expected each patient in one part: mark all its images alike"
+        )
 
 
 def _spec_of(model: Package, wish: Wish, size: int, privacy: Mapping[str, Any]) -> RunSpec:
@@ -207,17 +255,21 @@ def _private_spec(model: Package, home: NodeHome, wish: Wish, epsilon: float | N
     return RunSpec.from_json(json.dumps(changed), source=str(model.path))
 
 
-def _released(home: NodeHome, spec: RunSpec, weights: Arrays) -> Arrays:
-    """The noised update, as the node's gate lets it out."""
+def _willing_gate(home: NodeHome, spec: RunSpec) -> Gate:
+    """The node's gate, if nothing stands against the run but a person's yes."""
     ledger = home.ledger()
     judged = node_review.review(home.policy, spec, ledger.book, cohort_digest(home.cohort_path))
     if judged.objections:
         raise ConfigError(f"{home.path}: this node says no: {'; '.join(judged.objections)}")
-    gate = home.gate()
+    return home.gate()
+
+
+def _released(home: NodeHome, gate: Gate, begun: _Begun) -> Arrays:
+    """The noised update, as the node's gate lets it out."""
+    spec = begun.spec
     answers: list[object] = [gate.invite(Invitation(spec))]
     if not isinstance(answers[0], RefusalReply):
-        answers.append(gate.train(TrainTask(spec, 1, weights)))
-        gate.close(Closing(spec.digest))
+        answers.append(gate.train(TrainTask(spec, 1, begun.weights)))
     if isinstance(answers[-1], Release):
         return answers[-1].update
     code = getattr(answers[-1], "code", "")
@@ -237,42 +289,58 @@ def _weights(network: nn.Module) -> Arrays:
 
 
 @dataclass(frozen=True)
-class _Made:
-    """A trained model that is about to be written down."""
+class _Begun:
+    """A training that is about to begin: what could go wrong without it has not."""
 
     model: Package
     spec: RunSpec
-    content: bytes
+    weights: Arrays
+    held_out: Cohort
     before: PartResult
-    after: PartResult
-    spent: tuple[float, float] | None  # epsilon and delta; None: no privacy
     declared_size: int
 
 
-def _finished(
-    model: Package,
-    spec: RunSpec,
-    updates: tuple[Arrays, Arrays],
-    held_out: Cohort,
-    declared_size: int,
-) -> FineTuned:
-    weights, update = updates
+@dataclass(frozen=True)
+class _Made:
+    """A trained model that is about to be written down."""
+
+    begun: _Begun
+    content: bytes
+    after: PartResult
+    spent: tuple[float, float] | None  # epsilon and delta; None: no privacy
+
+
+def _check_card(model: Package) -> None:
+    if not model.card:
+        raise PackageError(f"{model.path}: has no model card; `cloister report` writes it")
+
+
+def _begin(model: Package, spec: RunSpec, held_out: Cohort, declared_size: int) -> _Begun:
+    weights, seen = _weights(model.network()), rows_for(spec, held_out)
+    return _Begun(model, spec, weights, seen, _result(spec, weights, seen), declared_size)
+
+
+def _finished(begun: _Begun, update: Arrays) -> FineTuned:
+    spec, weights, before = begun.spec, begun.weights, begun.before
     trained = {name: (array + update[name]).astype(np.float32) for name, array in weights.items()}
-    seen = rows_for(spec, held_out)
-    before, after = (_result(spec, arrays, seen) for arrays in (weights, trained))
+    after = _result(spec, trained, begun.held_out)
     differences = paired_differences(
         task_for(spec),
         (before.evidence, after.evidence),
         before.patient_index,
         generator=np.random.default_rng(_SEED),
     )
-    content = save(trained, metadata={"spec": spec.canonical_json})
-    whole = accounting.planned(spec, declared_size)
+    whole = accounting.planned(spec, begun.declared_size)
     spent = None
     if whole is not None and isinstance(spec.privacy, DpSgd):
         spent = accounting.epsilon([whole], spec.privacy.delta), spec.privacy.delta
-    made = _Made(model, spec, content, before, after, spent, declared_size)
-    return FineTuned(_files(made), before, after, differences, spent and spent[0])
+    mark = {} if spent else {package.PERSONAL: MUST_NOT_LEAVE}  # a card is soon left behind
+    content = save(trained, metadata={"spec": spec.canonical_json} | mark)
+    card = _card(_Made(begun, content, after, spent))
+    warning = card["privacy"]["warning"]
+    return FineTuned(
+        _files(spec, content, card), before, after, differences, spent and spent[0], warning
+    )
 
 
 def _result(spec: RunSpec, arrays: Arrays, held_out: Cohort) -> PartResult:
@@ -285,12 +353,11 @@ def _result(spec: RunSpec, arrays: Arrays, held_out: Cohort) -> PartResult:
     return score_part(spec, "test", kept, held_out.patient_index, held_out.unit)
 
 
-def _files(made: _Made) -> dict[str, bytes]:
-    card = _card(made)
+def _files(spec: RunSpec, content: bytes, card: Mapping[str, Any]) -> dict[str, bytes]:
     text = json.dumps(card, indent=2, ensure_ascii=False, allow_nan=False)
     return {
-        package.SPEC: made.spec.canonical_json.encode(),
-        package.MODEL: made.content,
+        package.SPEC: spec.canonical_json.encode(),
+        package.MODEL: content,
         package.CARD: f"{text}\n".encode(),
         package.CARD_TEXT: to_markdown(card).encode(),
     }
@@ -298,33 +365,42 @@ def _files(made: _Made) -> dict[str, bytes]:
 
 def _card(made: _Made) -> dict[str, Any]:
     """The card of the model where it began, with what is true of this one."""
-    if not made.model.card:
-        raise PackageError(f"{made.model.path}: has no model card; `cloister report` writes it")
-    card = {key: value for key, value in made.model.card.items() if key not in _OF_THE_OTHER}
-    spec, own = made.spec, card["model"]
+    begun, spec = made.begun, made.begun.spec
+    card = {key: value for key, value in begun.model.card.items() if key not in _OF_THE_OTHER}
     digest = hashlib.sha256(made.content).hexdigest()
     card |= {
         "name": spec.name,
         "run_id": "",
         "spec_sha256": spec.digest,
-        "model": own | {"safetensors_sha256": digest, "round": None},
-        "data": card["data"] | {"note": f"{card['data']['note']} {_began(made.model)}"},
+        "model": card["model"] | {"safetensors_sha256": digest, "round": None},
+        "data": card["data"] | {"note": f"{card['data']['note']} {_began(begun.model)}"},
         "training": card["training"]
         | {"rounds_finished": 1, "rounds_planned": 1}
         | {"local_steps": spec.local.steps, "batch_size": spec.local.batch_size}
         | {"optimizer": spec.optimizer.model_dump(mode="json")},
         "privacy": _privacy(made),
-        "evaluation": {"validation": None, "test": _evaluated(made.after)},
+        "evaluation": {"validation": None, "test": None},
         "federated_evaluation": None,
     }
-    if made.spent is None:
-        card[package.PERSONAL] = {
+    return card | (_personal(made) if made.spent is None else _published(card))
+
+
+def _personal(made: _Made) -> dict[str, Any]:
+    """What the card of a model says that stays at the site: figures of its patients too."""
+    return {
+        "evaluation": {"validation": None, "test": _evaluated(made.after)},
+        package.PERSONAL: {
             "warning": MUST_NOT_LEAVE,
-            "began_with": made.model.model_sha256,
-            "head_only": spec.model.trained == "head",
-            "before": made.before.to_json(),
-        }
-    return card
+            "began_with": made.begun.model.model_sha256,
+            "head_only": made.begun.spec.model.trained == "head",
+            "before": made.begun.before.to_json(),
+        },
+    }
+
+
+def _published(card: Mapping[str, Any]) -> dict[str, Any]:
+    """Of the held-out patients nothing but that there were some (docs/privacy.md 13)."""
+    return {"limitations": [*card["limitations"], _NO_FIGURES]}
 
 
 def _began(model: Package) -> str:
@@ -335,19 +411,23 @@ def _began(model: Package) -> str:
 
 
 def _privacy(made: _Made) -> dict[str, Any]:
-    adjacency = f"add or remove one {made.spec.privacy.unit}"
-    known: dict[str, Any] = {"adjacency": adjacency, "sites": {}}
-    known |= {"all_sites_epsilon": None, "all_sites_delta": None, "timing": []}
+    """Of both trainings: it is protected where both were."""
+    unit, base = made.begun.spec.privacy.unit, made.begun.model.card["privacy"]
     if made.spent is None:
+        known: dict[str, Any] = {"adjacency": f"add or remove one {unit}", "sites": {}}
+        known |= {"all_sites_epsilon": None, "all_sites_delta": None, "timing": []}
         return known | {"protected": False, "warning": MUST_NOT_LEAVE, "claim": []}
     epsilon, delta = made.spent
-    unit = made.spec.privacy.unit
     said = (
         f"Its further training is ({epsilon:.2f}, {delta:g})-differentially private under adding "
-        f"or removing one {unit}'s whole record of that site, and is booked in the site's ledger. "
-        "The site's held-out patients are not covered."
+        f"or removing one {unit}'s whole record of that site, and is booked in the site's ledger; "
+        "the figures above are of the training before it. The site's held-out patients are not "
+        "covered, and nothing of them is in this card."
     )
-    return known | {"protected": True, "warning": None, "claim": [said]}
+    protected = base["protected"] is True
+    warning = base["warning"] or (None if protected else NOT_PROTECTED)
+    claims = {"protected": protected, "warning": warning, "claim": [*base["claim"], said]}
+    return {**base, **claims}
 
 
 def _evaluated(part: PartResult) -> dict[str, Any]:

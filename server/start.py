@@ -7,15 +7,17 @@ then on. The digest in the run's file vouches for them, here and whenever the ru
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load
 from torch import nn
 
 from common import models
 from common.errors import PackageError, RunError, SpecError
 from common.messages import LARGEST_WEIGHT, Arrays
-from common.package import PERSONAL, Package
+from common.package import MODEL, PERSONAL, Package
 from common.spec import RunSpec
 
 START_FILE = "start.safetensors"
@@ -40,7 +42,7 @@ def starting_model(spec: RunSpec, model: Path | None) -> bytes | None:
             )
         return None
     package = Package.open(model, unsigned=True)  # the digest in the run's file vouches for it
-    _refuse_personal(package)
+    refuse_personal(package)
     if spec.start is None or spec.start.model_sha256 != package.model_sha256:
         named = spec.start.model_sha256 if spec.start else "none"
         raise SpecError(
@@ -84,9 +86,23 @@ def starting_weights(spec: RunSpec, folder: Path, network: nn.Module) -> Arrays:
     return weights
 
 
-def _refuse_personal(package: Package) -> None:
-    if package.card.get(PERSONAL) is not None:
+def refuse_personal(package: Package) -> None:
+    """Refuse a model of one site alone, by its card or by the mark in the weights' own file.
+
+    Raises:
+        PackageError: if it is one, or its file cannot be read.
+    """
+    if package.card.get(PERSONAL) is not None or PERSONAL in _marks(package):
         raise PackageError(
             f"{package.path}: a personal model, trained on the patients of one site for that site; "
             "expected a federation's model, or one that was fine-tuned with --private"
         )
+
+
+def _marks(package: Package) -> Mapping[str, str]:
+    path = package.path / MODEL
+    try:
+        with safe_open(path, "np") as file:
+            return file.metadata() or {}
+    except (OSError, SafetensorError) as error:
+        raise PackageError(f"{path}: no safetensors file ({error}); copy it anew") from None

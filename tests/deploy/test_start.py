@@ -119,6 +119,18 @@ def test_no_run_begins_at_a_personal_model(trained: Path, write_run: Write, tmp_
         prepare(write_run(changes=[begins(trained)]), tmp_path / "others", trained)
 
 
+def test_nor_when_its_card_was_left_behind(trained: Path, write_run: Write, tmp_path: Path):
+    """The mark is in the weights' own file too."""
+    weights = load_file(trained / "model.safetensors")
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    save_file(weights, bare / "model.safetensors", {PERSONAL: "mine"})
+    (bare / "spec.json").write_bytes((trained / "spec.json").read_bytes())
+    assert not Package.open(bare, unsigned=True).card
+    with pytest.raises(PackageError, match="a personal model, trained on the patients of one site"):
+        prepare(write_run(changes=[begins(bare)]), tmp_path / "others", bare)
+
+
 def test_weights_that_were_changed_since_are_not_begun_with(
     trained: Path, write_run: Write, tmp_path: Path, watching: Any
 ):
