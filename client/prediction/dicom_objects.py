@@ -5,15 +5,17 @@ person has verified it. A segmentation has the geometry of its source, pixel by 
 A.51). Both are made by highdicom, of the study's own identifiers; their files are named by
 numbers of ours.
 
-Class names have no codes of a terminology: they stand in a private scheme, ``99CLOISTER``.
+Class names have no codes of a terminology: they stand in a private scheme, ``99CLOISTER``, each
+under a hash of itself, so that one code is of one name whatever the model.
 """
 
 from __future__ import annotations
 
+import hashlib
 import io
 import itertools
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.metadata import version
@@ -34,28 +36,29 @@ from client.intake.items import Item
 from client.intake.part10 import DicomFile, Limits
 from client.intake.quiet import quiet
 from client.prediction.geometry import mask_to_source
-from client.prediction.predict import Told
+from client.prediction.predict import NotMade, Told, not_made
 from client.prediction.reading import check_same
-from client.prediction.rows import Row
+from client.prediction.rows import WARNING, Row, decided_by
 from common.errors import IntakeError
 from common.package import Package
 from common.spec import RunSpec
 
 MAKER = "Cloister"
 SCHEME = "99CLOISTER"
-WARNING = "Not for clinical use; made by a model, verified by nobody"
 
 _Group = (
     hdsr.MeasurementsAndQualitativeEvaluations | hdsr.PlanarROIMeasurementsAndQualitativeEvaluations
 )
 Mask = NDArray[np.unsignedinteger[Any]]
-_LONGEST, _SHORT_TEXT = 64, 16
+_LONGEST, _SHORT_TEXT, _HASHED = 64, 16, 10
 _UTF_8 = "ISO_IR 192"
+_SAME = 4  # decimals of a cosine or of a spacing in mm
 _MOST_PIXELS = 2**27
 """Of one segmentation: a longer series becomes several."""
 _SERIES = {"sr": 9901, "seg": 9902}
 _DATE, _TIME = re.compile(r"\d{8}"), re.compile(r"\d{2}(\d{2}(\d{2}(\.\d{1,6})?)?)?")
 _FORMS = {"PatientBirthDate": _DATE, "StudyDate": _DATE, "StudyTime": _TIME}
+_PLACE = ("FrameOfReferenceUID", "ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing")
 _PATIENT = (
     "PatientName",
     "PatientID",
@@ -101,7 +104,7 @@ class _Objects:
             WARNING,
             f"model sha256 {self.model[:32]}",
             f"model sha256 (2) {self.model[32:]}",
-            f"threshold {self.spec.evaluation.threshold:g} of the raw probability",
+            _cut(decided_by(self.spec)),
         ]
         if calibration is not None:
             heats = " ".join(f"{heat:.4g}" for heat in calibration.temperatures)
@@ -129,9 +132,15 @@ class _Objects:
         found.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
         return found
 
-    def code(self, key: str, meaning: str) -> Code:
-        """A code of our own."""
-        return Code(key[:_SHORT_TEXT], SCHEME, _cut(meaning))
+    @property
+    def description(self) -> str:
+        """Of a series: what is cut off is the end of the model's name, never the warning."""
+        return _cut(f"NOT FOR CLINICAL USE: {self.spec.name}")
+
+    def code(self, key: str, meaning: str, of: str = "") -> Code:
+        """A code of our own; of what is said by class the name's hash is in it."""
+        value = f"{key}-{hashlib.sha256(of.encode()).hexdigest()[:_HASHED]}" if of else key
+        return Code(value[:_SHORT_TEXT], SCHEME, _cut(meaning))
 
 
 @dataclass(frozen=True)
@@ -141,14 +150,16 @@ class Reports(_Objects):
     name = "structured report"
 
     def of_study(
-        self, items: Mapping[str, Item], images: Sequence[Told]
+        self, items: Mapping[str, Item], images: Sequence[Told], refused: int
     ) -> Iterator[tuple[str, bytes]]:
         """The report of one study."""
+        count = len(_objects_of(images))
+        part = f"answered {count} of {count + refused} objects of the study"
         first = images[0].seen.named
         with quiet():
             source = self._source(self.header(items[first.place], first.sha256))
             evidence = [self._evidence(source, told) for told in _objects_of(images)]
-            groups = [group for told in images for group in self._groups(told)]
+            groups = [group for told in images for group in self._groups(told, part)]
             report = hdsr.MeasurementReport(
                 observation_context=hdsr.ObservationContext(observer_device_context=self._device),
                 procedure_reported=codes.SCT.ImagingProcedure,
@@ -167,7 +178,7 @@ class Reports(_Objects):
                 is_final=False,
                 is_verified=False,
             )
-            document.SeriesDescription = _cut(f"{self.spec.name}: {WARNING}")
+            document.SeriesDescription = self.description
             yield f"sr/{next(self._numbers)}.dcm", _bytes_of(document)
 
     @property
@@ -205,13 +216,21 @@ class Reports(_Objects):
         one.StudyInstanceUID, one.SeriesInstanceUID = named.study, named.series
         return one
 
-    def _groups(self, told: Told) -> Iterator[_Group]:
+    def _groups(self, told: Told, part: str) -> Iterator[_Group]:
         boxes = told.row.get("boxes")
+        groups: Iterable[_Group] = [self._image(told)]
         if boxes:
-            yield from (self._box(told, number, box) for number, box in enumerate(boxes))
-            return
+            groups = (self._box(told, number, box) for number, box in enumerate(boxes))
+        for group in groups:
+            said = "; ".join([WARNING, part, *told.row["caveats"]])
+            group[0].ContentSequence.append(
+                hdsr.TextContentItem(codes.DCM.Comment, said, hdsr.RelationshipTypeValues.CONTAINS)
+            )
+            yield group
+
+    def _image(self, told: Told) -> hdsr.MeasurementsAndQualitativeEvaluations:
         named = told.seen.named
-        yield hdsr.MeasurementsAndQualitativeEvaluations(
+        return hdsr.MeasurementsAndQualitativeEvaluations(
             tracking_identifier=_tracking(f"image {told.row['number']}"),
             algorithm_id=self._algorithm,
             measurements=list(self._measurements(told.row)),
@@ -227,35 +246,32 @@ class Reports(_Objects):
         units = {"probability": codes.UCUM.NoUnits, "raw_probability": codes.UCUM.NoUnits}
         titles = {"probability": "Probability", "raw_probability": "Probability, not calibrated"}
         for key, title in titles.items():
-            for number, (name, value) in enumerate((row.get(key) or {}).items()):
-                code = self.code(f"{key[:3]}-{number}", f"{title}: {name}")
+            for name, value in (row.get(key) or {}).items():
+                code = self.code(key[:3], f"{title}: {name}", name)
                 yield hdsr.Measurement(code, value, units[key])
-        for number, (name, value) in enumerate(row.get("pixels", {}).items()):
-            code = self.code(f"pix-{number}", f"Pixels: {name}")
+        for name, value in row.get("pixels", {}).items():
+            code = self.code("pix", f"Pixels: {name}", name)
             yield hdsr.Measurement(code, value, Code("{pixels}", "UCUM", "pixels"))
-        for number, (name, value) in enumerate(row.get("area_mm2", {}).items()):
+        for name, value in row.get("area_mm2", {}).items():
             if value is not None:
-                code = self.code(f"area-{number}", f"Area: {name}")
+                code = self.code("area", f"Area: {name}", name)
                 yield hdsr.Measurement(code, value, codes.UCUM.SquareMillimeter)
         if "anomaly_score" in row:
             code = self.code("anomaly", "Anomaly score")
             yield hdsr.Measurement(code, row["anomaly_score"], codes.UCUM.NoUnits)
 
     def _decisions(self, row: Row) -> Iterator[hdsr.QualitativeEvaluation]:
-        if "decision" not in row:
-            return
-        said = row["decision"]
+        said = row.get("model_decision", ())
         for name in [said] if isinstance(said, str) else said:
-            number = self.spec.task.classes.index(name)
             yield hdsr.QualitativeEvaluation(
                 self.code("decision", "Class that the model decided for"),
-                self.code(f"class-{number}", name),
+                self.code("class", name, name),
             )
 
     def _box(
         self, told: Told, number: int, box: Row
     ) -> hdsr.PlanarROIMeasurementsAndQualitativeEvaluations:
-        named, kind = told.seen.named, self.spec.task.classes.index(box["class"])
+        named, kind = told.seen.named, box["class"]
         left, top, right, bottom = (box[side] for side in ("left", "top", "right", "bottom"))
         corners = [[left, top], [right, top], [right, bottom], [left, bottom], [left, top]]
         source = hdsr.SourceImageForRegion(
@@ -267,7 +283,7 @@ class Reports(_Objects):
         return hdsr.PlanarROIMeasurementsAndQualitativeEvaluations(
             tracking_identifier=_tracking(f"image {told.row['number']} box {number + 1}"),
             referenced_region=region,
-            finding_type=self.code(f"class-{kind}", box["class"]),
+            finding_type=self.code("class", kind, kind),
             algorithm_id=self._algorithm,
             measurements=[
                 hdsr.Measurement(
@@ -284,16 +300,31 @@ class Segmentations(_Objects):
     name = "segmentation"
 
     def of_study(
-        self, items: Mapping[str, Item], images: Sequence[Told]
-    ) -> Iterator[tuple[str, bytes]]:
-        """One object a series, or several of a long one; of a multi-frame source one each."""
+        self, items: Mapping[str, Item], images: Sequence[Told], _refused: int
+    ) -> Iterator[tuple[str, bytes] | NotMade]:
+        """One object a series, or several of a long one; of a multi-frame source one each.
+
+        That there can be none of one series costs no other series its own.
+        """
         found = [told for told in images if told.answered.answer.mask is not None]
         for part in _parts_of(found):
-            masks = [self._mask(told) for told in part]
-            if any(mask.any() for mask in masks):
-                with quiet():
-                    written = self._segmentation(items, part, masks)
-                yield f"seg/{next(self._numbers)}.dcm", _bytes_of(written)
+            try:
+                content = self._content(items, part)
+            except Exception as error:  # noqa: BLE001
+                # highdicom raises whatever a header that does not fit drives it to.
+                what = f"{self.name} of series {part[0].seen.named.series}"
+                yield not_made(what, part[0].seen.named, error)
+                continue
+            if content:
+                yield f"seg/{next(self._numbers)}.dcm", content
+
+    def _content(self, items: Mapping[str, Item], part: Sequence[Told]) -> bytes:
+        """Of one segmentation; empty where nothing was found."""
+        masks = [self._mask(told) for told in part]
+        if not any(mask.any() for mask in masks):
+            return b""
+        with quiet():
+            return _bytes_of(self._segmentation(items, part, masks))
 
     def _mask(self, told: Told) -> Mask:
         mask = told.answered.answer.mask
@@ -313,6 +344,11 @@ class Segmentations(_Objects):
     ) -> Dataset:
         named = [told.seen.named for told in _objects_of(part)]
         sources = [self.header(items[one.place], one.sha256) for one in named]
+        if len({_where(told) for told in part}) > 1:
+            raise IntakeError("its frames differ in direction or pixel spacing")
+        if part[0].seen.frame.plane is None:
+            for source, keyword in itertools.product(sources, _PLACE):
+                source.pop(keyword, None)
         stack = np.stack(masks)
         if part[0].seen.count > 1:
             stack = np.zeros((part[0].seen.count, *masks[0].shape), dtype=self._type)
@@ -334,7 +370,7 @@ class Segmentations(_Objects):
             content_label="CLOISTER",
             content_description=WARNING,
         )
-        made.SeriesDescription = _cut(f"{self.spec.name}: {WARNING}")
+        made.SeriesDescription = self.description
         if part[0].seen.frame.plane is None:
             made.PatientOrientation = ""  # of type 2C where no orientation is known (PS3.3 C.7.6.1)
         return made
@@ -352,7 +388,7 @@ class Segmentations(_Objects):
                 segment_number=number,
                 segment_label=_cut(name),
                 segmented_property_category=codes.SCT.SpatialAndRelationalConcept,
-                segmented_property_type=self.code(f"class-{number}", name),
+                segmented_property_type=self.code("class", name, name),
                 algorithm_type=hdseg.SegmentAlgorithmTypeValues.AUTOMATIC,
                 algorithm_identification=algorithm,
             )
@@ -362,17 +398,30 @@ class Segmentations(_Objects):
 
 
 def _parts_of(images: Sequence[Told]) -> Iterator[list[Told]]:
-    """Images that go into one segmentation: of one series, one size, and not too many."""
+    """Images that go into one segmentation: of one series and geometry, and not too many.
 
-    def together(told: Told) -> tuple[str, tuple[int, int], str, str]:
+    A segmentation has one pixel spacing, one direction and one frame of reference for all.
+    """
+
+    def together(told: Told) -> tuple[object, ...]:
         named, many = told.seen.named, told.seen.count > 1
-        return named.series, told.seen.size, named.sop_class, named.instance if many else ""
+        apart = (named.instance,) if many else _where(told)
+        return named.series, told.seen.size, named.sop_class, many, apart
 
     for _, group in itertools.groupby(sorted(images, key=together), key=together):
         part = list(group)
         most = max(1, _MOST_PIXELS // max(1, part[0].seen.size[0] * part[0].seen.size[1]))
         step = len(part) if part[0].seen.count > 1 else most
         yield from (part[start : start + step] for start in range(0, len(part), step))
+
+
+def _where(told: Told) -> tuple[str | float, ...]:
+    """All of where an image lies but its position; nothing where that is not known."""
+    plane = told.seen.frame.plane
+    if plane is None:
+        return ()
+    numbers = np.concatenate([plane.across, plane.down, plane.spacing]).round(_SAME)
+    return plane.reference, *(numbers + 0.0).tolist()
 
 
 def _objects_of(images: Sequence[Told]) -> list[Told]:

@@ -7,6 +7,7 @@ files 0600, and no file is named by anything that stood in a DICOM file.
 ``predictions.csv``   one line an image
 ``studies.csv``       one line a study
 ``refused.csv``       one line an object that was not answered, with the reason
+``not_made.csv``      one line a report or segmentation that could not be made, with the reason
 
 Memory does not grow with the number of images: rows go to the disk as they come.
 """
@@ -29,8 +30,13 @@ from common.files import disk_refuses, flush_folder, locked
 
 FORMAT = "cloister predictions 1"
 JSON_FILE = "predictions.json"
-PARTS = ("images", "studies", "refused")
-CSV_FILES = dict(zip(PARTS, ("predictions.csv", "studies.csv", "refused.csv"), strict=True))
+CSV_FILES = {
+    "images": "predictions.csv",
+    "studies": "studies.csv",
+    "refused": "refused.csv",
+    "not_made": "not_made.csv",
+}
+PARTS = tuple(CSV_FILES)
 
 _FORMULAS = (*"=+-@", "\uff1d", "\uff0b", "\uff0d", "\uff20")
 _WORKING = ".predicting"
@@ -42,10 +48,14 @@ class Results:
     Args:
         folder: where its parts are written.
         columns: of each part's CSV.
+        every: cells that each line has, where there is a column for them.
     """
 
-    def __init__(self, folder: Path, columns: Mapping[str, Sequence[str]]) -> None:
+    def __init__(
+        self, folder: Path, columns: Mapping[str, Sequence[str]], every: Mapping[str, str]
+    ) -> None:
         self.folder = folder
+        self._every = dict(every)
         self._columns = columns
         self._open = ExitStack()
         self._files: list[TextIO] = []
@@ -56,7 +66,9 @@ class Results:
 
     @classmethod
     @contextmanager
-    def at(cls, target: Path, columns: Mapping[str, Sequence[str]]) -> Iterator[Self]:
+    def at(
+        cls, target: Path, columns: Mapping[str, Sequence[str]], every: Mapping[str, str]
+    ) -> Iterator[Self]:
         """Results that have the name `target` when the body has ended well, and else are gone.
 
         Raises:
@@ -71,7 +83,7 @@ class Results:
             raise ConfigError(f"{target}: cannot be written ({error.strerror})") from error
         try:
             with locked(folder):
-                results = cls(folder, columns)
+                results = cls(folder, columns, every)
                 with results._open:
                     yield results
                 flush_folder(folder)
@@ -86,7 +98,7 @@ class Results:
             raise
 
     def add(self, part: str, row: Mapping[str, Any]) -> bool:
-        """Write one row of ``images``, ``studies`` or ``refused``.
+        """Write one row of a part.
 
         Returns:
             False, and nothing is written, if it holds a number that is none.
@@ -96,7 +108,7 @@ class Results:
         except ValueError:
             return False
         self._spools[part].write(line + "\n")
-        flat = dict(flattened(row))
+        flat = self._every | dict(flattened(row))
         self._tables[part].writerow(safe(flat.get(name)) for name in self._columns[part])
         return True
 

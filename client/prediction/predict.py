@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
+from pydicom.datadict import tag_for_keyword
 
 from client.intake.deid.engine import Engine
 from client.intake.deid.profile import Profile
@@ -43,9 +44,9 @@ from client.prediction.reading import (
     StudyReader,
     reason_of,
 )
-from client.prediction.rows import HOW, Row, Rows, Seen, Study
+from client.prediction.rows import HOW, WARNING, Row, Rows, Seen, Study, decided_by
 from common.cohort import PIXEL_MAX, Cohort
-from common.errors import CohortError, ConfigError, PackageError
+from common.errors import CohortError, ConfigError, IntakeError, PackageError
 from common.files import disk_refuses
 from common.package import Package
 from common.spec import Input
@@ -64,10 +65,7 @@ NOT_MADE = "it could not be made"
 NOT_NUMBERS = "the network's outputs are not numbers"
 PSEUDONYMS = "Pseudonyms of a cohort; its images have no true identifiers."
 _AT_ONCE = 256
-NO_CARD = (
-    "Not for clinical use. The model came without a card: for what it was made, and how well it "
-    "does, is not said."
-)
+NO_CARD = "The model came without a card: for what it was made, and how well it does, is not said."
 IDENTITIES = (
     "True identifiers of patients. This folder is readable by its owner alone and must stay "
     "within the hospital."
@@ -92,6 +90,29 @@ class Told(NamedTuple):
     row: Row
 
 
+class NotMade(NamedTuple):
+    """Something more that could not be made of answers, which cost none of them."""
+
+    what: str
+    named: Named
+    reason: str
+
+
+def not_made(what: str, named: Named, error: Exception) -> NotMade:
+    """Why something could not be made; of a foreign error what is wrong with a header, if known.
+
+    Its text is not shown: it may quote what stands in the header.
+    """
+    missing = getattr(error, "name", None)
+    if isinstance(error, AttributeError) and missing and tag_for_keyword(missing) is not None:
+        reason = f"a header lacks {missing}"
+    elif isinstance(error, IntakeError | MemoryError | OSError):
+        reason = reason_of(error)
+    else:
+        reason = f"the headers do not allow it ({type(error).__name__})"
+    return NotMade(what, named, f"{NOT_MADE}: {reason}")
+
+
 class Addition(Protocol):
     """Something more that is made of a study.
 
@@ -104,9 +125,15 @@ class Addition(Protocol):
         """See `Addition`."""
 
     def of_study(
-        self, items: Mapping[str, Item], images: Sequence[Told]
-    ) -> Iterator[tuple[str, bytes]]:
-        """Files by name; `items` finds each image's object by its place."""
+        self, items: Mapping[str, Item], images: Sequence[Told], refused: int
+    ) -> Iterator[tuple[str, bytes] | NotMade]:
+        """Files by name, and what could not be made.
+
+        Args:
+            items: finds each image's object by its place.
+            images: of the study, that were answered.
+            refused: how many of its objects were not.
+        """
 
 
 @dataclass(frozen=True)
@@ -149,12 +176,14 @@ class Summary:
         images: that were answered.
         studies: with at least one such image.
         refused: what was not, and why.
+        not_made: reports and segmentations that could not be made, and why.
         decisions: how many images each class was decided for.
     """
 
     images: int = 0
     studies: int = 0
     refused: list[NotUsed] = field(default_factory=list)
+    not_made: list[NotUsed] = field(default_factory=list)
     decisions: Counter[str] = field(default_factory=Counter)
 
 
@@ -168,12 +197,12 @@ def predict(order: Order, progress: Progress | None = None, pool: Workers = Pool
         RunError: if the disk is full.
     """
     check_target(order.target)
-    check_preprocessing(order.model.package)
+    check_card(order.model.package)
     listing = listed(order.source)
     workers = order.workers or len(os.sched_getaffinity(0))
     columns = columns_of(order.model)
     with (
-        Results.at(order.target, columns) as results,
+        Results.at(order.target, columns, every_line(order.model)) as results,
         pool(order.reader, workers, order.bounds) as readers,
     ):
         work = _Prediction(order, results, progress or _silent)
@@ -193,7 +222,7 @@ def predict_cohort(order: Order, cohort: Cohort, progress: Progress | None = Non
         CohortError: if the cohort was made by another preprocessing.
     """
     check_target(order.target)
-    check_preprocessing(order.model.package)
+    check_card(order.model.package)
     ours = order.model.package.spec.input
     if cohort.preprocessing_digest != ours.preprocessing_digest:
         raise CohortError(
@@ -203,7 +232,8 @@ def predict_cohort(order: Order, cohort: Cohort, progress: Progress | None = Non
     if order.additions:
         names = " and ".join(f"a {addition.name}" for addition in order.additions)
         raise ConfigError(f"{cohort.path}: {names} needs DICOM files, and this is a cohort")
-    with Results.at(order.target, columns_of(order.model)) as results:
+    columns = columns_of(order.model)
+    with Results.at(order.target, columns, every_line(order.model)) as results:
         work = _Prediction(order, results, progress or _silent)
         work.cohort(cohort)
         results.finish(_head_of(order) | {"identities": PSEUDONYMS})
@@ -218,12 +248,13 @@ def _head_of(order: Order) -> dict[str, Any]:
     return head if order.pictures is None else head | {"explained": order.pictures.examined()}
 
 
-def check_preprocessing(package: Package) -> None:
-    """What the card says of the input is what is done here.
+def check_card(package: Package) -> None:
+    """What the card says of the input is what is done here, and its warnings are text.
 
     Raises:
         PackageError: otherwise.
     """
+    warnings_of(package)
     model = package.card.get("model")
     said = model.get("input") if isinstance(model, dict) else None
     if said is None:
@@ -250,6 +281,7 @@ class _Prediction:
         self._progress = progress
         self._rows = Rows(order.model.package.spec)
         self._lost: Counter[str] = Counter()
+        self._gaps: set[str] = set()
 
     def objects(self, items: Sequence[Item], readers: Mapper) -> None:
         """Look, then answer study by study."""
@@ -270,7 +302,9 @@ class _Prediction:
     def refuse(self, named: Named, reason: str) -> None:
         """Write down that an object is not answered."""
         self.summary.refused.append(NotUsed(named.place, reason))
-        self._lost[named.study] += 1
+        if reason != COPY:
+            self._lost[named.study] += 1
+            self._gaps.add(named.series)
         self._results.add(
             "refused",
             {
@@ -378,8 +412,8 @@ class _Prediction:
         if study is None or not study.images:
             return
         self.summary.studies += 1
+        study.refused, study.gaps = self._lost.pop(study.named.study, 0), self._gaps
         self._add(study, items, kept)
-        study.refused = self._lost.pop(study.named.study, 0)
         if not self._results.add("studies", study.row()):
             self.refuse(replace(study.named, place=f"study {study.named.study}"), NOT_WRITTEN)
 
@@ -387,14 +421,31 @@ class _Prediction:
         """Make what is made of a study besides; that it cannot be made costs no answer."""
         for addition in self._order.additions:
             try:
-                for name, content in addition.of_study(items, kept):
-                    self._results.write(name, content)
+                for made in addition.of_study(items, kept, study.refused):
+                    if isinstance(made, NotMade):
+                        self._not_made(made)
+                    else:
+                        self._results.write(*made)
             except Exception as error:
                 # A header that is good enough to be decoded may still be no good to be written.
                 if disk_refuses(error):
                     raise
                 what = f"{addition.name} of study {study.named.study}"
-                self.refuse(replace(study.named, place=what), f"{NOT_MADE}: {reason_of(error)}")
+                self._not_made(not_made(what, study.named, error))
+
+    def _not_made(self, lost: NotMade) -> None:
+        """Write down what is missing; its images are answered all the same."""
+        self.summary.not_made.append(NotUsed(lost.what, lost.reason))
+        self._results.add(
+            "not_made",
+            {
+                "what": lost.what,
+                "patient_id": lost.named.patient,
+                "issuer": lost.named.issuer,
+                "study_instance_uid": lost.named.study,
+                "reason": lost.reason,
+            },
+        )
 
     def _write(self, study: Study, seen: Seen, row: Row, picture: Drawn | None) -> bool:
         """Write an image's row and picture, and count it in; False if it is no row."""
@@ -403,7 +454,7 @@ class _Prediction:
         if picture is not None:
             self._results.write(row["explanation"], picture.png)
         self.summary.images += 1
-        decided = row.get("decision", ())
+        decided = row.get("model_decision", ())
         self.summary.decisions.update([decided] if isinstance(decided, str) else decided)
         study.add(seen, row)
         return True
@@ -429,6 +480,7 @@ _IMAGE = (
     "rows",
     "columns",
 )
+_LAST = ("model_sha256", "warning")
 _REFUSED = (
     "file",
     "patient_id",
@@ -438,6 +490,11 @@ _REFUSED = (
     "sop_instance_uid",
     "reason",
 )
+
+
+def every_line(model: Model) -> dict[str, str]:
+    """What each line of an answer says, for lines are copied out of their table."""
+    return {"model_sha256": model.package.model_sha256, "warning": WARNING}
 
 
 def columns_of(model: Model) -> dict[str, tuple[str, ...]]:
@@ -453,9 +510,10 @@ def columns_of(model: Model) -> dict[str, tuple[str, ...]]:
         for columns in (image, study)
     ]
     return {
-        "images": (*_IMAGE, *named[0], "caveats", "file", "file_sha256"),
-        "studies": (*_WHO, "images", "refused", *named[1], "caveats"),
+        "images": (*_IMAGE, *named[0], "caveats", "file", "file_sha256", *_LAST),
+        "studies": (*_WHO, "images", "refused", *named[1], "caveats", *_LAST),
         "refused": _REFUSED,
+        "not_made": ("what", "patient_id", "issuer", "study_instance_uid", "reason"),
     }
 
 
@@ -476,17 +534,35 @@ def _columns_by_kind(
         scores = (("mean_anomaly_score", False), ("largest_anomaly_score", False))
         return (("anomaly_score", False),), scores
     keys = ["raw_probability"] + ["probability"] * (model.calibration is not None)
-    image = (("decision", False), *((key, True) for key in reversed(keys)))
+    image = (("model_decision", False), *((key, True) for key in reversed(keys)))
     study = tuple((f"{how}_{key}", True) for key in reversed(keys) for how in ("mean", "largest"))
     return image, study
+
+
+def warnings_of(package: Package) -> list[str]:
+    """What must be borne in mind of a model: our own words first, then its card's.
+
+    Raises:
+        PackageError: if the card does not say it in text.
+    """
+    card = package.card
+    if not card:
+        return [WARNING, NO_CARD]
+    said = [card.get(key, "") for key in ("not_for_clinical_use", "intended_use")]
+    limitations = card.get("limitations", [])
+    texts = [*said, *limitations] if isinstance(limitations, list) else [None]
+    if not all(isinstance(text, str) for text in texts):
+        raise PackageError(
+            f"{package.path}: what its card says of its use and limitations is no text; expected "
+            "one as `cloister export` writes it"
+        )
+    return [WARNING, *filter(None, texts)]
 
 
 def head_of(model: Model) -> dict[str, Any]:
     """What ``predictions.json`` says before the rows."""
     package = model.package
-    spec, card, signer = package.spec, package.card, package.signer
-    said = [card.get(key) for key in ("not_for_clinical_use", "intended_use")]
-    warnings = [*filter(None, said), *card.get("limitations", ())] if card else [NO_CARD]
+    spec, signer = package.spec, package.signer
     return {
         "format": FORMAT,
         "made": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -501,11 +577,11 @@ def head_of(model: Model) -> dict[str, Any]:
             "model_sha256": package.model_sha256,
             "spec_sha256": spec.digest,
             "preprocessing_sha256": spec.input.preprocessing_digest,
-            "threshold": spec.evaluation.threshold,
+            "decision": decided_by(spec),
             "signed_by": signer and f"{signer.coordinator} of {signer.federation}",
             "calibration": package.calibration and package.calibration.model_dump(mode="json"),
             "intended_inputs": spec.use.model_dump(mode="json"),
         },
-        "warnings": warnings,
+        "warnings": warnings_of(package),
         "aggregation": HOW,
     }

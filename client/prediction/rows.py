@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -25,11 +25,25 @@ HOW = (
     "Of a study: the mean and the largest of its images' probabilities, boxes and pixels summed, "
     "the mean and the largest anomaly score. A study has no decision of its own."
 )
+WARNING = "Not for clinical use; made by a model, verified by nobody"
+_SUREST = 1e-6  # what is printed of a probability is never that it cannot be otherwise
 _PARALLEL = 1e-3
 _REGULAR = 0.1
 _DIGITS = 6
 _NOTHING = np.zeros((0, 0, 0), dtype=np.uint16)
 Row = dict[str, Any]
+
+
+def decided_by(spec: RunSpec) -> str:
+    """How a model of this run decides, in as few words as a DICOM value has."""
+    threshold = spec.evaluation.threshold
+    return {
+        "binary": f"decides by threshold {threshold:g} of the raw probability",
+        "multilabel": f"decides by threshold {threshold:g} of each raw probability",
+        "multiclass": "decides for the likeliest class",
+        "mask": "decides for the likeliest class of each pixel",
+        "boxes": f"gives boxes of a certainty above {threshold:g}",
+    }.get(spec.task.kind, "decides nothing: it gives a score")
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,7 +119,7 @@ class Rows:
         else:
             decided = [name for name, p in zip(classes, raw, strict=True) if p > threshold]
         return {
-            "decision": decided,
+            "model_decision": decided,
             "raw_probability": _named(classes, raw),
             "probability": None if calibrated is None else _named(classes, calibrated),
         }
@@ -130,17 +144,24 @@ class Rows:
                 **dict(zip(("left", "top", "right", "bottom"), map(_short, box), strict=True)),
             }
             for box, kind, certainty in zip(there, boxes[:, 4], boxes[:, 5], strict=True)
+            if (box[:2] < box[2:]).all()  # none that lies in the padding alone
         ]
 
 
 @dataclass
 class Study:
-    """What is said of one study, from the rows of its images; it holds no image."""
+    """What is said of one study, from the rows of its images; it holds no image.
+
+    Attributes:
+        refused: how many of its objects were not answered.
+        gaps: series of which one was not answered: they have no volume.
+    """
 
     spec: RunSpec
     named: Named
     images: int = 0
     refused: int = 0
+    gaps: Set[str] = frozenset()
     _caveats: dict[str, None] = field(default_factory=dict)
     _values: dict[tuple[str, str], list[float]] = field(default_factory=lambda: defaultdict(list))
     _slices: dict[str, list[tuple[Plane | None, Mapping[str, float | None]]]] = field(
@@ -187,7 +208,13 @@ class Study:
             yield "largest_score", self._each("score", np.max)
         if self._of("pixels"):
             yield "pixels", self._sums("pixels")
-            yield "volume_mm3", {name: volumes(slices) for name, slices in self._slices.items()}
+            yield (
+                "volume_mm3",
+                {
+                    series: None if series in self.gaps else volumes(slices)
+                    for series, slices in self._slices.items()
+                },
+            )
         if scores := self._values.get(("anomaly_score", "")):
             yield "mean_anomaly_score", float(np.mean(scores))
             yield "largest_anomaly_score", float(np.max(scores))
@@ -233,7 +260,8 @@ def _finite(value: float) -> float | None:
 
 
 def _named(classes: Sequence[str], values: NDArray[Any]) -> dict[str, float]:
-    return {name: _short(value) for name, value in zip(classes, values, strict=True)}
+    held = values.astype(np.float64).clip(_SUREST, 1 - _SUREST)
+    return {name: _short(value) for name, value in zip(classes, held, strict=True)}
 
 
 def _short(value: float) -> float:

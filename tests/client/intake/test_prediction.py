@@ -45,11 +45,12 @@ from client.prediction.predict import (
     TWO_PATIENTS,
     Order,
     Summary,
+    head_of,
     predict,
     predict_cohort,
 )
 from client.prediction.reading import CHANGED, NOWHERE, Prepare, Prepared
-from client.prediction.rows import Rows
+from client.prediction.rows import WARNING, Rows
 from common import models
 from common.calibration import Calibration
 from common.cohort import PIXEL, Cohort
@@ -263,6 +264,7 @@ def test_everything_is_for_its_owner_s_eyes_alone(clinic: Clinic) -> None:
         "predictions.csv": 0o600,
         "studies.csv": 0o600,
         "refused.csv": 0o600,
+        "not_made.csv": 0o600,
     }
     assert "must stay within the hospital" in found.json["identities"]
 
@@ -460,7 +462,8 @@ def test_no_report_is_made_of_a_file_that_was_replaced_after_its_answer(clinic: 
     model = clinic.model()
     found = clinic.answer(model, additions=(Later(model.package),))
     assert found.files("sr") == []
-    assert CHANGED in str(found.json)
+    assert CHANGED in found.json["not_made"][0]["reason"]
+    assert found.refused == {}
 
 
 @pytest.mark.parametrize(
@@ -746,6 +749,159 @@ def test_a_mask_comes_back_as_a_segmentation_in_its_source_s_pixels(segmented: A
     assert algorithm.AlgorithmVersion == found.json["model"]["model_sha256"]
 
 
+def test_slices_of_other_pixel_spacing_are_a_segmentation_of_their_own(clinic: Clinic) -> None:
+    spacings = [[0.5, 2.0], [0.5, 2.0], [0.7, 0.7]]
+    for number, spacing in enumerate(spacings):
+        made = slice_of(number, np.full((16, 64), 4000, np.uint16)) | {"PixelSpacing": spacing}
+        clinic.hospital.film(f"{number}.dcm", **made)
+    model = clinic.model(Everywhere(), **SEGMENTATION)
+    found = clinic.answer(model, additions=(Segmentations(model.package),))
+    seen = {}
+    for path in found.files("seg"):
+        header = dcmread(path)
+        (shared,) = header.SharedFunctionalGroupsSequence
+        down, across = map(float, shared.PixelMeasuresSequence[0].PixelSpacing)
+        (series,) = header.ReferencedSeriesSequence
+        seen[down, across] = len(series.ReferencedInstanceSequence)
+    assert seen == {(0.5, 2.0): 2, (0.7, 0.7): 1}
+
+
+def test_a_series_that_can_be_no_segmentation_takes_none_from_another(clinic: Clinic) -> None:
+    class Picky(Segmentations):
+        def header(self, item: Any, sha256: str) -> Any:
+            found = super().header(item, sha256)
+            if item.place == "0.dcm":
+                del found.Rows
+            return found
+
+    for number in range(2):
+        made = slice_of(number, np.full((16, 64), 4000, np.uint16))
+        made |= {"SeriesInstanceUID": f"1.2.3.{number}"}
+        clinic.hospital.film(f"{number}.dcm", **made)
+    model = clinic.model(Everywhere(), **SEGMENTATION)
+    found = clinic.answer(model, additions=(Picky(model.package),))
+    (path,) = found.files("seg")
+    assert dcmread(path).ReferencedSeriesSequence[0].SeriesInstanceUID == "1.2.3.1"
+    (lost,) = found.json["not_made"]
+    assert lost["what"] == "segmentation of series 1.2.3.0"
+    assert lost["reason"] == "it could not be made: a header lacks Rows"
+    assert (found.refused, len(found.summary.not_made)) == ({}, 1)
+    assert found.json["studies"][0]["refused"] == 0
+
+
+def codes_of(path: Path) -> dict[str, str]:
+    """Codes of our own in an object: the values by their meanings."""
+    found = [element.value for element in dcmread(path).iterall() if element.VR == "SQ"]
+    return {
+        str(item.CodeMeaning): str(item.CodeValue)
+        for sequence in found
+        for item in sequence
+        if item.get("CodingSchemeDesignator") == "99CLOISTER"
+    }
+
+
+def test_a_code_is_of_one_class_whatever_the_model(clinic: Clinic) -> None:
+    clinic.hospital.film("a.dcm", **slice_of(0, np.full((16, 64), 4000, np.uint16)))
+    seen = []
+    for name, classes in (
+        ("x", ["ground", "organ", "tumour"]),
+        ("y", ["ground", "vessel", "organ"]),
+    ):
+        task = SEGMENTATION["task"] | {"classes": classes}
+        model = clinic.model(Everywhere(), **{**SEGMENTATION, "task": task})
+        additions = (Reports(model.package), Segmentations(model.package))
+        found = clinic.answer(model, name, additions=additions)
+        files = (*found.files("sr"), *found.files("seg"))
+        seen.append({key: value for path in files for key, value in codes_of(path).items()})
+    first, second = seen
+    assert {"organ", "Pixels: organ"} <= first.keys() & second.keys()
+    assert all(first[name] == second[name] for name in first.keys() & second.keys())
+    values = list((first | second).values())
+    assert len(set(values)) == len(values)
+    assert max(map(len, values)) <= 16
+
+
+def texts_of(path: Path) -> str:
+    """All that an object's text items say."""
+    found = dcmread(path).iterall()
+    return "\n".join(str(element.value) for element in found if element.keyword == "TextValue")
+
+
+def test_a_report_says_what_must_be_borne_in_mind_and_what_is_missing(clinic: Clinic) -> None:
+    of = {"StudyInstanceUID": "1.2.3.1", "Modality": "CR"}
+    clinic.hospital.film("a.dcm", **of, LossyImageCompression="01")
+    clinic.hospital.film("b.dcm", **of)
+    clinic.hospital.film("c.dcm", **{**of, "Modality": "MR"})
+    model = clinic.model(use={"modalities": ["CR"]}, name="n" * 60)
+    found = clinic.answer(model, additions=(Reports(model.package),))
+    (path,) = found.files("sr")
+    said = texts_of(path)
+    assert said.count("answered 2 of 3 objects of the study") == 2
+    assert said.count("it was compressed with loss") == 1
+    assert "Not for clinical use" in said
+    assert "decides by threshold 0.5 of the raw probability" in said
+    assert dcmread(path).SeriesDescription.startswith("NOT FOR CLINICAL USE: nnn")
+
+
+MULTICLASS: dict[str, Any] = {
+    "task": {"name": "classification", "kind": "multiclass", "classes": ["a", "b", "c"]},
+    "loss": {"name": "cross-entropy"},
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({}, "threshold 0.5 of the raw"),
+        (MULTICLASS, "the likeliest class"),
+        (SEGMENTATION, "the likeliest class of each pixel"),
+        (DETECTION, "a certainty above 0.3"),
+    ],
+)
+def test_how_a_model_decides_is_said_as_its_kind_does(
+    clinic: Clinic, changes: dict[str, Any], words: str
+) -> None:
+    said = head_of(clinic.model(**changes))["model"]["decision"]
+    assert words in said
+    assert ("threshold" in said) == (not changes)
+    assert len(said) <= 64
+
+
+@pytest.mark.parametrize("card", [{}, {"limitations": []}, {"not_for_clinical_use": ""}])
+def test_that_it_is_not_for_clinical_use_is_said_whatever_the_card_says(
+    clinic: Clinic, card: dict[str, Any]
+) -> None:
+    clinic.hospital.film("a.dcm")
+    found = clinic.answer(carded(clinic, card))
+    assert found.json["warnings"][0] == WARNING
+    for name in ("predictions.csv", "studies.csv"):
+        (line,) = found.table(name)
+        assert line["warning"] == WARNING
+        assert line["model_sha256"] == found.json["model"]["model_sha256"]
+
+
+@pytest.mark.parametrize(
+    "card", [{"limitations": 3}, {"limitations": [3]}, {"intended_use": {}}, {"limitations": "x"}]
+)
+def test_a_card_of_other_types_is_refused(clinic: Clinic, card: dict[str, Any]) -> None:
+    clinic.hospital.film("a.dcm")
+    with pytest.raises(PackageError, match="is no text"):
+        clinic.answer(carded(clinic, card))
+    assert not (clinic.hospital.place / "answers").exists()
+
+
+def carded(clinic: Clinic, card: dict[str, Any]) -> Model:
+    """The clinic's model, with a card; none if that is empty."""
+    package = clinic.model().package
+    if card:
+        bound = {
+            "spec_sha256": package.spec.digest,
+            "model": {"safetensors_sha256": package.model_sha256},
+        }
+        (package.path / "model_card.json").write_text(json.dumps(bound | card))
+    return Model(Package.open(package.path, unsigned=True))
+
+
 def test_areas_and_volumes_are_those_of_the_source(segmented: Any) -> None:
     found, masks = segmented
     for row, mask in zip(found.json["images"], masks, strict=True):
@@ -788,7 +944,7 @@ def test_a_report_is_of_the_model_unverified_and_names_its_images(segmented: Any
         assert values["Pixels: organ"] == row["pixels"]["organ"]
         assert values["Area: tumour"] == row["area_mm2"]["tumour"]
     assert report.PreliminaryFlag == "PRELIMINARY"
-    assert "Not for clinical use" in str(report)
+    assert report.SeriesDescription.startswith("NOT FOR CLINICAL USE: ")
     (observer,) = report.content.get_observer_contexts(codes.DCM.Device)
     model = found.json["model"]["model_sha256"]
     said = observer.observer_identifying_attributes
@@ -880,6 +1036,47 @@ def test_a_box_stands_in_pixels_of_its_source_in_table_and_report(clinic: Clinic
     assert [line["boxes {cell}"] for line in found.table("studies.csv")] == ["1"]
 
 
+class Beside(nn.Module):
+    """One box in the first cell of the grid, above the image where it was padded."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        maps = torch.full((len(images), 5, 8, 8), -9.0)
+        maps[:, 0, 0, 2] = 2.0
+        maps[:, 1:3, 0, 2] = 2.0
+        maps[:, 3:, 0, 2] = 0.5
+        return maps
+
+
+def test_a_box_in_the_padding_is_none(clinic: Clinic) -> None:
+    clinic.hospital.film("a.dcm", np.zeros((32, 96), np.uint16))
+    found = clinic.answer(clinic.model(Beside(), **DETECTION))
+    assert found.json["images"][0]["boxes"] == []
+    clinic.hospital.film("a.dcm", np.zeros((96, 96), np.uint16))
+    found = clinic.answer(clinic.model(Beside(), **DETECTION), "whole")
+    assert len(found.json["images"][0]["boxes"]) == 1
+
+
+class Certain(nn.Module):
+    """Is as sure as a number can be."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return torch.full((len(images), 1), 90.0)
+
+
+def test_no_probability_is_printed_as_certain(clinic: Clinic) -> None:
+    clinic.hospital.film("a.dcm")
+    (row,) = clinic.answer(clinic.model(Certain())).json["images"]
+    assert row["raw_probability"] == {"normal": 1e-6, "finding": 1 - 1e-6}
+
+
+def test_a_series_of_which_a_slice_was_refused_has_no_volume(clinic: Clinic) -> None:
+    marked_slices(clinic, 3)
+    made = slice_of(3, np.zeros((16, 64), np.uint16)) | {"PhotometricInterpretation": "CIELAB"}
+    clinic.hospital.film("3b.dcm", **made)
+    (study,) = clinic.answer(clinic.model(Bright(), **SEGMENTATION)).json["studies"]
+    assert list(study["volume_mm3"].values()) == [None]
+
+
 def test_an_image_without_a_box_has_none(clinic: Clinic) -> None:
     clinic.hospital.film("a.dcm", np.zeros((96, 96), np.uint16))
     changes = {**DETECTION, "evaluation": {"metric": "map50", "threshold": 0.999}}
@@ -914,7 +1111,10 @@ def test_an_answer_is_explained_by_a_picture_that_nothing_of_a_patient_names(
     model = clinic.model()
     found = clinic.answer(model, pictures=Explainer(model))
     (row,) = found.json["images"]
-    assert (row["explanation"], row["explains"]) == ("explanations/000001.png", row["decision"])
+    assert (row["explanation"], row["explains"]) == (
+        "explanations/000001.png",
+        row["model_decision"],
+    )
     picture = np.asarray(Image.open(found.folder / row["explanation"]))
     assert picture.shape[1] > 2 * picture.shape[0]  # the image, and a map by each method
     assert (picture[..., 0] != picture[..., 2]).any()
@@ -953,5 +1153,7 @@ def test_a_header_that_cannot_be_written_costs_the_report_and_not_the_answer(
     assert dcmread(BytesIO(fine.files("sr")[0].read_bytes())).PatientBirthDate == ""
     found = clinic.answer(model, "again", additions=(Never(model.package),))
     assert len(found.json["images"]) == 1
-    (reason,) = found.refused.values()
-    assert reason == "it could not be made: cannot be read (ValueError)"
+    assert found.refused == {}
+    (lost,) = found.table("not_made.csv")
+    assert lost["reason"] == "it could not be made: the headers do not allow it (ValueError)"
+    assert [study["refused"] for study in found.json["studies"]] == [0]
