@@ -272,6 +272,11 @@ def check_folder(
     return Checked(manifest, signer)
 
 
+def is_personal(card: bytes) -> bool:
+    """Whether a model card says that its model must not leave the site that made it."""
+    return PERSONAL in json.loads(card)
+
+
 def entry_of(path: Path) -> Entry:
     """What a manifest says of a file that lies at `path`.
 

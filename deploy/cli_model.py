@@ -46,6 +46,10 @@ UnsignedOption = Annotated[
     bool, typer.Option("--unsigned", help="Take one that nobody has signed, as of a simulation.")
 ]
 
+StrangerOption = Annotated[
+    bool, typer.Option("--unsigned", help="With --sign: sign a package that nobody has signed.")
+]
+
 
 def export(
     model: ModelArgument,
@@ -56,6 +60,7 @@ def export(
     ] = Formats.PACKAGE,
     sign: SignOption = False,
     home: HomeOption = Path(),
+    unsigned: StrangerOption = False,
 ) -> None:
     """Export a trained model: as a package, as ONNX, or as a MONAI bundle.
 
@@ -67,7 +72,9 @@ def export(
 
     Every folder has a manifest with the SHA-256 of each file. `--sign` signs it with the key of the
     coordinator whose folder is HOME, so that a hospital can tell whose model it is and that nobody
-    has changed it. A run that a coordinator has conducted has a signed package in its folder.
+    has changed it. What is signed has to be a run's folder, or signed by the same federation
+    already, or be taken by `--unsigned`. A run that a coordinator has conducted has a signed
+    package in its folder.
 
     Example: `cloister export runs/chest-20260101-120000-ab12 chest.model`
 
@@ -77,11 +84,12 @@ def export(
     from server.export import export as exported
 
     refuse_what_is_there(out)
-    signing = Signing.open(home) if sign else None
+    signing = Signing.open(home, unsigned=unsigned) if sign else None
     with console.status("Exporting …"):
         made = exported(model, out, format.value, signing=signing)
     _say(f"{out} holds the model as {format.value}: {len(made.manifest.files)} files.")
     _say(_signed_by(made.signer))
+    say_what_stays(out)
 
 
 def verify_model(
@@ -145,6 +153,15 @@ def believed_authority(node: Path | None, authority: Path | None) -> Certificate
         content = certificates.read_bounded(authority, "federation's certificate")
         return certificates.certificate(content, str(authority))
     return None
+
+
+def say_what_stays(folder: Path) -> None:
+    """Say of an export that is a site's own that it must not leave the site."""
+    from common.package import CARD, is_personal
+    from deploy.fine_tune import MUST_NOT_LEAVE
+
+    if is_personal((folder / CARD).read_bytes()):
+        _say(f"{folder}: {MUST_NOT_LEAVE}")
 
 
 def _signed_by(signer: Signer | None) -> str:

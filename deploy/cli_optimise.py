@@ -14,7 +14,14 @@ from rich.console import Console
 from rich.table import Table
 
 from common.errors import ConfigError, RunError
-from deploy.cli_model import HomeOption, ModelArgument, NewFolder, SignOption
+from deploy.cli_model import (
+    HomeOption,
+    ModelArgument,
+    NewFolder,
+    SignOption,
+    StrangerOption,
+    say_what_stays,
+)
 from deploy.cli_take import CohortKeyFile, Node, sealing_key
 
 if TYPE_CHECKING:  # each command imports what it needs: --help answers at once
@@ -53,6 +60,7 @@ def optimise(
     cohort_key: CohortKeyFile = None,
     sign: SignOption = False,
     home: HomeOption = Path(),
+    unsigned: StrangerOption = False,
 ) -> None:
     """Make a trained model smaller, and say what that costs: size, speed, and each metric.
 
@@ -73,16 +81,22 @@ def optimise(
     if structured and not prune:
         raise ConfigError("--structured: says what is pruned; give --prune as well")
     from common.cohort import Cohort
-    from server.export import Signing, refuse_what_is_there
+    from server.export import Described, Signing, refuse_what_is_there
     from server.optimise import optimise as optimised
 
     refuse_what_is_there(out)
-    signing = Signing.open(home) if sign else None
+    signing = Signing.open(home, unsigned=unsigned) if sign else None
     measured_on = Cohort.open(cohort or _evaluation_cohort(model), sealing_key(node, cohort_key))
+    described = Described.of(model, signing=signing)
     with console.status("Measuring …"):
-        made = optimised(model, measured_on, prune=prune, structured=structured, quantise=quantise)
+        made = optimised(
+            described, measured_on, prune=prune, structured=structured, quantise=quantise
+        )
     _write(out, made, signing)
-    _print(made, _spec_of(model))
+    _print(made, described.package.spec)
+    for name in ("pruned", "quantised"):
+        if (out / name).exists():
+            say_what_stays(out / name)
 
 
 def _evaluation_cohort(model: Path) -> Path:
@@ -98,12 +112,6 @@ def _evaluation_cohort(model: Path) -> Path:
     if not found.is_dir():
         raise ConfigError(f"{model}: does not say on what it was evaluated; name it: --cohort")
     return found
-
-
-def _spec_of(model: Path) -> RunSpec:
-    from common.package import Package
-
-    return Package.open(model, unsigned=True).spec
 
 
 def _write(out: Path, made: Optimised, signing: Signing | None) -> None:

@@ -45,14 +45,16 @@ class Signing:
         key: of its certificate.
         certificate: by which the authority vouches for it.
         authority: the federation's.
+        unsigned: whether a package that nobody has signed is signed.
     """
 
     key: PrivateKey = field(repr=False)
     certificate: Certificate
     authority: Certificate
+    unsigned: bool = False
 
     @classmethod
-    def open(cls, home: Path, clock: Clock | None = None) -> Self:
+    def open(cls, home: Path, clock: Clock | None = None, *, unsigned: bool = False) -> Self:
         """What lies in the folder of a coordinator.
 
         Raises:
@@ -68,7 +70,7 @@ class Signing:
         authority, now = read_authority(home), (clock or Clock()).date()
         certificates.check_authority(authority, now)
         certificates.check_certificate(own, authority, Use.COORDINATOR, now)
-        return cls(key, own, authority)
+        return cls(key, own, authority, unsigned)
 
     def sign(self, manifest: bytes) -> bytes:
         """``manifest.sig`` of a manifest."""
@@ -94,14 +96,27 @@ class Described:
     calibration: Calibration | None
 
     @classmethod
-    def of(cls, folder: Path) -> Self:
+    def of(
+        cls, folder: Path, *, signing: Signing | None = None, clock: Clock | None = None
+    ) -> Self:
         """What lies in the folder of a package or of a finished run; of a run it is calibrated.
 
+        Args:
+            folder: whoever has it in hand may export it unsigned.
+            signing: what will be signed has to be this federation's already: signed by it, or a
+                run with its record. So nothing becomes ours by being exported.
+            clock: gives the date.
+
         Raises:
-            PackageError: as `Package.open`; or a run has no model card.
+            IdentityError: as `Package.open`, with the authority of `signing`.
+            PackageError: likewise; or nobody vouches for what is to be signed; or a run has no
+                model card.
             RunError: if a run's record cannot be read.
         """
-        found = Package.open(folder, unsigned=True)  # whoever exports it has it in hand
+        authority = signing.authority if signing else None
+        found = Package.open(folder, authority=authority, unsigned=True, clock=clock)
+        if signing is not None and not signing.unsigned:
+            _check_ours(found)
         if not found.card:
             raise PackageError(
                 f"{folder}: has no {package.CARD}; `cloister report` writes it from the record"
@@ -141,6 +156,23 @@ class Described:
         return made
 
 
+def _check_ours(found: Package) -> None:
+    if found.signer is not None:
+        return
+    stranger = (found.path / package.MANIFEST).exists()
+    if not stranger:  # a package whose manifest was taken away has no record of a run
+        try:
+            RunRecord.read(found.path)
+        except RunError:
+            stranger = True
+    if stranger:
+        raise PackageError(
+            f"{found.path}: nobody has signed it, and this federation would vouch for it; expected "
+            "a package that it has signed, or a run's folder; if you know where it comes from, say "
+            "--unsigned"
+        )
+
+
 def export(
     source: Path, out: Path, kind: Kind, *, signing: Signing | None, clock: Clock | None = None
 ) -> Checked:
@@ -155,19 +187,23 @@ def export(
 
     Raises:
         ConfigError: if `out` is there.
+        IdentityError: as `Described.of`.
         ModelError: if such a network cannot be exported so.
-        PackageError: as `Described.of`.
-        RunError: likewise, or if `out` cannot be written.
+        PackageError: as `Described.of` and `write_folder`.
+        RunError: likewise.
     """
     refuse_what_is_there(out)
-    described = Described.of(source)
-    if signing is not None and package.PERSONAL in described.card:
-        raise PackageError(
-            f"{source}: a personal model, trained on the patients of one site for that site; no "
-            "federation signs it"
-        )
+    described = Described.of(source, signing=signing, clock=clock)
     files = pkgutil.resolve_name(FORMATS[kind])(described)
     return write_folder(out, kind, files, signing=signing, clock=clock)
+
+
+def _refuse_personal(files: Mapping[str, bytes]) -> None:
+    if package.is_personal(files.get(package.CARD, b"{}")):
+        raise PackageError(
+            f"{package.CARD}: of a personal model, trained on the patients of one site for that "
+            "site; no federation signs it"
+        )
 
 
 def refuse_what_is_there(out: Path) -> None:
@@ -196,9 +232,13 @@ def write_folder(
         clock: gives the date.
 
     Raises:
+        ConfigError: if `out` is there.
+        PackageError: if a personal model would be signed.
         RunError: if it cannot be written.
     """
     refuse_what_is_there(out)
+    if signing is not None:
+        _refuse_personal(files)
     clock = clock or Clock()
     work = out.with_name(f".{out.name}.{secrets.token_hex(4)}.partial")
     try:

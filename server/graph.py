@@ -133,7 +133,7 @@ def about(described: Described, taken: str) -> dict[str, str]:
     """What stands in an ONNX model's metadata.
 
     Args:
-        described: the model.
+        described: the model; what made it smaller is named.
         taken: what its input is.
     """
     spec, card = described.package.spec, described.card
@@ -151,6 +151,8 @@ def about(described: Described, taken: str) -> dict[str, str]:
         "calibrated": described.calibration is not None,
         "not_for_clinical_use": card.get("not_for_clinical_use", ""),
     }
+    if smaller := card.get("smaller"):
+        told |= {"smaller": smaller["said"], "of_model_sha256": smaller["of_model_sha256"]}
     return {key: text if isinstance(text, str) else json.dumps(text) for key, text in told.items()}
 
 

@@ -21,10 +21,10 @@ import statistics
 import tempfile
 import time
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import onnx
@@ -34,7 +34,7 @@ from safetensors.numpy import save
 from torch import Tensor, nn
 
 from common import package
-from common.calibration import calibrate
+from common.calibration import Calibrated, Calibration, calibrate
 from common.cohort import Cohort
 from common.errors import CohortError, ModelError
 from common.models import NETWORKS
@@ -112,12 +112,12 @@ class Optimised:
 
 
 def optimise(
-    source: Path, cohort: Cohort, *, prune: float, structured: bool, quantise: bool
+    described: Described, cohort: Cohort, *, prune: float, structured: bool, quantise: bool
 ) -> Optimised:
     """Make a model smaller, and measure every form of it on `cohort`.
 
     Args:
-        source: a package, or a finished run's folder.
+        described: the model.
         cohort: of the central evaluation; its test part is what counts.
         prune: part of the weights, or of the filters, that become zero; 0: nothing is pruned.
         structured: whether whole filters are.
@@ -126,10 +126,8 @@ def optimise(
     Raises:
         CohortError: if the cohort does not fit, or has no test part.
         ModelError: if such a network cannot be quantised.
-        PackageError: as `Described.of`.
-        RunError: likewise.
+        PackageError: if its weights are not those of its network, or have changed.
     """
-    described = Described.of(source)
     if quantise and NETWORKS[described.package.spec.model.name].gives == "pair":
         raise ModelError(
             f"model.name = {described.package.spec.model.name!r}: a generator is pruned, but not "
@@ -141,7 +139,7 @@ def optimise(
     if prune:
         network = pruned_network(network, prune, structured=structured)
         said = f"{'filters' if structured else 'weights'} pruned: {prune:.0%}"
-        pruned = bench.package_of(network, said)
+        described, pruned = bench.package_of(network, said)
     quantised = bench.quantised(network, described) if quantise else None
     return Optimised(bench.finished(), pruned, quantised)
 
@@ -212,6 +210,7 @@ def quantised_graph(content: bytes) -> bytes:
     for value in (*model.graph.input, *model.graph.output):
         value.type.tensor_type.shape.dim[0].dim_value = 1
     del model.graph.value_info[:]  # shapes for any number of images
+    del model.metadata_props[:]  # of the tool
     onnx.checker.check_model(model)
     made: bytes = model.SerializeToString()
     return made
@@ -223,17 +222,19 @@ class OnnxNetwork(nn.Module):
     Args:
         content: the ONNX model, of whose outputs the first is what tasks work on.
         like: the network it was made of.
+        heat: the temperatures that are part of it; it then answers as without them, for metrics
+            are of the network's own probabilities.
     """
 
-    def __init__(self, content: bytes, like: nn.Module) -> None:
+    def __init__(self, content: bytes, like: nn.Module, heat: Sequence[float] = (1.0,)) -> None:
         super().__init__()
-        self._session = session_of(content)
+        self._session, self._heat = session_of(content), torch.tensor(heat)
         self.code_numbers = getattr(like, "code_numbers", 0)
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, …) to (B, …), one image after the other."""
         rows = [answers(self._session, images[row : row + 1])[0] for row in range(len(images))]
-        return torch.from_numpy(np.concatenate(rows))
+        return torch.from_numpy(np.concatenate(rows)) * self._heat
 
 
 def raw(spec: RunSpec) -> RunSpec:
@@ -244,6 +245,15 @@ def raw(spec: RunSpec) -> RunSpec:
 
 
 # --- Measuring ------------------------------------------------------------------------------------
+
+
+class _Eight(NamedTuple):
+    """A graph, the same in 8 bits, and what that one does."""
+
+    served: Served
+    whole: bytes
+    content: bytes
+    result: EvaluationResult
 
 
 class _Bench:
@@ -266,53 +276,46 @@ class _Bench:
         bench._timed["as it is"] = _run(Served(network, spec))
         return bench
 
-    def package_of(self, network: nn.Module, said: str) -> Files:
-        """The files of the package of a network with other weights."""
+    def package_of(self, network: nn.Module, said: str) -> tuple[Described, Files]:
+        """What a network with other weights is, and the files of its package."""
         result = CentralEvaluator(self._spec, self._cohort, device=_CPU).evaluate(network)
         arrays = {name: tensor.numpy() for name, tensor in network.state_dict().items()}
         content = save(arrays, metadata={"spec": self._spec.canonical_json})
         self._made["pruned"] = (content, zeros_of(network), result)
         self._timed["pruned"] = _run(Served(network, self._spec))
-        changed = self._again(result, said, hashlib.sha256(content).hexdigest())
-        return changed.files() | {package.MODEL: content}
+        made, sha256 = calibrate(self._spec, result.arrays()), _sha256(content)
+        changed = _again(self._described, result, made, said, {"safetensors_sha256": sha256})
+        files = changed.papers() | {package.MODEL: content}
+        if made.calibration is not None:
+            files[package.CALIBRATION] = made.calibration.model_dump_json(indent=1).encode()
+        return replace(changed, package=replace(changed.package, model_sha256=sha256)), files
 
     def quantised(self, network: nn.Module, described: Described) -> Files:
-        """The files of the export of a network in 8 bits."""
-        served = Served(network, self._spec)
+        """The files of the export of a network in 8 bits; `described` is what it is without."""
+        found = self._eight(network, None)
+        made = calibrate(self._spec, found.result.arrays())
+        if made.calibration is not None:
+            found = self._eight(network, made.calibration)
+        said = "quantised: weights in 8 bits, convolutions included; one image at a time"
+        changed = _again(described, found.result, made, said, {"safetensors_sha256": None})
+        content = _named(found, changed)
+        self._made["ONNX"] = (found.whole, zeros_of(network), None)
+        self._made["quantised"] = (content, zeros_of(network), found.result)
+        self._timed["ONNX"] = _run_onnx(found.whole, found.served)
+        self._timed["quantised"] = _run_onnx(content, found.served)
+        own = {**changed.card["model"], "onnx_sha256": _sha256(content)}
+        papers = replace(changed, card={**changed.card, "model": own}).papers()
+        return papers | {ONNX_FILE: content}
+
+    def _eight(self, network: nn.Module, calibration: Calibration | None) -> _Eight:
+        served = Served(network, self._spec, calibration)
         whole = graph(served, {})
         compare(served, whole)
-        eight = quantised_graph(whole)
-        spec = raw(self._spec)
-        result = CentralEvaluator(spec, self._cohort, device=_CPU).evaluate(
-            OnnxNetwork(eight, network)
-        )
-        self._made["ONNX"] = (whole, zeros_of(network), None)
-        self._made["quantised"] = (eight, zeros_of(network), result)
-        self._timed["ONNX"] = _run_onnx(whole, served)
-        self._timed["quantised"] = _run_onnx(eight, served)
-        said = "quantised: weights in 8 bits, convolutions included; one image at a time"
-        changed = self._again(result, said, described.package.model_sha256)
-        if changed.calibration is not None:
-            served = Served(network, self._spec, changed.calibration)
-            eight = quantised_graph(graph(served, {}))
-        model = onnx.load_from_string(eight)
-        onnx.helper.set_model_props(model, about(changed, f"{meaning(served)}; one at a time"))
-        return changed.papers() | {ONNX_FILE: model.SerializeToString()}
-
-    def _again(self, result: EvaluationResult, said: str, sha256: str) -> Described:
-        """The model's card and calibration after a change: both are made anew."""
-        made = calibrate(self._spec, result.arrays())
-        card = dict(self._described.card)
-        told = [*card.get("smaller", {}).get("said", ()), said]
-        parts = {name: getattr(result, name) for name in PARTS}
-        card |= {
-            "model": {**card["model"], "safetensors_sha256": sha256},
-            "calibration": made.to_json(),
-            "evaluation": {name: part and evaluated(part) for name, part in parts.items()},
-            "federated_evaluation": None,
-            "smaller": {"said": told, "of_model_sha256": self._described.package.model_sha256},
-        }
-        return replace(self._described, card=card, calibration=made.calibration)
+        content = quantised_graph(whole)
+        heat = (1.0,) if calibration is None else calibration.temperatures
+        evaluator = CentralEvaluator(raw(self._spec), self._cohort, device=_CPU)
+        result = evaluator.evaluate(OnnxNetwork(content, network, heat))
+        return _Eight(served, whole, content, result)
 
     def finished(self) -> dict[Variant, Measured]:
         """Times, taken in turn so that what else the machine does is shared, and differences."""
@@ -335,6 +338,41 @@ class _Bench:
             before.patient_index,
             generator=np.random.default_rng(self._spec.seed),
         )
+
+
+def _again(
+    before: Described,
+    result: EvaluationResult,
+    made: Calibrated,
+    said: str,
+    hashes: Mapping[str, str | None],
+) -> Described:
+    """A model's description after a change: what was said of it before stays said."""
+    card = dict(before.card)
+    told = [*card.get("smaller", {}).get("said", ()), said]
+    parts = {name: getattr(result, name) for name in PARTS}
+    card |= {
+        "model": {**card["model"], **hashes},
+        "calibration": made.to_json(),
+        "evaluation": {name: part and evaluated(part) for name, part in parts.items()},
+        "federated_evaluation": None,
+        "smaller": {"said": told, "of_model_sha256": before.package.model_sha256},
+    }
+    return replace(before, card=card, calibration=made.calibration)
+
+
+def _named(found: _Eight, changed: Described) -> bytes:
+    """The graph in 8 bits with its metadata, in which its own hash is that of it without them."""
+    own = replace(changed.package, model_sha256=_sha256(found.content))
+    taken = f"{meaning(found.served)}; one at a time"
+    model = onnx.load_from_string(found.content)
+    onnx.helper.set_model_props(model, about(replace(changed, package=own), taken))
+    content: bytes = model.SerializeToString()
+    return content
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
 def _run(served: Served) -> Callable[[], object]:

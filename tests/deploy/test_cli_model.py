@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from common.clock import Clock
-from common.package import Package
+from common.package import CARD, PERSONAL, Package
 from deploy.cli_model import believed_authority
+from deploy.fine_tune import MUST_NOT_LEAVE
 from server.authority import Authority, NewFederation, Signed
 
 Cloister = Callable[..., Any]
@@ -47,6 +48,9 @@ def test_a_simulated_model_is_exported_signed_checked_and_made_smaller(
     assert cloister("verify-model", plain, "--unsigned").code == 0
 
     said = cloister("export", plain, signed, "--sign", "--home", home)
+    assert said.code == 2
+    assert "nobody has signed it" in said.words
+    said = cloister("export", plain, signed, "--sign", "--home", home, "--unsigned")
     assert "Signed on" in said.words
     believed = ("--authority", home / "ca.pem")
     said = cloister("verify-model", signed, *believed)
@@ -72,6 +76,23 @@ def test_a_simulated_model_is_exported_signed_checked_and_made_smaller(
     said = cloister("verify-model", signed, *believed)
     assert said.code == 2
     assert "model_card.md: altered" in said.words
+
+
+def test_a_model_of_a_sites_own_is_signed_by_no_command_and_says_that_it_must_stay(
+    cloister: Cloister, run: Path, home: Path, tmp_path: Path
+):
+    card = json.loads((run / CARD).read_text()) | {PERSONAL: {"warning": "ours"}}
+    (run / CARD).write_text(json.dumps(card))
+    out, sign = tmp_path / "out", ("--sign", "--home", home)
+    for command in (("export", run, out), ("optimise", run, out, "--prune", 0.5)):
+        said = cloister(*command, *sign)
+        assert said.code == 2
+        assert "no federation signs it" in said.words
+        assert not out.exists()
+        said = cloister(*command)
+        assert said.code == 0, said.err
+        assert MUST_NOT_LEAVE in said.words
+        shutil.rmtree(out)
 
 
 @pytest.mark.parametrize(

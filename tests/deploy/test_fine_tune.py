@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
@@ -65,8 +66,9 @@ def test_no_run_begins_at_it_and_no_coordinator_signs_it(
     sha256 = Package.open(tmp_path / "ours", unsigned=True).model_sha256
     with pytest.raises(PackageError, match="a personal model"):
         starting_model(make_spec(start={"model_sha256": sha256}), tmp_path / "ours")
+    signing = cast(Signing, SimpleNamespace(authority=None, unsigned=True))
     with pytest.raises(PackageError, match="no federation signs it"):
-        export(tmp_path / "ours", tmp_path / "out", "package", signing=cast(Signing, object()))
+        export(tmp_path / "ours", tmp_path / "out", "package", signing=signing)
     assert not (tmp_path / "out").exists()
 
 

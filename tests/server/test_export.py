@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -136,10 +136,79 @@ def test_a_package_can_be_exported_again_and_signed(
     run: Path, signing: Signing, coordinator: Authority, tmp_path: Path
 ):
     export(run, tmp_path / "plain", "package", signing=None)
-    export(tmp_path / "plain", tmp_path / "again", "package", signing=signing, clock=at(NOW))
-    first, again = (Described.of(tmp_path / name) for name in ("plain", "again"))
-    assert opened(tmp_path / "again", coordinator).signer is not None
-    assert first.files() == again.files()
+    knows = replace(signing, unsigned=True)
+    export(tmp_path / "plain", tmp_path / "again", "package", signing=knows, clock=at(NOW))
+    export(tmp_path / "again", tmp_path / "third", "package", signing=signing, clock=at(NOW))
+    first, again, third = (Described.of(tmp_path / name) for name in ("plain", "again", "third"))
+    assert opened(tmp_path / "third", coordinator).signer is not None
+    assert first.files() == again.files() == third.files()
+
+
+def of_a_stranger(folder: Path, stranger: Signing) -> None:
+    sign_again(folder, stranger)
+
+
+def with_a_new_manifest(folder: Path, _: Signing) -> None:
+    swap_the_card(folder)
+
+
+def without_its_signature(folder: Path, _: Signing) -> None:
+    swap_the_card(folder)
+    (folder / package.SIGNATURE).unlink()
+
+
+def without_its_manifest(folder: Path, _: Signing) -> None:
+    for name in (package.SIGNATURE, package.MANIFEST):
+        (folder / name).unlink()
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (of_a_stranger, "this federation's authority did not sign it"),
+        (with_a_new_manifest, "signature does not fit"),
+        (without_its_signature, "nobody has signed it"),
+        (without_its_manifest, "nobody has signed it"),
+    ],
+    ids=lambda each: getattr(each, "__name__", ""),
+)
+def test_what_is_not_ours_does_not_become_ours_by_being_signed(
+    signed: Path,
+    signing: Signing,
+    stranger: Authority,
+    change: Callable[[Path, Signing], None],
+    says: str,
+):
+    change(signed, Signing.open(stranger.folder, at(NOW)))
+    out, kinds = signed.parent / "out", get_args(package.Kind)
+    for kind in kinds:
+        with pytest.raises((IdentityError, PackageError), match=says):
+            export(signed, out, kind, signing=signing, clock=at(NOW))
+    assert not out.exists()
+    # Whoever has it in hand may export it; nobody then vouches for it.
+    assert export(signed, out, "package", signing=None).signer is None
+
+
+def test_the_word_for_what_nobody_has_signed_is_none_for_what_a_stranger_has(
+    signed: Path, signing: Signing, stranger: Authority, tmp_path: Path
+):
+    sign_again(signed, Signing.open(stranger.folder, at(NOW)))
+    knows = replace(signing, unsigned=True)
+    with pytest.raises(IdentityError, match="this federation's authority did not sign it"):
+        export(signed, tmp_path / "ours", "package", signing=knows, clock=at(NOW))
+
+
+@pytest.mark.parametrize("kind", ["package", "onnx", "monai"])
+def test_whoever_writes_it_no_personal_model_is_signed(
+    run: Path, signing: Signing, tmp_path: Path, kind: package.Kind
+):
+    files = Described.of(run).files()
+    card = json.loads(files[package.CARD]) | {package.PERSONAL: {"warning": "ours alone"}}
+    files |= {package.CARD: json.dumps(card).encode()}
+    with pytest.raises(PackageError, match="no federation signs it"):
+        write_folder(tmp_path / "out", kind, files, signing=signing, clock=at(NOW))
+    assert not (tmp_path / "out").exists()
+    assert write_folder(tmp_path / "out", kind, files).signer is None
 
 
 def test_a_model_outlives_the_certificate_of_its_coordinator(signed: Path, coordinator: Authority):

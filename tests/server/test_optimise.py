@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -16,13 +17,14 @@ from safetensors.torch import save_file
 from torch import nn
 
 from common import models
+from common.calibration import Calibration
 from common.cohort import Cohort
 from common.errors import ModelError
 from common.package import Package
 from common.spec import RunSpec
 from common.tasks import task_for
 from common.tasks.paired import paired_differences
-from server.export import write_folder
+from server.export import Described, write_folder
 from server.graph import graph
 from server.optimise import (
     OnnxNetwork,
@@ -167,7 +169,7 @@ def test_a_model_is_measured_and_what_comes_out_has_papers_of_its_own(
     run = finish_run(build_run(protection="none"))
     spec = RunSpec.from_json((run / "spec.json").read_text())
     cohort = write_cohort(spec, list(range(150)))
-    made = optimise(run, cohort, prune=0.5, structured=False, quantise=True)
+    made = optimise(Described.of(run), cohort, prune=0.5, structured=False, quantise=True)
     check_papers(run, made, tmp_path)
     check_table(made)
 
@@ -188,9 +190,67 @@ def check_papers(run: Path, made: Optimised, tmp_path: Path) -> None:
     auroc = told.test.metrics["auroc"].to_json()
     assert after.card["evaluation"]["test"]["metrics"]["auroc"] == auroc
     assert "## Made smaller" in (tmp_path / "pruned" / "model_card.md").read_text()
+    check_eight_bits(made, after)
+
+
+def check_eight_bits(made: Optimised, pruned: Package) -> None:
+    """It says all that was done to it, by hashes of its own, and its figures are its own."""
+    assert made.quantised is not None
+    card, content = json.loads(made.quantised["model_card.json"]), made.quantised["model.onnx"]
+    assert [said.partition(":")[0] for said in card["smaller"]["said"]] == [
+        "weights pruned",
+        "quantised",
+    ]
+    assert card["smaller"]["of_model_sha256"] == pruned.model_sha256
+    assert card["model"]["safetensors_sha256"] is None
+    assert card["model"]["onnx_sha256"] == hashlib.sha256(content).hexdigest()
+    model = onnx.load_from_string(content)
+    told = {entry.key: entry.value for entry in model.metadata_props}
+    assert told["of_model_sha256"] == pruned.model_sha256
+    assert json.loads(told["smaller"]) == card["smaller"]["said"]
+    del model.metadata_props[:]
+    assert told["model_sha256"] == hashlib.sha256(model.SerializeToString()).hexdigest()
+    assert card["evaluation"] != pruned.card["evaluation"]
+    assert made.measured["quantised"].size == len(content)
+
+
+def test_what_is_measured_is_the_graph_that_is_written(
+    build_run: Callable[..., Path],
+    finish_run: Callable[..., Path],
+    write_cohort: Callable[..., Cohort],
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """Every network that onnxruntime answers for is kept; the last one measured is the one out."""
+    seen: list[bytes] = []
+
+    class Seen(OnnxNetwork):
+        def __init__(self, content: bytes, *more: Any) -> None:
+            seen.append(content)
+            super().__init__(content, *more)
+
+    monkeypatch.setattr("server.optimise.OnnxNetwork", Seen)
+    run = finish_run(build_run(protection="none"))
+    spec = RunSpec.from_json((run / "spec.json").read_text())
+    cohort = write_cohort(spec, list(range(150)))
+    made = optimise(Described.of(run), cohort, prune=0, structured=False, quantise=True)
+    assert made.quantised is not None
     card = json.loads(made.quantised["model_card.json"])
-    assert len(card["smaller"]["said"]) == 1
-    assert card["evaluation"] != after.card["evaluation"]
+    assert card["calibration"]["temperatures"]  # else both are one
+    model = onnx.load_from_string(made.quantised["model.onnx"])
+    del model.metadata_props[:]
+    assert model.SerializeToString() == seen[-1]
+
+
+def test_a_calibrated_graph_answers_as_without_its_temperatures_where_it_is_measured(
+    network, make_spec: Callable[..., RunSpec]
+):
+    spec = make_spec(model={"name": "compact-cnn"})
+    heat = Calibration(kind="binary", temperatures=(2.5,), images=100, patients=60)
+    plain, warm = (graph(Served(network, spec, each), {}) for each in (None, heat))
+    images = torch.rand(3, 1, 16, 16, generator=torch.Generator().manual_seed(1))
+    expected = OnnxNetwork(plain, network)(images)
+    assert torch.allclose(OnnxNetwork(warm, network, (2.5,))(images), expected, atol=1e-5)
+    assert not torch.allclose(OnnxNetwork(warm, network)(images), expected, atol=1e-3)
 
 
 def check_table(made: Optimised) -> None:
@@ -223,5 +283,6 @@ def test_a_generator_is_not_quantised(
     sha256 = Package.open(run, unsigned=True).model_sha256
     card = {"spec_sha256": spec.digest, "model": {"safetensors_sha256": sha256}}
     (run / "model_card.json").write_text(json.dumps(card))
+    described, cohort = Described.of(run), write_cohort(spec, [1, 2])
     with pytest.raises(ModelError, match="not quantised"):
-        optimise(run, write_cohort(spec, [1, 2]), prune=0, structured=False, quantise=True)
+        optimise(described, cohort, prune=0, structured=False, quantise=True)
