@@ -3,19 +3,26 @@
 They are no patients: they need no budget, and are not counted. That is true only of images whose
 generator kept its own patients' secrets. One that was trained without differential privacy may
 repeat them, so such a cohort is taken only where a person at the site says so.
+
+What says that it did lies in a file beside the cohort, and names it by the SHA-256 of its index.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 
+from client.folder import cohort_digest
 from common.cohort import Cohort
 from common.errors import CohortError
+
+log = logging.getLogger("cloister.synthetic")
 
 SOURCE = "synthetic"
 ABOUT = "about.json"
 PRIVATE = "differential_privacy"
+COHORT = "cohort_sha256"
 _LARGEST = 2**20
 
 
@@ -37,12 +44,19 @@ def synthetic_cohort(path: Path, key: bytes | None = None, *, without_privacy: b
             f"{path}: its source is {cohort.meta.source!r}, expected {SOURCE!r}, as `cloister "
             "generate` makes it: patients are never mixed in without being counted"
         )
-    if not (without_privacy or _was_private(path)):
+    if _was_private(path):
+        return cohort
+    if not without_privacy:
         raise CohortError(
-            f"{path.parent / ABOUT}: does not say that the images come from a run with "
-            "differential privacy, so they may give patients away; take others, or say "
-            "synthetic_without_privacy = true beside the cohort's name"
+            f"{path.parent / ABOUT}: does not say that the images of just this cohort come from a "
+            "model whose patients were protected, so they may give patients away; take others, or "
+            "say synthetic_without_privacy = true beside the cohort's name"
         )
+    log.warning(
+        "%s: synthetic images without differential privacy are mixed in: what a run gives of the "
+        "patients behind them is in no account (synthetic_without_privacy)",
+        path,
+    )
     return cohort
 
 
@@ -52,4 +66,6 @@ def _was_private(path: Path) -> bool:
             about = json.loads(file.read(_LARGEST))
     except (OSError, ValueError, RecursionError):
         return False
-    return isinstance(about, dict) and about.get(PRIVATE) is True
+    if not isinstance(about, dict) or about.get(PRIVATE) is not True:
+        return False
+    return about.get(COHORT) == cohort_digest(path)

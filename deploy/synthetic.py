@@ -1,8 +1,8 @@
 """Synthetic images from a finished run, as pictures and as a cohort.
 
 What it writes is synthetic and says so: the cohort's source and every pseudonym, the text in each
-picture, and ``about.json`` beside them, which says as well whether the run had differential
-privacy: without it they may give patients away. A run, or an intake, reads them like any other::
+picture, and ``about.json`` beside them, which says as well whether the model's patients were
+protected: if not, the images may give them away. A run, or an intake, reads them like any other::
 
     OUT/images/000001.png …    one picture an image, 16 bits deep if grey
     OUT/labels.csv             file and label, as `cloister intake` takes them
@@ -29,13 +29,14 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import nn
 
+from client.folder import cohort_digest
 from client.intake.builder import CohortBuilder, ImageRecord
-from client.synthetic import ABOUT, PRIVATE
+from client.synthetic import ABOUT, COHORT, PRIVATE
 from common.cohort import PIXEL_MAX, CohortMeta
 from common.errors import ConfigError, RunError
 from common.files import write_durably
 from common.package import Package
-from common.spec import DpSgd, RunSpec
+from common.spec import RunSpec
 from common.tasks import task_for
 from common.tasks.generation import Drawn, Generation
 
@@ -50,11 +51,13 @@ class Generator:
         task: the run's.
         network: in evaluation mode.
         model_sha256: of the run's model file.
+        protected: whether all patients that it was ever trained on were, as far as is known.
     """
 
     task: Generation
     network: nn.Module
     model_sha256: str
+    protected: bool
 
     def draw(self, images: int, seed: int) -> Drawn:
         """So many images with their labels; the same seed gives the same ones."""
@@ -76,7 +79,14 @@ def load_generator(run: Path) -> Generator:
             f"{run}: its task.name is {spec.task.name!r}, which makes no images; expected a run of "
             "'generation'"
         )
-    return Generator(task, package.network(), package.model_sha256)
+    return Generator(task, package.network(), package.model_sha256, _protected(package))
+
+
+def _protected(package: Package) -> bool:
+    """By the card. A seeded run protects nobody; of a model that it began with a run says nothing."""
+    privacy = package.card.get("privacy")
+    said = privacy.get("protected") if isinstance(privacy, dict) else None
+    return said is True and package.spec.start is None
 
 
 def refuse_what_is_there(out: Path) -> None:
@@ -113,8 +123,8 @@ def _write_parts(out: Path, generator: Generator, drawn: Drawn, seed: int) -> No
     spec = generator.task.spec
     about = {
         "what": "synthetic images; not to be taken for evidence of anything",
-        "privacy": _privacy(spec),
-        PRIVATE: isinstance(spec.privacy, DpSgd),
+        "privacy": _privacy(generator),
+        PRIVATE: generator.protected,
         "run": spec.name,
         "run_digest": spec.digest,
         "model_sha256": generator.model_sha256,
@@ -126,14 +136,15 @@ def _write_parts(out: Path, generator: Generator, drawn: Drawn, seed: int) -> No
     names = list(write_pictures(out / "images", drawn, f"{SYNTHETIC}; {spec.name}"))
     write_durably(out / "labels.csv", _label_table(names, drawn, spec))
     write_cohort(out / "cohort", drawn, spec)
+    about[COHORT] = cohort_digest(out / "cohort")
     write_durably(out / ABOUT, json.dumps(about, indent=2).encode())
 
 
-def _privacy(spec: RunSpec) -> str:
-    if isinstance(spec.privacy, DpSgd):
-        unit = spec.privacy.unit
+def _privacy(generator: Generator) -> str:
+    if generator.protected:
+        unit = generator.task.spec.privacy.unit
         return f"of a run with differential privacy, its unit the {unit}; its report says how much"
-    return "of a run without differential privacy: they may give patients away; keep them as such"
+    return "of a model that is not known to be protected: they may give patients away; keep them so"
 
 
 def stored(images: NDArray[np.float32]) -> NDArray[np.uint16]:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from client.folder import cohort_digest
 from client.synthetic import synthetic_cohort
 from client.training import LocalTrainer
 from common.cohort import Cohort
@@ -124,7 +125,8 @@ def test_older_specs_keep_their_digest(make_spec: Any):
 
 
 def told(cohort: Cohort, **about: Any) -> Path:
-    (cohort.path.parent / "about.json").write_text(json.dumps(about))
+    known = {"cohort_sha256": cohort_digest(cohort.path)} | about
+    (cohort.path.parent / "about.json").write_text(json.dumps(known))
     return cohort.path
 
 
@@ -135,15 +137,23 @@ def test_patients_are_never_mixed_in(write_cohort: Any, make_spec: Any):
 
 
 @pytest.mark.parametrize(
-    "about", [{}, {"differential_privacy": False}, {"differential_privacy": "yes"}]
+    "about",
+    [
+        {},
+        {"differential_privacy": False},
+        {"differential_privacy": "yes"},
+        {"differential_privacy": True, "cohort_sha256": "c" * 64},
+        {"differential_privacy": True, "cohort_sha256": None},
+    ],
 )
 def test_images_of_a_generator_without_privacy_take_a_word(
-    make_synthetic: Any, about: dict[str, Any]
+    make_synthetic: Any, about: dict[str, Any], caplog: pytest.LogCaptureFixture
 ):
     path = told(make_synthetic(), **about)
     with pytest.raises(CohortError, match=r"about\.json: .*synthetic_without_privacy = true"):
         synthetic_cohort(path, without_privacy=False)
     assert len(synthetic_cohort(path, without_privacy=True)) == 3
+    assert "without differential privacy are mixed in" in caplog.text  # the node's own log
     told(make_synthetic(), differential_privacy=True)
     assert len(synthetic_cohort(path, without_privacy=False)) == 3
 

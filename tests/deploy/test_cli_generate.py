@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +17,10 @@ from safetensors.torch import save_file
 from client.intake.keys import SiteKey
 from client.intake.pictures import Pictures
 from client.intake.run import intake
+from client.synthetic import synthetic_cohort
 from common import models
 from common.cohort import Cohort
+from common.errors import CohortError
 from common.spec import NoPrivacy, RunSpec
 from common.tasks.generation import Drawn
 from deploy import synthetic
@@ -99,21 +103,62 @@ def test_it_says_of_each_part_that_it_is_synthetic(cloister: Cloister, finished,
         assert "synthetic" in picture.info["Comment"]
 
 
+DP = {"mechanism": "dp-sgd", "noise_multiplier": 1.0, "delta": 1e-5, "unit": "image"}
+LAST_STEP = {"model_sha256": "a" * 64}
+
+
 @pytest.mark.parametrize(
-    ("privacy", "says"),
+    ("changes", "protected", "known"),
     [
-        ({"mechanism": "none"}, "they may give patients away"),
-        (
-            {"mechanism": "dp-sgd", "noise_multiplier": 1.0, "delta": 1e-5, "unit": "image"},
-            "with differential privacy, its unit the image",
-        ),
+        ({"privacy": {"mechanism": "none"}}, False, False),
+        ({"privacy": DP}, True, True),
+        ({"privacy": DP}, False, False),  # a simulation: its noise came from a seed
+        ({"privacy": DP}, None, False),  # no card: nobody says so
+        ({"privacy": DP, "start": LAST_STEP}, True, False),  # of the steps before, nobody does
     ],
 )
-def test_it_says_whether_patients_may_be_given_away(
-    cloister: Cloister, finished, tmp_path: Path, privacy, says
+def test_it_says_whether_patients_may_be_given_away(  # noqa: PLR0913, PLR0917
+    cloister: Cloister, finished, tmp_path: Path, changes, protected, known
 ):
-    cloister("generate", finished(privacy=privacy), tmp_path / "out", "--images", 2)
-    assert says in json.loads((tmp_path / "out" / "about.json").read_text())["privacy"]
+    run, out = finished(**changes), tmp_path / "out"
+    if protected is not None:
+        card(run, protected)
+    said = cloister("generate", run, out, "--images", 2)
+    assert said.code == 0, said.err
+    about = json.loads((out / "about.json").read_text())
+    assert about["differential_privacy"] is known
+    words = "its unit the image" if known else "they may give patients away"
+    assert words in about["privacy"]
+    if known:
+        assert len(synthetic_cohort(out / "cohort", without_privacy=False)) == 2
+    else:
+        refused(out / "cohort")
+
+
+def test_what_is_said_is_of_one_cohort_alone(cloister: Cloister, finished, tmp_path: Path):
+    run, out = finished(privacy=DP), tmp_path / "out"
+    card(run, True)
+    cloister("generate", run, out, "--images", 2)
+    synthetic_cohort(out / "cohort", without_privacy=False)
+    shutil.rmtree(out / "cohort")
+    drawn = synthetic.load_generator(run).draw(2, 99)
+    synthetic.write_cohort(out / "cohort", drawn, spec_of(run))
+    refused(out / "cohort")
+
+
+def refused(cohort: Path) -> None:
+    with pytest.raises(CohortError, match="does not say that the images of just this cohort"):
+        synthetic_cohort(cohort, without_privacy=False)
+
+
+def card(run: Path, protected: bool) -> None:
+    model = sha256((run / "model.safetensors").read_bytes()).hexdigest()
+    text = {
+        "spec_sha256": spec_of(run).digest,
+        "model": {"safetensors_sha256": model},
+        "privacy": {"protected": protected},
+    }
+    (run / "model_card.json").write_text(json.dumps(text))
 
 
 def test_the_seed_alone_decides_what_is_made(cloister: Cloister, finished, tmp_path: Path):
