@@ -83,7 +83,7 @@ def load_generator(run: Path) -> Generator:
 
 
 def _protected(package: Package) -> bool:
-    """By the card. A seeded run protects nobody; of a model that it began with a run says nothing."""
+    """By its card: a seeded run protects nobody, and what a run began with is not in its card."""
     privacy = package.card.get("privacy")
     said = privacy.get("protected") if isinstance(privacy, dict) else None
     return said is True and package.spec.start is None
