@@ -5,12 +5,13 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from client.prediction.rows import Seen
 from common.calibration import Calibration
 from common.cohort import PIXEL_MAX
 from common.errors import PackageError
@@ -19,8 +20,6 @@ from common.tasks import task_for
 from common.tasks.answers import Answer
 from common.tasks.preprocess import normalise
 from common.tasks.task import Task
-
-T = TypeVar("T")
 
 _BATCH_PIXELS = 1 << 21
 _MOST_IMAGES = 64
@@ -38,9 +37,12 @@ class Pictures(Protocol):
     """Makes what moved answers."""
 
     def __call__(
-        self, images: NDArray[np.float32], answers: Sequence[Answer]
+        self, images: NDArray[np.float32], answers: Sequence[Answer], patients: Sequence[str]
     ) -> Sequence[Drawn | None]:
-        """Of images, (N, channels, height, width) in 0..1, and their answers, one for each."""
+        """Of images, (N, channels, height, width) in 0..1, their answers, and whose they are.
+
+        None for what cannot be explained; that costs no answer.
+        """
 
     def examined(self) -> Mapping[str, Any]:
         """What is said of the methods themselves, once all is answered; by method."""
@@ -84,13 +86,13 @@ class Model:
 
     def answers(
         self,
-        seen: Iterable[tuple[T, NDArray[np.uint16]]],
+        seen: Iterable[tuple[Seen, NDArray[np.uint16]]],
         pictures: Pictures | None = None,
-    ) -> Iterator[tuple[T, Answered]]:
+    ) -> Iterator[tuple[Seen, Answered]]:
         """Answers in the order of the images, a batch at a time.
 
         Args:
-            seen: of each image what it is called, and its pixels as a cohort stores them.
+            seen: of each image whose it is, and its pixels as a cohort stores them.
             pictures: makes what moved an answer; None for none.
         """
         size = int(np.prod(self.package.spec.input.shape))
@@ -98,17 +100,20 @@ class Model:
         images = iter(seen)
         while batch := list(itertools.islice(images, most)):
             names, pixels = zip(*batch, strict=True)
-            answered = self._batch(np.stack(pixels), pictures)
+            patients = [one.named.patient for one in names]
+            answered = self._batch(np.stack(pixels), pictures, patients)
             yield from zip(names, answered, strict=True)
 
-    def _batch(self, pixels: NDArray[np.uint16], pictures: Pictures | None) -> list[Answered]:
+    def _batch(
+        self, pixels: NDArray[np.uint16], pictures: Pictures | None, patients: Sequence[str]
+    ) -> list[Answered]:
         images = np.divide(pixels, np.float32(PIXEL_MAX), dtype=np.float32)
         inputs = torch.from_numpy(images).to(self.device)
         rows = normalise(inputs, self.package.spec.input)
         with torch.no_grad():
             outputs = self.network(rows).float()
             answers = self.task.answers(outputs, inputs)
-        drawn = None if pictures is None else pictures(images, answers)
+        drawn = None if pictures is None else pictures(images, answers, patients)
         return [
             Answered(answer, self._calibrated(answer), None if drawn is None else drawn[row])
             for row, answer in enumerate(answers)

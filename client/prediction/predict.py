@@ -35,6 +35,8 @@ from client.intake.source import NotUsed
 from client.prediction.answering import Answered, Drawn, Model, Pictures
 from client.prediction.output import FORMAT, Results, check_target
 from client.prediction.reading import (
+    NO_BODY_PART,
+    NO_MODALITY,
     Frame,
     Look,
     Looked,
@@ -49,7 +51,7 @@ from common.cohort import PIXEL_MAX, Cohort
 from common.errors import CohortError, ConfigError, IntakeError, PackageError
 from common.files import disk_refuses
 from common.package import Package
-from common.spec import Input
+from common.spec import Input, Use
 
 Question = Look | Prepare
 Reply = Looked | Prepared
@@ -60,6 +62,7 @@ COPY = "a copy of another object, byte for byte, which is answered"
 AMBIGUOUS = "other bytes have the same SOP Instance UID: one of them has a wrong one"
 TWO_PATIENTS = "its study names two patients: whose it is, is not known"
 TWO_ORDERS = "the objects of its study have different accession numbers"
+UNEXPLAINED = "what moved its answer could not be drawn"
 NOT_WRITTEN = "what is said of it holds a number that is none"
 NOT_MADE = "it could not be made"
 NOT_NUMBERS = "the network's outputs are not numbers"
@@ -320,6 +323,7 @@ class _Prediction:
 
     def _stored(self, cohort: Cohort) -> Iterator[tuple[Seen, Any]]:
         """A cohort's images, in the order of its studies."""
+        said = _of_cohort(self._rows.spec.use)
         order = np.argsort(cohort.study_index, kind="stable")
         for start in range(0, len(order), _AT_ONCE):
             rows = order[start : start + _AT_ONCE]
@@ -330,7 +334,7 @@ class _Prediction:
                 patient = cohort.patients[cohort.patient_index[row]]
                 study = f"study {cohort.study_index[row] + 1}"
                 named = Named(name, patient=patient, study=study, instance=name)
-                yield Seen(named, Frame(0, pixels), pixels.shape[1:]), pixels
+                yield Seen(named, Frame(0, pixels, None, said), pixels.shape[1:]), pixels
         self._progress("Answering", len(order), len(order))
 
     def _looked(self, items: Sequence[Item], readers: Mapper) -> Iterator[Named]:
@@ -402,8 +406,7 @@ class _Prediction:
             row = self._rows.of_image(
                 self.summary.images + 1, seen, answered.answer, answered.calibrated
             )
-            if answered.picture is not None:
-                row |= _pictured(row, answered.picture)
+            row |= self._pictured(row, answered.picture)
             if not self._write(study, seen, row, answered.picture):
                 self.refuse(seen.named, NOT_WRITTEN)
                 continue
@@ -447,6 +450,17 @@ class _Prediction:
             },
         )
 
+    def _pictured(self, row: Row, picture: Drawn | None) -> Row:
+        """What a row says of its picture, which is named by the row's number alone."""
+        if picture is None:
+            missing = self._order.pictures is not None
+            return {"caveats": [*row["caveats"], *[UNEXPLAINED] * missing]}
+        return {
+            "explanation": f"explanations/{row['number']:06}.png",
+            "explains": picture.explains,
+            "explained_by": list(picture.methods),
+        }
+
     def _write(self, study: Study, seen: Seen, row: Row, picture: Drawn | None) -> bool:
         """Write an image's row and picture, and count it in; False if it is no row."""
         if not self._results.add("images", row):
@@ -460,13 +474,16 @@ class _Prediction:
         return True
 
 
-def _pictured(row: Row, picture: Drawn) -> Row:
-    """What a row says of its picture, which is named by the row's number alone."""
-    return {
-        "explanation": f"explanations/{row['number']:06}.png",
-        "explains": picture.explains,
-        "explained_by": list(picture.methods),
-    }
+def _of_cohort(use: Use) -> tuple[str, ...]:
+    """What must be borne in mind of a cohort's images, which do not say what they are."""
+    declared = (("modalities", use.modalities), ("body parts", use.body_parts))
+    meant = "; ".join(f"{what} {', '.join(names)}" for what, names in declared if names)
+    sides = use.smallest_side is not None or use.largest_side is not None
+    said = [NO_MODALITY] * (not use.modalities) + [NO_BODY_PART] * (not use.body_parts)
+    if meant or sides:
+        meant = meant or "sides of its own"
+        said.append(f"the model is meant for {meant}; whether this is one, a cohort does not say")
+    return tuple(said)
 
 
 _WHO = ("patient_id", "issuer", "accession_number", "study_instance_uid")

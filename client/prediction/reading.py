@@ -27,7 +27,7 @@ from client.intake.display import PHOTOMETRICS, brightness
 from client.intake.frames import Plane, plane_of
 from client.intake.items import Item
 from client.intake.part10 import DicomFile, Directory, FrameDecoder, Geometry, Limits
-from client.intake.pixels import to_shape
+from client.intake.pixels import placement, to_shape
 from client.intake.quiet import quiet
 from common.errors import IntakeError
 from common.spec import Input, Use
@@ -38,6 +38,8 @@ _PIECE = 2**20
 _LAST, _DIGITS = 2**31 - 1, 10
 _LEAST_SPACING, _MOST_SPACING, _FARTHEST = 1e-4, 1e4, 1e6  # mm
 NOWHERE = "where it lies cannot be: areas and volumes are not known"
+_SEEN_AS_CUT = 0.5  # pixels: less is rounding
+CUT_OFF = "what does not fit the model's input was cut off, and was not seen"
 CHANGED = "it was changed while it was being read"
 NO_MODALITY = "the model does not say for which modalities it is meant"
 NO_BODY_PART = "the model does not say for which body parts it is meant"
@@ -200,11 +202,21 @@ class StudyReader:
         geometry = file.geometry(self.limits)
         decode = FrameDecoder(file, element, geometry)
         clean, said = self.deidentify(file.header), caveats_of(self.use, file.header)
+        if self._cut_off(geometry):
+            said = (*said, CUT_OFF)
         frames = tuple(
             self._frame(file.header, clean, decode, number, said)
             for number in frames_of(geometry, self.settings, self.limits)
         )
         return Prepared("", (geometry.rows, geometry.columns), frames, geometry.frames)
+
+    def _cut_off(self, geometry: Geometry) -> bool:
+        """Whether the run's fit leaves out part of the image."""
+        box = placement(geometry.rows, geometry.columns, self.settings).box
+        if box is None:
+            return False
+        cut = np.subtract(box, (0, 0, geometry.columns, geometry.rows))
+        return bool(np.abs(cut).max() >= _SEEN_AS_CUT)
 
     def _frame(
         self,

@@ -31,6 +31,7 @@ from client.intake.deid.profile import Profile
 from client.intake.items import listed
 from client.intake.pixels import box_to_shape, mask_to_shape
 from client.intake.take import take_in
+from client.prediction import explained
 from client.prediction.answering import Model
 from client.prediction.dicom_objects import Reports, Segmentations
 from client.prediction.explained import Explainer
@@ -43,15 +44,16 @@ from client.prediction.predict import (
     NOT_WRITTEN,
     TWO_ORDERS,
     TWO_PATIENTS,
+    UNEXPLAINED,
     Order,
     Summary,
     head_of,
     predict,
     predict_cohort,
 )
-from client.prediction.reading import CHANGED, NOWHERE, Prepare, Prepared
+from client.prediction.reading import CHANGED, CUT_OFF, NO_MODALITY, NOWHERE, Prepare, Prepared
 from client.prediction.rows import WARNING, Rows
-from common import models
+from common import explanation, models
 from common.calibration import Calibration
 from common.cohort import PIXEL, Cohort
 from common.errors import CohortError, ConfigError, PackageError
@@ -230,6 +232,11 @@ def test_a_cohort_is_answered_as_its_source_is_under_its_pseudonyms(clinic: Clin
         assert found == pytest.approx(expected, abs=2e-6)
     assert {row["patient_id"] for row in ours["images"]} == set(cohort.patients)
     assert "Pseudonyms" in ours["identities"]
+    assert all(NO_MODALITY in row["caveats"] for row in ours["images"])
+    meant = clinic.model(use={"modalities": ["CT"], "body_parts": ["HEAD"]})
+    predict_cohort(Order(meant, cohort.path, target.with_name("meant")), cohort)
+    for row in Answers(Summary(), target.with_name("meant")).json["images"]:
+        assert "meant for modalities CT; body parts HEAD" in " ".join(row["caveats"])
     other = clinic.model(input={"window": "percentile"})
     with pytest.raises(CohortError, match="another preprocessing"):
         predict_cohort(Order(other, cohort.path, target.with_name("x")), cohort)
@@ -1127,15 +1134,57 @@ def test_what_explains_is_compared_with_random_weights(clinic: Clinic) -> None:
     rng = np.random.default_rng(6)
     for number in range(5):
         values = rng.integers(0, 4096, (20, 30), dtype=np.uint16)
-        clinic.hospital.film(f"{number}.dcm", values)
+        of = {"PatientID": f"P{number}", "StudyInstanceUID": f"1.2.3.{number}"}
+        clinic.hospital.film(f"{number}.dcm", values, **of)
     model = clinic.model()
     said = clinic.answer(model, pictures=Explainer(model)).json["explained"]
     assert set(said) == {"grad-cam", "integrated-gradients"}
     for method in said.values():
-        assert method["images"] == 5
+        assert (method["images"], method["patients"]) == (5, 5)
         rank = method["rank_correlation_with_random_weights"]
         assert -1 <= rank["low"] <= rank["value"] <= rank["high"] <= 1
         assert "what was learned" in method["map"]
+
+
+def test_images_of_one_patient_do_not_say_whether_an_explanation_is_one(clinic: Clinic) -> None:
+    rng = np.random.default_rng(6)
+    for number in range(5):
+        clinic.hospital.film(f"{number}.dcm", rng.integers(0, 4096, (20, 30), dtype=np.uint16))
+    model = clinic.model()
+    said = clinic.answer(model, pictures=Explainer(model)).json["explained"]
+    assert said
+    for method in said.values():
+        assert method["patients"] == 1
+        assert method["map"].startswith("not known")
+
+
+@pytest.mark.parametrize("broken", ["explain", "dependence"])
+def test_what_cannot_be_explained_costs_no_answer(
+    clinic: Clinic, monkeypatch: pytest.MonkeyPatch, broken: str
+) -> None:
+    def full(*_: Any) -> Any:
+        raise RuntimeError("out of memory")
+
+    clinic.hospital.film("a.dcm")
+    model = clinic.model()
+    where = explained if broken == "explain" else explanation
+    monkeypatch.setattr(where, broken, full)
+    found = clinic.answer(model, pictures=Explainer(model))
+    (row,) = found.json["images"]
+    assert (UNEXPLAINED in row["caveats"]) == (broken == "explain")
+    assert ("explanation" in row) == (broken != "explain")
+    maps = {method["map"] for method in found.json["explained"].values()}
+    assert maps == (set() if broken == "explain" else {explained._NOT_COMPARED})
+
+
+def test_what_was_cut_off_is_said(clinic: Clinic) -> None:
+    clinic.hospital.film("wide.dcm", np.zeros((20, 30), np.uint16))
+    clinic.hospital.film("square.dcm", np.zeros((24, 24), np.uint16))
+    crop = {"height": 24, "width": 24, "fit": "crop"}
+    for fit, expected in (("crop", {"wide.dcm"}), ("pad", set())):
+        found = clinic.answer(clinic.model(input={**crop, "fit": fit}), fit)
+        cut = {row["file"] for row in found.json["images"] if CUT_OFF in row["caveats"]}
+        assert cut == expected
 
 
 @pytest.mark.filterwarnings("ignore:Invalid value for VR DA:UserWarning")
