@@ -236,6 +236,11 @@ def _opened(path: Path) -> Nifti1Image:
             raise IntakeError(f"it has the shape {shape}; expected three dimensions")
         if np.prod(np.array(shape, dtype=np.float64)) > MOST_VOXELS:
             raise IntakeError(f"it has {shape} voxels; at most {MOST_VOXELS} are held")
+        if not (int(image.header["sform_code"]) or int(image.header["qform_code"])):
+            raise IntakeError(
+                "its sform and qform codes are 0: it does not say where left and right are, and "
+                "a guess would mirror it; write an affine with its code into the file"
+            )
         kind: np.dtype[Any] = image.get_data_dtype()  # type: ignore[no-untyped-call]
         if kind.kind not in "uif":
             raise IntakeError(f"its values are {kind}; expected plain numbers")

@@ -236,6 +236,22 @@ def test_every_pair_that_cannot_be_used_is_named_with_its_reason(
     assert reasons == {}
 
 
+def test_a_volume_that_does_not_say_left_from_right_is_refused(
+    take: Take, put: Any, folders: tuple[Path, Path]
+) -> None:
+    put("good")
+    put("guessed")
+    for folder in folders:
+        path = folder / "guessed.nii.gz"
+        image: Any = nibabel.load(path)
+        image.header["sform_code"] = image.header["qform_code"] = 0
+        nibabel.save(nibabel.Nifti1Image(image.get_fdata(), None, image.header), path)
+    cohort, reasons = take()
+    assert len(cohort.patients) == 1
+    assert list(reasons) == ["guessed.nii.gz"]
+    assert reasons["guessed.nii.gz"].startswith("its sform and qform codes are 0")
+
+
 def test_a_header_that_asks_for_more_than_there_is_room_is_refused(
     take: Take, put: Any, folders: tuple[Path, Path]
 ) -> None:
