@@ -432,7 +432,8 @@ def by_patient(
         "volume-error": ratio(100 * np.abs(found - true), true),
     }
     if millilitres is not None:
-        values["volume-difference"] = np.abs(found - true) * millilitres
+        apart = np.abs(found - true) * millilitres
+        values["volume-difference"] = np.where(found + true > 0, apart, np.nan)
     return values
 
 
