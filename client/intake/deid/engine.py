@@ -7,7 +7,7 @@ of text and faces; then the pixels; then the header.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -86,9 +86,9 @@ def check_text(header: Dataset, profile: Profile) -> None:
         )
 
 
-def check_faces(header: Dataset, profile: Profile) -> None:
+def check_faces(header: Dataset, profile: Profile, segmentations: Sequence[Dataset] = ()) -> None:
     """Refuse slices of a head, unless the profile keeps them."""
-    if profile.faces == "refuse" and shows_face(header):
+    if profile.faces == "refuse" and shows_face(header, segmentations):
         raise ReviewError(
             "it is a slice of a head, and slices can be rendered into a face; "
             "faces = 'keep' in the profile would take it"

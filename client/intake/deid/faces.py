@@ -8,10 +8,11 @@ A header that says nothing of the body part is not recognised.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 from pydicom.dataset import Dataset
 
+from client.intake.deid.rules import code_of
 from client.intake.deidentify import items_of, text_of
 
 _MODALITIES = frozenset({"CT", "MR", "PT"})
@@ -36,17 +37,38 @@ _WORD_LIST = "NNH CCT CMRT TMJ EAR EARS IAC EYE NOSE JAW WB"
 _STEMS, _WORDS = tuple(_STEM_LIST.split()), frozenset(_WORD_LIST.split())
 _PIECE = re.compile(r"[^\W_]+")
 _PAIR = "WHOLE BODY"
+_OF_SEGMENTS = ("SegmentLabel", "SegmentDescription")
+_CODES_OF_SEGMENTS = (
+    "SegmentedPropertyTypeCodeSequence",
+    "AnatomicRegionSequence",
+    "PrimaryAnatomicStructureSequence",
+)
 _ANATOMY = ("AnatomicRegionSequence", "ProcedureCodeSequence", "RequestedProcedureCodeSequence")
 
 
-def shows_face(header: Dataset) -> bool:
-    """Whether the header says that a head is in an image of slices."""
+def shows_face(header: Dataset, segmentations: Sequence[Dataset] = ()) -> bool:
+    """Whether the header of an image of slices, or of one of its segmentations, names a head."""
     if text_of(header, "Modality").upper() not in _MODALITIES:
         return False
-    spaced = [" ".join(_PIECE.findall(text.upper())) for text in _descriptions(header) if text]
+    segments = (text for one in segmentations for text in _segments(one))
+    return _name_head(_descriptions(header)) or _name_head(segments)
+
+
+def _name_head(texts: Iterable[str]) -> bool:
+    spaced = [" ".join(_PIECE.findall(text.upper())) for text in texts if text]
     said = "|".join(spaced)
     words = " ".join(spaced).split()
     return _PAIR in said or not _WORDS.isdisjoint(words) or any(stem in said for stem in _STEMS)
+
+
+def _segments(header: Dataset) -> Iterator[str]:
+    """What a segmentation says of itself and of each of its segments (PS3.3 C.8.20.4)."""
+    yield from _descriptions(header)
+    for segment in items_of(header, "SegmentSequence"):
+        yield from (text_of(segment, keyword) for keyword in _OF_SEGMENTS)
+        for keyword in _CODES_OF_SEGMENTS:
+            for code in items_of(segment, keyword):
+                yield from (text_of(code, "CodeMeaning"), code_of(code)[2])
 
 
 def _descriptions(header: Dataset) -> Iterator[str]:

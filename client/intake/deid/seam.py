@@ -8,6 +8,7 @@ resolution, and nothing of it is kept but what comes back.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Protocol
@@ -17,12 +18,13 @@ from pydicom.dataset import Dataset
 
 from client.intake.decision import Decision
 from client.intake.deid.burned_in import Box, outermost, outside_regions
-from client.intake.deid.engine import Engine
+from client.intake.deid.engine import Engine, check_faces
 from client.intake.deid.findtext import find_text
 from client.intake.deid.pixeldata import PixelCleaner, channels_of, text_in
 from client.intake.deid.walk import Account
 from client.intake.deidentify import text_of
 from client.intake.pixels import Floats
+from common.errors import ReviewError
 
 _GREY = 1 / 255
 """Brightness of one step of 8 bits."""
@@ -58,11 +60,12 @@ class CleanFile(Protocol):
     def account(self) -> Account:
         """What was done to the header."""
 
-    def check(self) -> None:
-        """Judge what the header says.
+    def check(self, segmentations: Sequence[Dataset] = ()) -> None:
+        """Judge what the header says, and what is said by those of its segmentations.
 
         Raises:
-            ReviewError: if a person has to look at the file first.
+            ReviewError: if a person has to look at the file first; the text has every reason,
+                for a release lets all of them through.
             IntakeError: to keep nothing of it; the text is the reason.
         """
 
@@ -113,10 +116,20 @@ class _File:
     def header(self) -> Dataset:
         return self.engine.clean_header(self.unverified, self.account)
 
-    def check(self) -> None:
+    def check(self, segmentations: Sequence[Dataset] = ()) -> None:
+        reasons = []
         for name, check in decided(self.engine, self.decision).checks.items():
-            if name not in _SETTLED_BY_READING:
-                check(self.unverified, self.engine.profile)
+            if name in _SETTLED_BY_READING:
+                continue
+            try:
+                if check is check_faces:
+                    check_faces(self.unverified, self.engine.profile, segmentations)
+                else:
+                    check(self.unverified, self.engine.profile)
+            except ReviewError as error:
+                reasons.append(str(error))
+        if reasons:
+            raise ReviewError("; ".join(reasons))
 
     def frame(self, number: int, pixels: Floats) -> CleanFrame:
         key, names = self.engine.key, self.unverified

@@ -318,7 +318,7 @@ class OneFile:
         self.header, self.account = plain.header, plain.account
         self._plain, self._patient, self._seen = plain, patient, seen
 
-    def check(self) -> None:
+    def check(self, segmentations: object = ()) -> None:
         if self._patient == "P2":
             raise IntakeError("burned-in text")
 

@@ -75,7 +75,7 @@ def test_the_search_sees_a_leak(hospital: Any, in_this_process: Any) -> None:
             self._plain, self._leaked = plain(unverified), str(unverified[leaked].value)
             self.header, self.account = self._plain.header, self._plain.account
 
-        def check(self) -> None:
+        def check(self, segmentations: object = ()) -> None:
             self._plain.check()
 
         def frame(self, number: int, pixels: Floats) -> CleanFrame:
