@@ -236,6 +236,23 @@ def read_masks(
     return Masks(segments, shape, {at: tuple(of) for at, of in pieces.items()}, reader, overlap)
 
 
+def absent_of(segmentation: Dataset, series: str, images: Iterable[Dataset]) -> int:
+    """How many images of a series a segmentation names that are not among those given.
+
+    Args:
+        segmentation: its unverified header.
+        series: the Series Instance UID.
+        images: unverified headers.
+    """
+    named = {
+        text_of(image, "ReferencedSOPInstanceUID")
+        for one in items_of(segmentation, "ReferencedSeriesSequence")
+        if text_of(one, "SeriesInstanceUID") == series
+        for image in items_of(one, "ReferencedInstanceSequence")
+    }
+    return len(named - {text_of(image, "SOPInstanceUID") for image in images})
+
+
 class _Atlas:
     """The images that masks may belong to, by their UIDs and by their places."""
 
@@ -307,6 +324,11 @@ class _Atlas:
                 f"{' x '.join(map(quoted, size))}; expected the same size"
             )
         mask, below = _plane_or_none(header, frame), self._plane(place)
+        if mask is None and below is not None:
+            raise IntakeError(
+                f"its frame {frame + 1} does not say where it lies, and the image that it refers "
+                "to does; expected a readable place, for masks are not put by their name alone"
+            )
         if mask is not None and below is not None and not _same_plane(mask, below):
             raise IntakeError(
                 f"its frame {frame + 1} does not lie upon the image that it refers to: "

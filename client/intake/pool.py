@@ -29,16 +29,23 @@ from common.errors import CloisterError, RunError
 T = TypeVar("T")
 R = TypeVar("R")
 
-_AHEAD = 4  # tasks a worker that may wait for an earlier one: they bound what lies in memory
 _PRELOADED = ["client.intake.dicom"]
 
 
 @dataclass(frozen=True)
 class Bounds:
-    """What one task may take: seconds of time, and bytes of memory beside the program's own."""
+    """What tasks may take.
+
+    Attributes:
+        seconds: of one task.
+        memory: bytes of one task, beside the program's own.
+        ahead: tasks a worker whose answers may wait for an earlier one: they bound what lies in
+            memory.
+    """
 
     seconds: int = 300
     memory: int = 4 * 2**30
+    ahead: int = 4
 
 
 class WorkerLostError(CloisterError):
@@ -99,7 +106,7 @@ class Pool(Generic[T, R]):
         expected: deque[int] = deque()
         while True:
             for worker in self._workers:
-                room = len(expected) < _AHEAD * len(self._workers)
+                room = len(expected) < self._bounds.ahead * len(self._workers)
                 if worker.asked is None and room and (drawn := next(source, None)) is not None:
                     expected.append(drawn[0])
                     _ask(worker, _Asked(*drawn))
