@@ -23,6 +23,7 @@ from deploy.intake_words import (
 )
 
 if TYPE_CHECKING:
+    from client.intake.annotated import Marking
     from client.intake.deid.profile import Profile
     from client.intake.keys import SiteKey
     from client.intake.labels import LabelTable
@@ -36,6 +37,13 @@ KEY_FILE = "site.key"
 
 class WithoutMask(StrEnum):
     """What becomes of images without a segmentation."""
+
+    REFUSE = "refuse"
+    EMPTY = "empty"
+
+
+class WithoutClass(StrEnum):
+    """What becomes of series in which no segment is of a class."""
 
     REFUSE = "refuse"
     EMPTY = "empty"
@@ -89,6 +97,9 @@ SegmentsFile = Annotated[
 ]
 WithoutMaskChoice = Annotated[
     WithoutMask, typer.Option(help="What becomes of images that no segmentation speaks of.")
+]
+WithoutClassChoice = Annotated[
+    WithoutClass, typer.Option(help="What becomes of series in which no segment is of a class.")
 ]
 OverlapChoice = Annotated[
     Overlap, typer.Option(help="What becomes of pixels that are of two classes.")
@@ -213,6 +224,7 @@ def run(
     labels: Annotated[Path | None, typer.Option(help="A CSV with the labels; see above.")] = None,
     segments: SegmentsFile = None,
     without_mask: WithoutMaskChoice = WithoutMask.REFUSE,
+    without_class: WithoutClassChoice = WithoutClass.REFUSE,
     overlap: OverlapChoice = Overlap.REFUSE,
     node: Node = None,
     profile: ProfileFile = None,
@@ -238,7 +250,6 @@ def run(
     Example: `cloister intake run /archive/chest north.cohort --spec run.toml
     --labels labels.csv --node north`
     """
-    from client.intake.annotated import Marking
     from client.intake.items import check_source
     from client.intake.take import Order, check_target, desk_of
     from common.spec import read_run_file
@@ -251,10 +262,16 @@ def run(
     means = means_of(desk_of(cohort), node, profile, site_key, cohort_key)
     order = Order(source, cohort, described, table, means.key, means.profile, split or "")
     order = replace(order, cohort_key=means.cohort_key, workers=workers, registry=means.registry)
-    order = replace(order, marking=Marking(without_mask.value, overlap.value))
+    order = replace(order, marking=_marking(without_mask, overlap, without_class))
     summary = take_in_shown(order, means.options)
     if not_used is not None:
         write_listing(not_used, summary.not_used)
+
+
+def _marking(without_mask: WithoutMask, overlap: Overlap, without_class: WithoutClass) -> Marking:
+    from client.intake.annotated import Marking
+
+    return Marking(without_mask.value, overlap.value, without_class.value)
 
 
 def _table(labels: Path | None, segments: Path | None, run: RunSpec) -> LabelTable:

@@ -9,6 +9,7 @@ nothing is kept but numbers of classes.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
@@ -20,7 +21,7 @@ from pydicom.dataset import Dataset
 
 from client.intake.builder import ImageRecord
 from client.intake.decision import Decision, Shot
-from client.intake.deid.seam import CleanFrame, patient_of
+from client.intake.deid.seam import CleanFrame, found_text, patient_of
 from client.intake.deid.walk import Account
 from client.intake.deidentify import text_of
 from client.intake.dicom import (
@@ -38,20 +39,22 @@ from client.intake.frames import macro
 from client.intake.grids import brightness_to_grid, laid_volume, to_grid
 from client.intake.items import Item
 from client.intake.labels import LabelEntry
-from client.intake.masks import Labels, Masks, Overlap, Place, read_masks
-from client.intake.part10 import DicomFile, FrameDecoder
+from client.intake.masks import Labels, Masks, Overlap, Place, absent_of, read_masks
+from client.intake.part10 import DicomFile, FrameDecoder, Geometry
 from client.intake.pixels import Floats, mask_to_shape, stretch, to_shape
 from client.intake.quiet import quiet
 from client.intake.segments import classes_of
-from client.intake.series import SeriesItem
+from client.intake.series import DOUBTFUL, RefusedItem, SeriesItem
 from client.intake.shots import shot
 from client.intake.source import Kept
 from client.intake.volumes import Slice, Volume, volume_of
+from common.cohort import PIXEL
 from common.errors import IntakeError, ReviewError
-from common.spec import RunSpec
+from common.spec import MOST_VOXELS, RunSpec
 
 Unmarked = Literal["refuse", "empty"]
 _NO_LABEL = LabelEntry(0, "", 0)
+_MOST_REASONS = 8
 _EMPTY = "--without-mask empty would take what has none as if nothing were on it"
 
 
@@ -64,10 +67,19 @@ class Marking:
             ``empty``, which says that nothing is on them.
         overlap: what becomes of a pixel that is of two classes: ``refuse`` the series, or take
             the ``highest`` class number.
+        undescribed: a class that no segment of the series' segmentations is of: ``refuse`` the
+            series, or take the class as ``empty``, which says that nothing of it is there.
     """
 
     unmarked: Unmarked = "refuse"
     overlap: Overlap = "refuse"
+    undescribed: Unmarked = "refuse"
+
+    @property
+    def settled(self) -> str:
+        """What an intake holds to, from its first start on."""
+        more = "" if self.undescribed == "refuse" else f" without class {self.undescribed}"
+        return f"{self.unmarked} {self.overlap}{more}"
 
 
 class _Part(NamedTuple):
@@ -96,11 +108,15 @@ class SeriesReader:
     def __call__(self, task: DicomTask) -> FileResult:
         """Read a series; all that is wrong with it is in the result."""
         item, known = task.item, FileResult()
+        if isinstance(item, RefusedItem):
+            return FileResult(reason=item.reason, names_patient=item.names_patient)
         try:
             if not isinstance(item, SeriesItem):
                 raise IntakeError("it is a single object; expected a series")
             with quiet():
-                known = self._known(item)
+                known, fault = self._known(item)
+                if fault or item.fault:
+                    return replace(known, reason=fault or item.fault)
                 if not known.names_patient and not task.without_patient:
                     return replace(known, put_aside=True)
                 with _Series(self, item, task.decision) as series:
@@ -109,19 +125,37 @@ class SeriesReader:
             wrong = gone_wrong(error)
             return replace(wrong, content=known.content, names_patient=known.names_patient)
 
-    def _known(self, item: SeriesItem) -> FileResult:
-        """The digest of all its objects, and whether they name a patient."""
+    def _known(self, item: SeriesItem) -> tuple[FileResult, str]:
+        """The digest of all its objects and whether one names a patient, and what is wrong."""
         digest = hashlib.sha256()
-        patients: set[tuple[str, str]] = set()
+        patients: list[tuple[str, str]] = []
+        wrong = ""
         for one in (*item.images, *item.segmentations):
-            with one.open(self.files.limits.read_bytes) as stream:
-                digest.update(bytes.fromhex(digest_of(stream)))
-                patients.add(patient_of(DicomFile.parse(stream, self.files.limits).header))
-        if len(patients) > 1:
-            raise IntakeError(
-                f"its images and segmentations are of {len(patients)} patients; expected one"
-            )
-        return FileResult(names_patient=bool(patients.pop()[1]), content=digest.hexdigest())
+            try:
+                with one.open(self.files.limits.read_bytes) as stream:
+                    digest.update(bytes.fromhex(digest_of(stream)))
+                    patients.append(patient_of(DicomFile.parse(stream, self.files.limits).header))
+            except Exception as error:
+                gone = gone_wrong(error)
+                if gone.failure:
+                    raise
+                wrong = wrong or gone.reason
+        if not wrong and not _one_patient(patients, len(item.images)):
+            people = len(set(patients))
+            wrong = f"its images and segmentations are of {people} patients; expected one"
+        named = any(patient for _, patient in patients)
+        return FileResult(names_patient=named, content=digest.hexdigest()), wrong
+
+
+def _one_patient(patients: Sequence[tuple[str, str]], images: int) -> bool:
+    """Whether a series, its images first, is of one patient.
+
+    Within a series, and nowhere else, an issuer that is left out is no other issuer: tools that
+    write segmentations drop it.
+    """
+    issuers = {issuer for issuer, _ in patients} - {""}
+    identifiers = {patient for _, patient in patients}
+    return len(set(patients[:images])) == 1 and len(issuers) <= 1 and len(identifiers) == 1
 
 
 class _Series(ExitStack):
@@ -133,13 +167,16 @@ class _Series(ExitStack):
         self._files, self._spec = reader.files, reader.spec
         self._account = Account()
         self._shots: list[Shot] = []
+        self._others: list[Shot] = []
+        self._left = 0
         self._flagged: dict[int, str] = {}
+        self._segmentations: list[Dataset] = []
         self._kept: list[Kept] = []
         self._parts: list[_Part] = []
 
     def read(self, known: FileResult) -> FileResult:
         """What is kept of it, or what a person is to look at."""
-        headers = [self._opened(image).header for image in self._item.images]
+        headers = self._headers()
         masks = self._masks(headers)
         self._check_marked(headers, masks)
         for number, image in enumerate(self._item.images):
@@ -148,16 +185,48 @@ class _Series(ExitStack):
                     self._take(opened, image, masks)
             except ReviewError as error:
                 self._flagged[number] = str(error)
-        if self._flagged:
-            reason = next(iter(self._flagged.values()))
-            return replace(known, reason=reason, reviewable=True, shots=tuple(self._seen()))
+        if reasons := self._reasons():
+            return replace(known, reason=reasons, reviewable=True, shots=self._seen())
         images = tuple(self._kept) if self._spec.input.depth is None else (self._volume(),)
         if not any(kept.mask is not None and kept.mask.any() for kept in images):
             self._refuse_empty()
         if known.names_patient and self._files.registry is not None:
             self._files.registry.add(images[0].record.patient, *patient_of(headers[0]))
-        shots = tuple(self._shots)
+        shots = (*self._shots, *self._others)[:MOST_SHOTS]
         return replace(known, images=images, account=self._account, shots=shots)
+
+    def _headers(self) -> list[Dataset]:
+        """Those of its images.
+
+        Raises:
+            IntakeError: if together they are more than is held of a series.
+        """
+        files = [self._opened(image) for image in self._item.images]
+        settings, limits = self._spec.input, self._files.limits
+        sizes = [file.geometry(limits) for file in files]
+        if settings.depth is not None:
+            have, room = sum(at.rows * at.columns * at.frames for at in sizes), MOST_VOXELS
+        else:
+            each = math.prod(settings.shape) * PIXEL.itemsize
+            have = each * sum(len(frames_of(at, settings, limits)) for at in sizes)
+            room = limits.stored_bytes
+        if have > room:
+            what = "bytes in the cohort" if settings.depth is None else "voxels"
+            raise IntakeError(f"its images are {have} {what} together; at most {room} are held")
+        return [file.header for file in files]
+
+    def _reasons(self) -> str:
+        """All for which a person has to look, each once; one release lets all of it through."""
+        found = list(dict.fromkeys(self._flagged.values()))
+        if self._left > MOST_SHOTS:
+            found.append(
+                f"what looks like text is in {self._left} of its frames and {MOST_SHOTS} are "
+                "shown, so it cannot be left: release it with what was found blanked, or reject it"
+            )
+        more = len(found) - _MOST_REASONS
+        return "; ".join(
+            [*found[:_MOST_REASONS], *([f"and {more} more reasons"] if more > 0 else [])]
+        )
 
     # --- Masks --------------------------------------------------------------------------------
 
@@ -165,14 +234,11 @@ class _Series(ExitStack):
         """Those of each segmentation as classes; their streams stay open with this."""
         found: list[Masks] = []
         said: set[int] = set()
-        instances: set[str] = set()
         for one in self._item.segmentations:
             stream = self.enter_context(one.open(self._files.limits.read_bytes))
             file = DicomFile.parse(stream, self._files.limits)
-            uid = text_of(file.header, "SOPInstanceUID")
-            if uid in instances:  # a copy of the same segmentation
-                continue
-            instances.add(uid)
+            self._check_whole(file.header, headers)
+            self._segmentations.append(file.header)
             overlap = self._reader.marking.overlap
             masks = read_masks(file, headers, overlap=overlap, limits=self._files.limits)
             numbers = classes_of(masks.segments, self._files.labels)
@@ -185,17 +251,38 @@ class _Series(ExitStack):
                 )
             said |= classes
             found.append(masks.numbered(numbers))
+        named = enumerate(self._spec.task.classes)
+        missing = [name for number, name in named if number and number not in said]
+        if found and missing and self._reader.marking.undescribed == "refuse":
+            raise IntakeError(
+                f"no segmentation of it has a segment of the class {missing[0]!r}, so nobody said "
+                "that nothing of it is there; --without-class empty would take it so"
+            )
         return found
+
+    def _check_whole(self, segmentation: Dataset, headers: Sequence[Dataset]) -> None:
+        """A volume has all images that it was drawn upon: one that lost its end looks whole."""
+        absent = absent_of(segmentation, self._item.uid, headers)
+        if absent and self._spec.input.depth is not None:
+            raise IntakeError(
+                f"{absent} images of the series that its segmentation names are not in the source, "
+                "or cannot be read; a volume is used whole"
+            )
 
     def _check_marked(self, headers: Sequence[Dataset], masks: Sequence[Masks]) -> None:
         """Every image has a word of a segmentation, unless a person said what it means if not."""
-        if self._reader.marking.unmarked == "empty":
-            return
-        if not masks:
+        empty, doubts = self._reader.marking.unmarked == "empty", self._item.doubts
+        if not masks and not empty:
             raise IntakeError(f"no segmentation speaks of it; {_EMPTY}")
         marked = {place.instance for one in masks for place in one.places}
         missing = sum(text_of(header, "SOPInstanceUID") not in marked for header in headers)
-        if missing:
+        if missing and empty and doubts:
+            raise IntakeError(
+                f"{DOUBTFUL}: no segmentation speaks of {missing} of its {len(headers)} images, "
+                f"and {doubts} objects of the source may be one: they could not be read or placed, "
+                "and are listed with their reasons; mend them, or take them out of the source"
+            )
+        if missing and not empty:
             raise IntakeError(
                 f"no segmentation speaks of {missing} of its {len(headers)} images; {_EMPTY}"
             )
@@ -234,12 +321,11 @@ class _Series(ExitStack):
         file = self._opened(image, opened)
         element, geometry = file.pixel_element(), file.geometry(self._files.limits)
         clean = self._files.deidentify(file.header, self._decision)
-        clean.check()
+        clean.check(self._segmentations)
         decode = FrameDecoder(file, element, geometry)
         settings, instance = self._spec.input, text_of(file.header, "SOPInstanceUID")
         volume = settings.depth is not None
-        whole = range(geometry.frames)
-        for number in whole if volume else frames_of(geometry, settings, self._files.limits):
+        for number in self._frames(geometry):
             stored = decode(number)
             shown = brightness(stored, clean.header, number, settings.window)
             frame = clean.frame(number, shown)
@@ -259,19 +345,45 @@ class _Series(ExitStack):
         counts = self._account.counts
         counts["pixels: box blanked", "PixelData"] += len(frame.boxes)
         counts["pixels: outside of regions blanked", "PixelData"] += frame.outside
-        if (frame.boxes or frame.outside) and len(self._shots) < MOST_SHOTS:
-            self._shots.append(shot(number, shown, frame.pixels, frame.boxes))
+        said = self._decision
+        self._left += bool(said and not said.found and found_text(shown))
+        seen = self._shots if frame.boxes else self._others
+        if (frame.boxes or frame.outside) and len(seen) < MOST_SHOTS:
+            seen.append(shot(number, shown, frame.pixels, frame.boxes))
 
-    def _seen(self) -> Iterator[Shot]:
-        """Pictures of what waits, evenly spread over its images; what cannot be shown has none."""
+    def _seen(self) -> tuple[Shot, ...]:
+        """Pictures of what waits; what cannot be shown has none.
+
+        All frames with what looks like text, while there is room, for a person may say that it
+        is to be left; then images that wait, evenly spread.
+        """
         flagged = list(self._flagged)
-        for which in spread(len(flagged)):
+        chosen = {flagged[which] for which in spread(len(flagged))}
+        boxed: list[Shot] = []
+        others: list[Shot] = []
+        for which, image in enumerate(self._item.images):
             with suppress(Exception), ExitStack() as opened:
-                file = self._opened(self._item.images[flagged[which]], opened)
-                element, geometry = file.pixel_element(), file.geometry(self._files.limits)
-                clean = self._files.deidentify(file.header, self._decision)
-                decode = FrameDecoder(file, element, geometry)
-                yield from self._files.seen(clean, range(1), decode)
+                for one in self._shown(self._opened(image, opened)):
+                    if one.boxes and len(boxed) < MOST_SHOTS:
+                        boxed.append(one)
+                    elif which in chosen and one.frame == 0:
+                        others.append(one)
+        return (*boxed, *others)[:MOST_SHOTS]
+
+    def _shown(self, file: DicomFile) -> Iterator[Shot]:
+        """A picture of every frame that would be kept of an image."""
+        element, geometry = file.pixel_element(), file.geometry(self._files.limits)
+        clean = self._files.deidentify(file.header, self._decision)
+        decode, settings = FrameDecoder(file, element, geometry), self._spec.input
+        for number in self._frames(geometry):
+            pixels = brightness(decode(number), clean.header, number, settings.window)
+            yield shot(number, pixels, None, found_text(pixels))
+
+    def _frames(self, geometry: Geometry) -> range:
+        """Which frames of an image are kept."""
+        if self._spec.input.depth is not None:
+            return range(geometry.frames)
+        return frames_of(geometry, self._spec.input, self._files.limits)
 
     # --- A volume -----------------------------------------------------------------------------
 

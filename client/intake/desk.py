@@ -37,6 +37,7 @@ from client.intake.deid.walk import Account
 from client.intake.dicom import NO_LABEL, FileResult
 from client.intake.items import Item
 from client.intake.keys import SiteKey
+from client.intake.series import DOUBTFUL, SeriesItem
 from common.errors import CohortError, ConfigError
 from common.files import flush_folder, write_durably
 from common.sealed import Seal
@@ -126,6 +127,10 @@ class Row:
     sha256: str
 
 
+CHANGED = (
+    "it has changed since it was taken in (files came, went or were written anew), and the cohort "
+    "has it as it was: reject it, or take the source in under another cohort's name"
+)
 _GONE = "it is no longer in the source"
 _ENTRY = "number, id, state, reason, content, boxes, label, decision"
 
@@ -230,7 +235,7 @@ class Desk:
         """
         where = os.fspath(source.resolve())
         known = dict(self._database.execute("SELECT id, number FROM item"))
-        by_id = {self.key.pseudonym("item", where, item.place): item for item in items}
+        by_id = {self._id_of(where, item): item for item in items}
         new = sorted(by_id.keys() - known.keys())
         with self._transaction():
             first = self._one("SELECT COALESCE(MAX(number), 0) FROM item") + 1
@@ -242,9 +247,26 @@ class Desk:
                     (number, name, place, State.OPEN),
                 )
             present = {known[name]: item for name, item in by_id.items()}
+            self._forget_parts(where, present.values())
             self._mark_gone(present)
             self._reopen_changed(present)
         return present
+
+    def _id_of(self, where: str, item: Item) -> str:
+        """By its place; of a series by its UID, for its first image may be another one later."""
+        if isinstance(item, SeriesItem):
+            return self.key.pseudonym("item", where, "series", item.uid)
+        return self.key.pseudonym("item", where, item.place)
+
+    def _forget_parts(self, where: str, items: Iterable[Item]) -> None:
+        """What was refused by itself, and is a part of a series now, is no object of its own."""
+        parts = (
+            (self.key.pseudonym("item", where, part.place),)
+            for item in items
+            if isinstance(item, SeriesItem)
+            for part in (*item.images, *item.segmentations)
+        )
+        self._database.executemany("DELETE FROM item WHERE id = ? AND state = 'refused'", parts)
 
     def _mark_gone(self, present: Mapping[int, Item]) -> None:
         """What waits to be read and is not in the source now; what is back is read."""
@@ -256,11 +278,25 @@ class Desk:
                 self._put(number, State.OPEN)
 
     def _reopen_changed(self, present: Mapping[int, Item]) -> None:
-        """What was refused may have been copied in part then, or mended since."""
-        asked = "SELECT number, state, stamp FROM item WHERE state IN ('open', 'aside', 'refused')"
-        for number, state, stamp in self._database.execute(asked).fetchall():
+        """What was refused may have been copied in part then, or mended since.
+
+        A series that was kept stays as it was taken in, and it is told that it has changed.
+        """
+        asked = (
+            "SELECT number, state, stamp, reason FROM item "
+            "WHERE state IN ('open', 'aside', 'refused', 'kept')"
+        )
+        for number, state, stamp, reason in self._database.execute(asked).fetchall():
             item = present.get(number)
+            if state == State.KEPT and not isinstance(item, SeriesItem):
+                continue
             now = self.key.pseudonym("content", item.stamp) if item else stamp
+            if state == State.KEPT:
+                self._put(number, State.KEPT, CHANGED if now != stamp else "")
+                continue
+            settled = isinstance(item, SeriesItem) and not item.doubts
+            if settled and reason.startswith(DOUBTFUL):
+                self._put(number, State.OPEN)
             if now != stamp:
                 self._database.execute("UPDATE item SET stamp = ? WHERE number = ?", (now, number))
                 if state == State.REFUSED:
@@ -307,6 +343,10 @@ class Desk:
         query = f"SELECT {_ENTRY} FROM item WHERE state IN ({marks}) ORDER BY number"  # noqa: S608
         for row in self._database.execute(query, states or tuple(State)).fetchall():
             yield _entry(row)
+
+    def changed(self) -> Iterator[Entry]:
+        """The objects that were kept as they were, and have changed since."""
+        return (entry for entry in self.entries(State.KEPT) if entry.reason)
 
     def entry(self, number: int) -> Entry:
         """The object of a number.

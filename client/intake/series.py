@@ -3,20 +3,22 @@
 Every object is looked at once, header alone, in the processes that read later. Images of one
 series become one item with the segmentations that speak of it; all else is told with its reason.
 A segmentation names its images by their UIDs, or its series, or it names none and lies in the
-frame of reference of one series alone.
+frame of reference of one series alone. One that names a series and cannot be used costs the series:
+without it, what it marks would pass for background.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, BinaryIO, NamedTuple
 
 from pydicom.dataset import Dataset
 
+from client.intake.deid.seam import patient_of
 from client.intake.deidentify import text_of
-from client.intake.dicom import NO_PICTURES, gone_wrong
+from client.intake.dicom import NO_PICTURES, digest_of, gone_wrong
 from client.intake.frames import items_of
 from client.intake.items import Item, Listing
 from client.intake.masks import LABEL_MAP, SEGMENTATION
@@ -30,6 +32,16 @@ _TWICE = (
     "its SOP Instance UID is that of another image of the same series, which is used: a copy, or "
     "one of the two has a wrong UID"
 )
+_SAME = "it is a copy of another segmentation, byte for byte, which is used"
+_OTHER = (
+    "two segmentations of it have one SOP Instance UID and differ; leave the right one beside it"
+)
+_DROPPED = (
+    "a segmentation that names it cannot be used, and what it marks would be taken for background; "
+    "it is listed with its reason: mend it, or take it out of the source"
+)
+_DIRECTORY = "a DICOMDIR"
+DOUBTFUL = "--without-mask empty is refused"
 
 
 class SeriesItem(NamedTuple):
@@ -39,20 +51,55 @@ class SeriesItem(NamedTuple):
         place: that of its first image.
         images: in the order of their places.
         segmentations: that speak of it.
+        uid: its Series Instance UID, unverified.
+        fault: why it cannot be used, whatever its own objects are; empty if it can.
+        doubts: objects of the source that may be segmentations of any series: what could not be
+            read, or named no series and lay upon no single one.
     """
 
     place: str
     images: tuple[Item, ...]
     segmentations: tuple[Item, ...]
+    uid: str = ""
+    fault: str = ""
+    doubts: int = 0
 
     @property
     def stamp(self) -> str:
         """See `Item`."""
-        return "\n".join(f"{one.place} {one.stamp}" for one in (*self.images, *self.segmentations))
+        files = (f"{one.place} {one.stamp}" for one in (*self.images, *self.segmentations))
+        return "\n".join((self.fault, *files))
 
     def open(self, limit: int) -> BinaryIO:
         """Its first image."""
         return self.images[0].open(limit)
+
+
+class RefusedItem(NamedTuple):
+    """An object that is no part of a series, as an `Item` that is entered and not read.
+
+    Attributes:
+        place: its own.
+        of: the object.
+        reason: why it is none.
+        names_patient: whether it is DICOM with a patient identifier.
+        images: none.
+    """
+
+    place: str
+    of: Item
+    reason: str
+    names_patient: bool = False
+    images: tuple[Item, ...] = ()
+
+    @property
+    def stamp(self) -> str:
+        """See `Item`."""
+        return f"{self.reason}\n{self.of.stamp}"
+
+    def open(self, limit: int) -> BinaryIO:
+        """See `Item`."""
+        return self.of.open(limit)
 
 
 @dataclass(frozen=True)
@@ -65,7 +112,10 @@ class Described:
         reference: of its frame of reference.
         names: of a segmentation, the UIDs of images and series that it refers to.
         is_mask: whether it is a segmentation.
+        content: SHA-256 of a segmentation.
+        names_patient: whether it is DICOM with a patient identifier.
         reason: why it is neither an image nor a segmentation; empty if it is one.
+        doubtful: whether it may be a segmentation for all that is known.
         failure: as that of a `FileResult`.
     """
 
@@ -74,7 +124,10 @@ class Described:
     reference: str = ""
     names: frozenset[str] = frozenset()
     is_mask: bool = False
+    content: str = ""
+    names_patient: bool = False
     reason: str = ""
+    doubtful: bool = False
     failure: str = ""
 
 
@@ -88,26 +141,35 @@ class Describer:
         """See `Described`."""
         try:
             with quiet(), item.open(self.limits.read_bytes) as stream:
-                return _described(DicomFile.parse(stream, self.limits).header)
+                content = digest_of(stream)
+                found = _described(DicomFile.parse(stream, self.limits).header)
+                return replace(found, content=content) if found.is_mask else found
         except Directory:
-            return Described(reason="a DICOMDIR")
+            return Described(reason=_DIRECTORY)
         except Exception as error:  # noqa: BLE001 - as in `client.intake.dicom.result_of`
             wrong = gone_wrong(error)
-            return Described(reason=wrong.reason, failure=wrong.failure)
+            return Described(reason=wrong.reason, doubtful=True, failure=wrong.failure)
 
 
 def _described(header: Dataset) -> Described:
-    kind = text_of(header, "SOPClassUID")
+    kind, named = text_of(header, "SOPClassUID"), bool(patient_of(header)[1])
     is_mask = kind in (SEGMENTATION, LABEL_MAP)
     if not is_mask and kind in NO_PICTURES:
-        return Described(reason=f"it is {NO_PICTURES[kind]}, no picture of a patient")
-    series, instance = text_of(header, "SeriesInstanceUID"), text_of(header, "SOPInstanceUID")
+        why = f"it is {NO_PICTURES[kind]}, no picture of a patient"
+        return Described(reason=why, names_patient=named)
     if not is_mask and "Rows" not in header:
-        return Described(reason="it has no pixel data")
-    if not (series and instance):
-        return Described(reason="it names no series, or no instance; masks are found by these")
-    names = frozenset(_named(header)) if is_mask else frozenset()
-    return Described(series, instance, text_of(header, "FrameOfReferenceUID"), names, is_mask)
+        return Described(reason="it has no pixel data", names_patient=named)
+    series, instance = text_of(header, "SeriesInstanceUID"), text_of(header, "SOPInstanceUID")
+    known = "" if series and instance else "it names no series, or no instance"
+    return Described(
+        series,
+        instance,
+        text_of(header, "FrameOfReferenceUID"),
+        frozenset(_named(header)) - {""} if is_mask else frozenset(),
+        is_mask,
+        names_patient=named,
+        reason=known and f"{known}; masks are found by these",
+    )
 
 
 def _named(header: Dataset) -> Iterator[str]:
@@ -139,63 +201,96 @@ def in_series(listing: Listing, limits: Limits, workers: int, bounds: Bounds, po
     Raises:
         CohortError: for what is no object's own fault.
     """
-    described: list[tuple[Item, Described]] = []
+    groups = _Groups(doubts=len(listing.unusable))
     unusable = list(listing.unusable)
     with pool(Describer(limits), workers, bounds) as looking:
-        for item, answer in zip(listing.items, looking.map(listing.items), strict=True):
+        answers = zip(listing.items, looking.map(listing.items), strict=True)
+        for item, answer in sorted(answers, key=lambda pair: pair[0].place):
             if isinstance(answer, WorkerLostError):
-                unusable.append(NotUsed(item.place, str(answer)))
+                groups.refuse(item, Described(reason=str(answer), doubtful=True))
             elif answer.failure:
                 raise CohortError(f"{item.place}: {answer.failure}")
-            elif answer.reason:
-                unusable.append(NotUsed(item.place, answer.reason))
+            elif answer.reason == _DIRECTORY:
+                unusable.append(NotUsed(item.place, _DIRECTORY))
             else:
-                described.append((item, answer))
-    series, wrong = _grouped(described)
-    return Listing(tuple(series), (*unusable, *wrong))
+                groups.enter(item, answer)
+    return Listing((*groups.series(), *groups.refused), tuple(unusable))
 
 
-def _grouped(
-    described: list[tuple[Item, Described]],
-) -> tuple[list[SeriesItem], list[NotUsed]]:
-    described = sorted(described, key=lambda pair: pair[0].place)
-    images: dict[str, list[Item]] = defaultdict(list)
-    seen: set[tuple[str, str]] = set()
-    wrong = []
-    series_of: dict[str, set[str]] = defaultdict(set)
-    frames_of: dict[str, set[str]] = defaultdict(set)
-    for item, said in described:
-        if not said.is_mask and (said.series, said.instance) in seen:
-            wrong.append(NotUsed(item.place, _TWICE))
-        elif not said.is_mask:
-            seen.add((said.series, said.instance))
-            images[said.series].append(item)
-            for name in (said.instance, said.series):
-                series_of[name].add(said.series)
-            frames_of[said.reference or said.series].add(said.series)
-    masks: dict[str, list[Item]] = defaultdict(list)
-    for item, said in described:
+@dataclass
+class _Groups:
+    """Objects on their way into series; they are entered in the order of their places."""
+
+    doubts: int
+    refused: list[RefusedItem] = field(default_factory=list)
+    _images: dict[str, list[Item]] = field(default_factory=lambda: defaultdict(list))
+    _masks: list[tuple[Item, Described]] = field(default_factory=list)
+    _seen: set[tuple[str, str]] = field(default_factory=set)
+    _series_of: dict[str, set[str]] = field(default_factory=lambda: defaultdict(set))
+    _frames_of: dict[str, set[str]] = field(default_factory=lambda: defaultdict(set))
+
+    def refuse(self, item: Item, said: Described, reason: str = "") -> None:
+        """Enter what is no part of a series."""
+        self.doubts += said.doubtful
+        self.refused.append(
+            RefusedItem(item.place, item, reason or said.reason, said.names_patient)
+        )
+
+    def enter(self, item: Item, said: Described) -> None:
+        """Enter an image or a segmentation, or what is neither."""
         if said.is_mask:
-            meant = {series for name in said.names for series in series_of.get(name, ())}
-            found = meant or frames_of.get(said.reference, set())
-            if len(found) == 1:
+            self._masks.append((item, said))
+        elif said.reason:
+            self.refuse(item, said)
+        elif (said.series, said.instance) in self._seen:
+            self.refuse(item, said, _TWICE)
+        else:
+            self._seen.add((said.series, said.instance))
+            self._images[said.series].append(item)
+            for name in (said.instance, said.series):
+                self._series_of[name].add(said.series)
+            self._frames_of[said.reference or said.series].add(said.series)
+
+    def series(self) -> list[SeriesItem]:
+        """All series of what was entered, when nothing comes any more."""
+        masks: dict[str, list[Item]] = defaultdict(list)
+        faults: dict[str, str] = {}
+        first: dict[str, tuple[str, set[str]]] = {}
+        for item, said in self._masks:
+            found = self._meant(said)
+            content, others = first.setdefault(said.instance or item.place, ("", found))
+            if content == said.content:
+                self.refuse(item, said, _SAME)
+                continue
+            if content:
+                faults |= dict.fromkeys(found | others, _OTHER)
+            first[said.instance or item.place] = said.content, found | others
+            if len(found) == 1 and not said.reason:
                 masks[next(iter(found))].append(item)
-            else:
-                wrong.append(NotUsed(item.place, _several(len(found))))
-    made = [
-        SeriesItem(min(one.place for one in of), _ordered(of), _ordered(masks[series]))
-        for series, of in images.items()
-    ]
-    return made, wrong
+                continue
+            self.refuse(item, replace(said, doubtful=not said.names), self._why(said, found))
+            if said.names:
+                faults |= {uid: faults.get(uid, _DROPPED) for uid in found}
+        return [
+            SeriesItem(
+                of[0].place, tuple(of), tuple(masks[uid]), uid, faults.get(uid, ""), self.doubts
+            )
+            for uid, of in self._images.items()
+        ]
 
+    def _meant(self, said: Described) -> set[str]:
+        """The series that a segmentation speaks of; if it names none, those of its frame."""
+        if not said.names:
+            return self._frames_of.get(said.reference, set())
+        return {uid for name in said.names for uid in self._series_of.get(name, ())}
 
-def _ordered(items: list[Item]) -> tuple[Item, ...]:
-    return tuple(sorted(items, key=lambda item: item.place))
-
-
-def _several(series: int) -> str:
-    if series:
-        return f"it is a segmentation of images of {series} series; expected one"
-    return (
-        "it is a segmentation of images that are not in the source; expected the images beside it"
-    )
+    @staticmethod
+    def _why(said: Described, found: set[str]) -> str:
+        if said.reason:
+            return said.reason
+        if found:
+            return f"it is a segmentation of images of {len(found)} series; expected one"
+        return (
+            "it is a segmentation of images that are not in the source; expected the images beside "
+            "it"
+        )

@@ -166,7 +166,7 @@ def take_in(
         listing = in_series(listing, Limits(), workers, order.bounds, pool)
         longest = max((len(item.images) for item in listing.items), default=1)  # type: ignore[attr-defined]
         seconds = order.bounds.seconds + _SECONDS_AN_IMAGE * longest
-        order = replace(order, bounds=replace(order.bounds, seconds=seconds))
+        order = replace(order, bounds=replace(order.bounds, seconds=seconds, ahead=1))
     with at_work(order.cohort, order.key, order.cohort_key) as desk:
         return _Intake(order, desk, listing, today or date.today(), pool).run(progress)
 
@@ -195,8 +195,11 @@ def at_work(target: Path, key: SiteKey, cohort_key: bytes | None = None) -> Iter
 
 
 def not_used(desk: Desk) -> Iterator[NotUsed]:
-    """What of the source nothing was made of, and why; for the hospital's own eyes."""
-    for entry in desk.entries(*_NOT_USED):
+    """What of the source nothing was made of, and why; for the hospital's own eyes.
+
+    What was kept as it was then, and is another now, is told as well.
+    """
+    for entry in (*desk.entries(*_NOT_USED), *desk.changed()):
         yield NotUsed(desk.place(entry), entry.reason)
 
 
@@ -242,8 +245,7 @@ class _Intake:
         return self._summary()
 
     def _masks_settled(self) -> dict[str, str]:
-        marking = self._order.marking
-        return {"masks": f"{marking.unmarked} {marking.overlap}"} if self._order.has_masks else {}
+        return {"masks": self._order.marking.settled} if self._order.has_masks else {}
 
     @property
     def _phase(self) -> str:

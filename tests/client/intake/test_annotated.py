@@ -12,16 +12,23 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from PIL import Image, ImageDraw
 from pydicom import dcmread
 from pydicom.dataset import Dataset
 from pydicom.sr.codedict import codes
 from pydicom.uid import generate_uid
 
+from client.intake import annotated
 from client.intake.annotated import Marking
+from client.intake.decision import Decision
 from client.intake.deid.profile import Profile
 from client.intake.desk import Desk, State
+from client.intake.dicom import Task as FileTask
+from client.intake.items import listed
 from client.intake.keys import SiteKey
+from client.intake.part10 import Limits
 from client.intake.segments import read_segments
+from client.intake.series import in_series
 from client.intake.sheet import write_sheet
 from client.intake.take import Order, take_in
 from common.cohort import Cohort
@@ -275,7 +282,8 @@ def test_classes_that_overlap_are_refused_or_the_higher_is_taken(
 
 def test_segments_of_one_class_may_overlap(slices: list[Dataset], put: Any, take: Any) -> None:
     put(*slices, segmentation(slices, overlapping()))
-    cohort, reasons = take(table="segment,class\nLiver,liver\nSCT:4147007,liver\n")
+    table = "segment,class\nLiver,liver\nSCT:4147007,liver\n"
+    cohort, reasons = take(table=table, marking=Marking(undescribed="empty"))
     assert reasons == {}
     assert set(np.unique(cohort.targets(range(SLICES)))) == {0, 1}
 
@@ -363,13 +371,14 @@ def test_a_segment_of_no_class_is_refused_until_the_table_says_what_it_is(
     slices: list[Dataset], put: Any, order: Any, in_this_process: Any
 ) -> None:
     put(*slices, segmentation(slices, marks()))
-    short = order(table="segment,class\nSCT:10200004,liver\n")
+    marking = Marking(undescribed="empty")
+    short = order(marking, table="segment,class\nSCT:10200004,liver\n")
     summary = take_in(short, pool=in_this_process)
     (reason,) = [one.reason for one in summary.not_used]
     assert reason.startswith("no label: its segment 2 (")
     assert "is in no line of the table of segments" in reason
 
-    passed_over = order(table="segment,class\nSCT:10200004,liver\nMass,none\n")
+    passed_over = order(marking, table="segment,class\nSCT:10200004,liver\nMass,none\n")
     take_in(passed_over, pool=in_this_process)
 
     cohort = Cohort.open(short.cohort)
@@ -463,3 +472,273 @@ def test_two_starts_in_processes_of_their_own_make_the_same_cohort(
         [(c / name).read_bytes() for name in names] for c in (asked.cohort, other.cohort)
     )
     assert ours == theirs
+
+
+def _named_too(segmentation: Dataset, others: list[Dataset]) -> Dataset:
+    """As if a segmentation spoke of another series as well."""
+    more = Dataset()
+    more.SeriesInstanceUID = others[0].SeriesInstanceUID
+    image = Dataset()
+    image.ReferencedSOPClassUID = others[0].SOPClassUID
+    image.ReferencedSOPInstanceUID = others[0].SOPInstanceUID
+    more.ReferencedInstanceSequence = [image]
+    segmentation.ReferencedSeriesSequence.append(more)
+    return segmentation
+
+
+EMPTY = Marking(unmarked="empty")
+
+
+def test_a_segmentation_that_is_dropped_makes_no_negatives_of_what_it_names(
+    slices: list[Dataset], put: Any, order: Any, in_this_process: Any
+) -> None:
+    others = _of_another(slices)
+    put(*slices, _named_too(segmentation(slices, marks()), others))
+    put(*others, segmentation(others, marks()), folder="b")
+    asked = order(marking=EMPTY)
+
+    summary = take_in(asked, pool=in_this_process)
+
+    assert len(Cohort.open(asked.cohort)) == 0
+    reasons = {one.what: one.reason for one in summary.not_used}
+    assert reasons["a/SEG6"] == "it is a segmentation of images of 2 series; expected one"
+    assert reasons["a/MR0"].startswith("a segmentation that names it cannot be used")
+    assert reasons["b/MR0"] == reasons["a/MR0"]
+    with Desk(asked.desk, asked.key) as desk:
+        assert desk.totals() == {State.REFUSED: 3}
+
+
+def test_nothing_is_empty_while_something_may_be_its_segmentation(
+    slices: list[Dataset], put: Any, take: Any, tmp_path: Path
+) -> None:
+    """What has its masks is taken all the same, and the rest once the object is gone."""
+    sound = _of_another(slices)
+    put(*slices)
+    put(*sound, segmentation(sound, marks()), folder="sound")
+    broken = tmp_path / "source" / "a" / "broken"
+    broken.write_bytes(bytes(128) + b"DICM" + b"\xff" * 99)
+
+    cohort, reasons = take(marking=EMPTY)
+    assert len(cohort) == SLICES
+    assert reasons["a/MR0"].startswith("--without-mask empty is refused: no segmentation speaks")
+    assert set(reasons) == {"a/MR0", "a/broken"}
+
+    broken.unlink()
+    cohort, reasons = take(marking=EMPTY)
+    assert len(cohort) == 2 * SLICES
+    assert "a/MR0" not in reasons
+
+
+def test_a_series_that_changes_after_it_was_kept_is_told(
+    slices: list[Dataset], put: Any, take: Any, tmp_path: Path
+) -> None:
+    put(*slices[1:], segmentation(slices[1:], marks()[1:]))
+    assert take()[1] == {}
+    put(slices[0], folder="A")  # before all others, so the series' place is another
+    cohort, reasons = take()
+    assert len(cohort) == SLICES - 1
+    (reason,) = reasons.values()
+    assert reason.startswith("it has changed since it was taken in")
+    (tmp_path / "source" / "A" / "MR0").unlink()
+    assert take()[1] == {}
+    put(*slices[1:], segmentation(slices[1:], marks()[1:]))
+    (reason,) = take()[1].values()
+    assert reason.startswith("it has changed since it was taken in")
+
+
+def test_a_segmentation_of_an_absent_series_is_not_put_on_another_one(
+    slices: list[Dataset], put: Any, take: Any
+) -> None:
+    """They share a frame of reference, as two series of one study do."""
+    absent = _of_another(slices)
+    for image, other in zip(slices, absent, strict=True):
+        other.PatientID, other.FrameOfReferenceUID = image.PatientID, image.FrameOfReferenceUID
+    put(*slices, segmentation(slices, marks()))
+    put(segmentation(absent, marks()), folder="stray")
+    cohort, reasons = take()
+    assert len(cohort) == SLICES
+    assert list(reasons) == ["stray/SEG0"]
+    assert reasons["stray/SEG0"].startswith("it is a segmentation of images that are not in")
+
+
+def test_a_refused_series_of_a_patient_is_not_forgotten(
+    slices: list[Dataset], put: Any, order: Any, in_this_process: Any
+) -> None:
+    nameless = _of_another(slices)
+    for image in nameless:
+        image.PatientID = ""
+    put(*slices, _patient(segmentation(slices, marks()), "SOMEBODY"))
+    put(*nameless, segmentation(nameless, marks()), folder="nameless")
+    asked = order()
+    summary = take_in(asked, pool=in_this_process)
+    assert len(Cohort.open(asked.cohort)) == 0
+    reasons = {one.what: one.reason for one in summary.not_used}
+    assert reasons["nameless/MR0"] == "no patient identifier"
+
+
+def test_a_mask_without_its_issuer_is_of_the_same_patient(
+    slices: list[Dataset], put: Any, take: Any
+) -> None:
+    images = deepcopy(slices)
+    made = segmentation(images, marks())
+    for image in images:
+        image.IssuerOfPatientID = "HOSPITAL"
+    put(*images, made)
+    cohort, reasons = take()
+    assert (len(cohort), reasons) == (SLICES, {})
+
+
+def test_two_segmentations_of_one_uid_are_a_copy_or_a_fault(
+    slices: list[Dataset], put: Any, take: Any, tmp_path: Path
+) -> None:
+    made = segmentation(slices, marks())
+    put(*slices, made)
+    put(made, folder="again")
+    cohort, reasons = take()
+    assert len(cohort) == SLICES
+    assert reasons == {
+        "again/SEG0": "it is a copy of another segmentation, byte for byte, which is used"
+    }
+
+    other = deepcopy(made)
+    other.SeriesDescription = "corrected"
+    put(other, folder="again")
+    for name in ("cohort", "cohort.intake"):
+        (tmp_path / name).rename(tmp_path / f"before-{name}")
+    cohort, reasons = take()
+    assert len(cohort) == 0
+    assert reasons["a/MR0"].startswith("two segmentations of it have one SOP Instance UID")
+
+
+def test_a_class_that_nobody_looked_for_is_not_taken_as_absent(
+    slices: list[Dataset], put: Any, take: Any, tmp_path: Path
+) -> None:
+    put(*slices, segmentation(slices, marks()[..., :1]))
+    cohort, reasons = take()
+    assert len(cohort) == 0
+    (reason,) = reasons.values()
+    assert reason.startswith("no segmentation of it has a segment of the class 'tumour'")
+    for name in ("cohort", "cohort.intake"):
+        (tmp_path / name).rename(tmp_path / f"before-{name}")
+    cohort, reasons = take(marking=Marking(undescribed="empty"))
+    assert (len(cohort), reasons) == (SLICES, {})
+
+
+def test_a_mask_that_does_not_say_where_it_lies_is_not_put_upon_an_image_that_does(
+    slices: list[Dataset], put: Any, take: Any
+) -> None:
+    made = segmentation(slices, marks())
+    for groups in made.PerFrameFunctionalGroupsSequence:
+        del groups.PlanePositionSequence
+    put(*slices, made)
+    cohort, reasons = take()
+    assert len(cohort) == 0
+    (reason,) = reasons.values()
+    assert reason.startswith("its frame 1 does not say where it lies")
+
+
+def test_a_volume_that_lost_its_end_is_refused(slices: list[Dataset], put: Any, take: Any) -> None:
+    drawn = marks()
+    drawn[-1] = False
+    put(*slices[:-1], segmentation(slices, drawn))
+    cohort, reasons = take(**VOLUME | {"direction": _direction(slices[0])})
+    assert len(cohort) == 0
+    (reason,) = reasons.values()
+    assert reason.startswith("1 images of the series that its segmentation names are not in")
+
+
+def test_a_series_that_is_too_much_together_is_refused(
+    slices: list[Dataset], put: Any, order: Any, in_this_process: Any
+) -> None:
+    put(*slices, segmentation(slices, marks()))
+    asked = order()
+    reader = asked.reader
+    limits = Limits(stored_bytes=ROWS * COLUMNS * 2 * 3)
+    small = dataclasses.replace(reader, files=dataclasses.replace(reader.files, limits=limits))
+    found = in_series(listed(asked.source), Limits(), 1, asked.bounds, in_this_process)
+    result = small(FileTask(found.items[0]))
+    assert "bytes in the cohort together; at most" in result.reason
+
+
+def _nothing_said(slices: list[Dataset]) -> list[Dataset]:
+    """Images whose header names no part of the body."""
+    images = deepcopy(slices)
+    for image in images:
+        for keyword in (
+            "BodyPartExamined", "StudyDescription", "SeriesDescription", "ProtocolName",
+            "RequestedProcedureDescription", "PerformedProcedureStepDescription",
+            "ReceiveCoilName", "TransmitCoilName", "FilterType", "AnatomicRegionSequence",
+            "ProcedureCodeSequence", "RequestedProcedureCodeSequence",
+        ):  # fmt: skip
+            if keyword in image:
+                delattr(image, keyword)
+    return images
+
+
+def test_a_head_that_only_the_segmentation_names_waits(
+    slices: list[Dataset], put: Any, order: Any, in_this_process: Any
+) -> None:
+    """And every reason is told, for one release lets all of it through."""
+    images = _nothing_said(slices)
+    made = segmentation(images, marks())
+    put(*images, made)
+    asked = dataclasses.replace(order(), profile=Profile())
+    take_in(asked, pool=in_this_process)
+    assert len(Cohort.open(asked.cohort)) == SLICES
+
+    made.SegmentSequence[1].SegmentLabel = "Skull"
+    images[3].BurnedInAnnotation = "YES"
+    put(*images, made)
+    other = dataclasses.replace(
+        order(table=TABLE.replace("Mass", "SCT:4147007")),
+        cohort=asked.cohort.with_name("other"), profile=Profile(),
+    )  # fmt: skip
+    take_in(other, pool=in_this_process)
+
+    with Desk(other.desk, other.key) as desk:
+        (entry,) = desk.entries(State.WAITS)
+        assert "it is a slice of a head" in entry.reason
+        assert "BurnedInAnnotation" in entry.reason or "burned" in entry.reason.lower()
+
+
+def _with_text(slices: list[Dataset], numbers: range) -> list[Dataset]:
+    images = deepcopy(slices)
+    for number in numbers:
+        pixels = np.array(images[number].pixel_array)
+        drawn = Image.new("L", (COLUMNS, ROWS))
+        ImageDraw.Draw(drawn).text((2, 34), "MILLER", fill=255)
+        pixels[np.array(drawn) > 128] = 4000
+        images[number].PixelData = pixels.tobytes()
+    return images
+
+
+@pytest.mark.parametrize("shown", [16, 2])
+def test_what_looks_like_text_is_left_only_where_all_of_it_was_shown(
+    slices: list[Dataset], put: Any, order: Any, in_this_process: Any, shown: int
+) -> None:
+    images = _with_text(slices, range(SLICES))
+    put(*images, segmentation(images, marks()))
+    asked = order()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(annotated, "MOST_SHOTS", shown)
+        state = _left_as_it_is(asked, in_this_process)
+    with Desk(asked.desk, asked.key) as desk:
+        (entry,) = desk.entries(state)
+        assert state is (State.KEPT if shown >= SLICES else State.WAITS)
+        if state is State.WAITS:
+            assert "cannot be left: release it with what was found blanked" in entry.reason
+            assert all(one.boxes for one in desk.shots(entry))
+            assert len(desk.shots(entry)) == shown
+
+
+def _left_as_it_is(asked: Order, pool: Any) -> State:
+    """What becomes of a series when a person says that nothing of it is to be blanked."""
+    take_in(asked, pool=pool)
+    with Desk(asked.desk, asked.key) as desk:
+        (entry,) = desk.entries(State.KEPT)
+        assert desk.shots(entry)
+        desk.decide(entry, Decision("release", found=False))
+    take_in(asked, pool=pool)
+    with Desk(asked.desk, asked.key) as desk:
+        (entry,) = desk.entries()
+        return entry.state
