@@ -2,17 +2,24 @@
 
 Each patient is represented by one image, drawn at random, so that a patient's part in the table
 is a function of that patient's record alone (docs/privacy.md 2). A cohort without held-out patients
-releases noise, like any other (docs/privacy.md 5). Every batch has one size, whoever is in it: a
-kernel rounds otherwise for another size, and could carry another patient over the edge of a bin.
+releases noise, like any other (docs/privacy.md 5), and one batch goes through the network even for
+nobody: what fails, fails for every cohort. Every batch has one size, whoever is in it: a kernel
+rounds otherwise for another size, and could carry another patient over the edge of a bin. The size
+follows from spec and machine.
 """
 
 from __future__ import annotations
+
+import math
+from functools import lru_cache, partial
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from client.memory import OF_KERNELS, peak_bytes
+from client.training import Compute, patient_bytes
 from common import models
 from common.cohort import Cohort
 from common.messages import Arrays
@@ -23,7 +30,8 @@ from common.tasks import counts
 from common.tasks.classification import Classification
 from common.tasks.preprocess import normalise
 
-_BATCH = 64
+_MOST_IMAGES = 64
+_COPIES = 6  # float32 tensors of a row around the network: as it is read, padded, normalised
 
 
 def noised_counts(
@@ -32,7 +40,7 @@ def noised_counts(
     cohort: Cohort,
     *,
     keystream: Keystream,
-    device: torch.device,
+    compute: Compute,
 ) -> NDArray[np.float32]:
     """The table of `cohort` under the model `weights`, with the noise that the spec asks for.
 
@@ -41,20 +49,57 @@ def noised_counts(
         weights: of the network, by name; the caller has checked them.
         cohort: the site's held-out images.
         keystream: randomness of this attempt, made in this process.
-        device: where to predict.
+        compute: where to predict, and with how much memory.
 
     Returns:
         (columns, 2, bins) float32; see `common.tasks.counts`.
     """
     rows = rows_for(spec, cohort)
-    table = counts.tabulate(spec, *_predictions(spec, weights, rows, keystream, device))
+    table = counts.tabulate(spec, *_predictions(spec, weights, rows, keystream, compute))
     noise = keystream.derive("noise").gaussian(table.size).reshape(table.shape)
     return (table + counts.deviation(spec) * noise).astype(np.float32)
 
 
+def memory_of(spec: RunSpec) -> dict[str, int]:
+    """The bytes that one patient takes in each part of a run: the least that goes through at once.
+
+    Raises:
+        ModelError: as `patient_bytes`.
+    """
+    training = {"training": patient_bytes(spec)}
+    if spec.evaluation.federated is None:
+        return training
+    return training | {"federated evaluation": row_bytes(spec)}
+
+
+@lru_cache(maxsize=32)
+def row_bytes(spec: RunSpec) -> int:
+    """What one more image or study of a batch takes in a prediction; no data is needed for it.
+
+    Raises:
+        ModelError: as `models.build`.
+    """
+    network, settings = models.outline(spec).eval(), spec.input
+    places = () if settings.images == 1 else (settings.images,)
+
+    @torch.no_grad()
+    def predict(rows: int) -> None:
+        network(torch.zeros(rows, *places, *settings.shape, device="meta"))
+
+    one, two = (peak_bytes(partial(predict, rows)) for rows in (1, 2))
+    around = _COPIES * settings.images * math.prod(settings.shape)
+    return math.ceil(OF_KERNELS * (two - one)) + 4 * around
+
+
+def batch_size(spec: RunSpec, compute: Compute) -> int:
+    """How many images or studies are predicted at once: of spec and machine alone."""
+    fitting = compute.gradient_memory // row_bytes(spec)
+    return max(1, min(_MOST_IMAGES // spec.input.images, fitting))
+
+
 @torch.no_grad()
 def _predictions(
-    spec: RunSpec, weights: Arrays, cohort: Cohort, keystream: Keystream, device: torch.device
+    spec: RunSpec, weights: Arrays, cohort: Cohort, keystream: Keystream, compute: Compute
 ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
     """(patients, classes) probabilities and labels of one random image or study of each patient."""
     owned = [cohort.rows_of(patient) for patient in range(len(cohort.patients))]
@@ -63,19 +108,19 @@ def _predictions(
     network = models.build(spec)
     for name, parameter in network.named_parameters():
         parameter.copy_(torch.from_numpy(np.array(weights[name])))
-    network.to(device).eval()
-    task, classes = Classification(spec), len(spec.task.classes)
+    network.to(compute.device).eval()
+    task, classes, size = Classification(spec), len(spec.task.classes), batch_size(spec, compute)
     found = np.empty((len(rows), classes), dtype=np.float32)
-    for start in range(0, len(rows), _BATCH):
-        part = rows[start : start + _BATCH]
-        seen = normalise(torch.from_numpy(cohort.images(part)).to(device), spec.input)
-        predicted = task.probabilities(network(_whole_batch(seen)))[: len(part)]
-        found[start : start + _BATCH] = predicted.float().cpu().numpy()
+    for start in range(0, max(1, len(rows)), size):
+        part = rows[start : start + size]
+        seen = normalise(torch.from_numpy(cohort.images(part)).to(compute.device), spec.input)
+        predicted = task.probabilities(network(_whole_batch(seen, size)))[: len(part)]
+        found[start : start + size] = predicted.float().cpu().numpy()
     return found, cohort.labels[rows]
 
 
-def _whole_batch(images: Tensor) -> Tensor:
-    """(_BATCH, C, H, W): the images, then zeros."""
-    padded = images.new_zeros((_BATCH, *images.shape[1:]))
+def _whole_batch(images: Tensor, size: int) -> Tensor:
+    """(size, C, H, W): the images, then zeros."""
+    padded = images.new_zeros((size, *images.shape[1:]))
     padded[: len(images)] = images
     return padded

@@ -25,12 +25,13 @@ from safetensors.numpy import load, save
 
 from client.approval import Asked, Requests
 from client.book import Book
+from client.counting import memory_of
 from client.diary import Diary, Page
 from client.incident import REFUSED, incident_reply
 from client.ledger import Ledger, Signed, TaskKey, stamp
 from client.policy import Policy
 from client.rules import check_open, check_sound
-from client.training import LocalResult, LocalTrainer, check_weights, patient_bytes
+from client.training import LocalResult, LocalTrainer, check_weights
 from common import accounting, models
 from common.accounting import Share, SubsampledGaussian
 from common.clock import Clock
@@ -278,7 +279,7 @@ class Gate:
     def _check_memory(self, spec: RunSpec) -> None:
         """Refuse what would run out of memory after its budget is booked."""
         try:
-            objections = list(self._policy.objections_to_memory(patient_bytes(spec)))
+            objections = list(self._policy.objections_to_memory(memory_of(spec)))
         except ModelError as error:
             raise Refusal(RefusalCode.SPEC, str(error)) from error
         if objections:

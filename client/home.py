@@ -135,7 +135,7 @@ def counter_of(held_out: Callable[[], Cohort], compute: Compute) -> Counter:
     def counter(spec: RunSpec, weights: Arrays, keystream: Keystream) -> NDArray[np.float32]:
         patients = held_out()
         patients.check_fits(spec)
-        return noised_counts(spec, weights, patients, keystream=keystream, device=compute.device)
+        return noised_counts(spec, weights, patients, keystream=keystream, compute=compute)
 
     return counter
 

@@ -11,7 +11,7 @@ import json
 import math
 import re
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from datetime import datetime, time, timedelta
 from pathlib import Path
 from typing import Annotated, Literal, Self
@@ -315,18 +315,20 @@ class Policy(Section):
             if noise < least:
                 yield f"noise multiplier of {part}: {noise:g}, at least {least:g}"
 
-    def objections_to_memory(self, patient_bytes: int) -> Iterator[str]:
+    def objections_to_memory(self, needed: Mapping[str, int]) -> Iterator[str]:
         """Why a run would not fit into this machine's memory, in words; nothing if it does.
 
         Args:
-            patient_bytes: the least that goes through at once (`client.training.patient_bytes`).
+            needed: the bytes of the least that goes through at once, by the part of the run
+                (`client.counting.memory_of`).
         """
         most = self.machine.gradient_memory
-        if patient_bytes > most * 2**20:
-            yield (
-                f"memory for one patient in training: {math.ceil(patient_bytes / 2**20)} MiB, at "
-                f"most {most} (machine.gradient_memory)"
-            )
+        for part, size in needed.items():
+            if size > most * 2**20:
+                yield (
+                    f"memory for one patient in {part}: {math.ceil(size / 2**20)} MiB, at "
+                    f"most {most} (machine.gradient_memory)"
+                )
 
     def _objections_to_data(self, spec: RunSpec) -> Iterator[str]:
         if self.data is None:

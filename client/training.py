@@ -39,7 +39,7 @@ from opacus import GradSampleModule
 from opacus.optimizers import DPOptimizer
 from torch import Tensor, nn
 
-from client.memory import peak_bytes
+from client.memory import OF_KERNELS, peak_bytes
 from common import models
 from common.accounting import SubsampledGaussian, sampling_rate
 from common.cohort import Cohort
@@ -61,7 +61,6 @@ _NORM_BLOCK = 2**15
 # repeated, changed and moved to the device, with a mask of eight bytes a pixel as often; and what
 # a loss makes of the outputs.
 _IMAGE_COPIES, _LOSS_COPIES = 8, 12
-_OF_KERNELS = 1.25  # what convolutions take for themselves while they run: 0.1 was measured
 # Between these float32 keeps all its digits, with room for sums and for factors like C / norm.
 _SMALLEST_SCALE, _LARGEST_SCALE = 1e-12, 1e30
 _LARGEST_NORM = 1e18  # beyond it the squares overflow, or C / norm comes near the denormals
@@ -589,7 +588,9 @@ def patient_bytes(spec: RunSpec) -> int:
     around += _LOSS_COPIES * outputs_of(1).numel()
     if private and copies * spec.task.VIEWS * settings.images > 1:
         around += size  # a patient's rows are added up beside them
-    return math.ceil(_OF_KERNELS * (two - one)) + 4 * around
+    if private and spec.local.precision == "bfloat16":
+        around += size  # each is made float32 beside what it was
+    return math.ceil(OF_KERNELS * (two - one)) + 4 * around
 
 
 def _physical_patients(spec: RunSpec, compute: Compute) -> int:

@@ -219,12 +219,12 @@ def review(policy: Policy, spec: RunSpec, book: Book, cohort: str | None) -> Rev
 
 
 def _objections(policy: Policy, spec: RunSpec, shares: tuple[Share, ...]) -> Iterator[str]:
-    from client.training import patient_bytes  # noqa: PLC0415 - only a run has to wait for Opacus
+    from client.counting import memory_of  # noqa: PLC0415 - only a run has to wait for Opacus
 
-    parameters = memory = 0
+    parameters, memory = 0, dict[str, int]()
     try:
         parameters = sum(map(math.prod, models.shapes(spec).values()))
-        memory = patient_bytes(spec)
+        memory = memory_of(spec)
     except ModelError as error:
         yield str(error)
     yield from policy.objections(spec, parameters, shares)

@@ -10,13 +10,18 @@ import pytest
 import torch
 
 from client import counting
-from client.counting import noised_counts
+from client.counting import batch_size, noised_counts, row_bytes
+from client.gate import Gate, Site
+from client.training import Compute
 from common import models
+from common.errors import RefusalCode
+from common.messages import Invitation, NodeCard, RefusalReply
 from common.noise import Keystream
 from common.spec import RunSpec
 from common.tasks import counts
+from common.tasks.classification import Classification
 
-CPU = torch.device("cpu")
+CPU = Compute(torch.device("cpu"))
 FEDERATED = {"federated": {"noise_multiplier": 3.0, "bins": 8}}
 Spec = Callable[..., RunSpec]
 
@@ -28,7 +33,7 @@ def test_without_noise_every_patient_is_there_once(
     owners = [0] * 9 + list(range(1, 20))  # nine images of one patient
     cohort = write_cohort(spec, owners)
     table = noised_counts(
-        spec, global_weights(spec), cohort, keystream=quiet_keystream(), device=CPU
+        spec, global_weights(spec), cohort, keystream=quiet_keystream(), compute=CPU
     )
     assert table.shape == (1, 2, 8)
     assert table.dtype == np.float32
@@ -49,7 +54,7 @@ def test_one_patient_moves_the_table_by_one(
         )
         tables.append(
             noised_counts(
-                spec, global_weights(spec), cohort, keystream=quiet_keystream(), device=CPU
+                spec, global_weights(spec), cohort, keystream=quiet_keystream(), compute=CPU
             )
         )
     assert np.linalg.norm(tables[0] - tables[1]) == pytest.approx(1.0)
@@ -62,7 +67,7 @@ def test_an_empty_cohort_releases_noise_of_the_stated_deviation(
     cohort = write_cohort(spec, [])
     weights = global_weights(spec)
     one, other = (
-        noised_counts(spec, weights, cohort, keystream=Keystream.fresh(), device=CPU)
+        noised_counts(spec, weights, cohort, keystream=Keystream.fresh(), compute=CPU)
         for _ in range(2)
     )
     assert one.std() == pytest.approx(counts.deviation(spec), rel=0.1)
@@ -79,7 +84,7 @@ def test_several_columns_have_noise_for_their_sensitivity(
     assert counts.deviation(spec) == 6.0
     cohort = write_cohort(make_spec(), []).with_split("test")
     table = noised_counts(
-        spec, global_weights(spec), cohort, keystream=Keystream.fresh(), device=CPU
+        spec, global_weights(spec), cohort, keystream=Keystream.fresh(), compute=CPU
     )
     assert table.std() == pytest.approx(6.0, rel=0.1)
 
@@ -113,6 +118,64 @@ def test_what_is_predicted_of_a_patient_depends_on_nobody_else(  # noqa: PLR0913
     for patients in ([0], [66], [3, 9], [9, 3, 66], list(range(1, 64)), list(range(2, 67))):
         assert np.array_equal(predicted(patients), together[patients])
 
-    monkeypatch.setattr(counting, "_whole_batch", lambda part: part)  # the negative control
+    monkeypatch.setattr(counting, "_whole_batch", lambda part, _: part)  # the negative control
     alone = np.concatenate([predicted([patient]) for patient in range(67)])
     assert not np.array_equal(alone, together)
+
+
+# --- Memory -----------------------------------------------------------------------------------
+
+
+def test_as_many_are_predicted_at_once_as_fit_and_of_studies_fewer(make_spec: Spec):
+    one, study = make_spec(), make_spec(input={"images": 40})
+    assert batch_size(one, CPU) == 64
+    assert batch_size(study, CPU) == 1
+    assert batch_size(one, Compute(CPU.device, gradient_memory=5 * row_bytes(one))) == 5
+    assert 30 < row_bytes(study) / row_bytes(one) < 60
+
+
+def test_it_is_refused_at_the_invitation_if_not_one_fits(
+    make_spec: Spec, make_policy: Any, make_ledger: Any, monkeypatch: pytest.MonkeyPatch
+):
+    spec = make_spec(evaluation=FEDERATED)
+    policy = make_policy(limits={"federated_evaluation": True})
+    ledger = make_ledger(policy)
+    gate = Gate(Site(policy, ledger, "c" * 64), trainer_for=_never)
+    before = ledger.book.last
+    with monkeypatch.context() as patch:
+        patch.setattr(counting, "row_bytes", lambda _: 513 * 2**20)
+        assert gate.invite(Invitation(spec)) == RefusalReply(code=RefusalCode.POLICY)
+    assert ledger.book.last == before
+    assert isinstance(gate.invite(Invitation(spec)), NodeCard)
+
+
+def _never(*_: Any) -> Any:
+    raise AssertionError("no trainer is made at an invitation")
+
+
+@pytest.mark.parametrize("images", [1, 3])
+@pytest.mark.parametrize("patients", [0, 1])
+def test_what_fails_fails_for_an_empty_cohort_as_well(  # noqa: PLR0913, PLR0917
+    make_spec: Spec,
+    write_cohort: Any,
+    global_weights: Any,
+    quiet_keystream: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    images: int,
+    patients: int,
+):
+    """Or an answer would tell whether there is a held-out patient (docs/privacy.md 5)."""
+    spec = make_spec(evaluation=FEDERATED, input={"images": images})
+    cohort, weights = write_cohort(make_spec(), range(patients)), global_weights(spec)
+    given = {"keystream": quiet_keystream(), "compute": CPU}
+    assert noised_counts(spec, weights, cohort, **given).sum() == patients
+    shapes: list[Any] = []
+
+    def out_of_memory(self: Any, outputs: torch.Tensor) -> Any:
+        shapes.append(outputs.shape)
+        raise MemoryError
+
+    monkeypatch.setattr(Classification, "probabilities", out_of_memory)
+    with pytest.raises(MemoryError):
+        noised_counts(spec, weights, cohort, **given)
+    assert [shape[0] for shape in shapes] == [batch_size(spec, CPU)]

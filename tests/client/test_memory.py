@@ -169,6 +169,12 @@ def test_all_that_is_made_of_a_patient_goes_through_at_once(make_spec: Spec):
     assert 3.5 * of[1] < study < 6 * of[1]
 
 
+def test_half_precision_gradients_are_made_whole_beside_themselves(make_spec: Spec):
+    full, half = make_spec(), make_spec(local={"precision": "bfloat16"})
+    parameters = sum(math.prod(shape) for shape in models.shapes(full).values())
+    assert patient_bytes(half) - patient_bytes(full) == 4 * parameters
+
+
 def test_without_privacy_no_gradients_of_single_patients_are_held(make_spec: Spec):
     private, plain = make_spec(**CLASSIFICATION), make_spec(**CLASSIFICATION, privacy=PLAIN)
     parameters = sum(math.prod(shape) for shape in models.shapes(plain).values())

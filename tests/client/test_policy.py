@@ -240,8 +240,8 @@ def test_a_network_is_measured_by_its_parameters(make_policy, make_spec: Spec):
 
 def test_what_one_patient_takes_has_to_fit_into_the_memory(make_policy):
     policy, fits = make_policy(machine={"gradient_memory": 16}), 16 * 2**20
-    assert not [*policy.objections_to_memory(fits)]
-    (no,) = policy.objections_to_memory(fits + 1)
+    assert not [*policy.objections_to_memory({"training": fits})]
+    (no,) = policy.objections_to_memory({"training": fits + 1, "federated evaluation": fits})
     assert no == (
         "memory for one patient in training: 17 MiB, at most 16 (machine.gradient_memory)"
     )
