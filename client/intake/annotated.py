@@ -346,8 +346,11 @@ class _Series(ExitStack):
         counts["pixels: box blanked", "PixelData"] += len(frame.boxes)
         counts["pixels: outside of regions blanked", "PixelData"] += frame.outside
         said = self._decision
-        self._left += bool(said and not said.found and found_text(shown))
-        seen = self._shots if frame.boxes else self._others
+        found = len(frame.boxes) > len(said.blank if said else ())
+        if said and not said.found:
+            found = bool(found_text(shown))
+            self._left += found
+        seen = self._shots if found else self._others
         if (frame.boxes or frame.outside) and len(seen) < MOST_SHOTS:
             seen.append(shot(number, shown, frame.pixels, frame.boxes))
 

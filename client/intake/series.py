@@ -141,9 +141,9 @@ class Describer:
         """See `Described`."""
         try:
             with quiet(), item.open(self.limits.read_bytes) as stream:
-                content = digest_of(stream)
                 found = _described(DicomFile.parse(stream, self.limits).header)
-                return replace(found, content=content) if found.is_mask else found
+                stream.seek(0)
+                return replace(found, content=digest_of(stream)) if found.is_mask else found
         except Directory:
             return Described(reason=_DIRECTORY)
         except Exception as error:  # noqa: BLE001 - as in `client.intake.dicom.result_of`

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from operator import methodcaller
 from pathlib import Path
@@ -92,6 +93,12 @@ def test_tasks_are_drawn_a_few_ahead_and_no_more() -> None:
         answers = pool.map(tasks())
         assert next(answers) == 0
         assert len(drawn) <= 16
+
+    drawn.clear()
+    with Pool(methodcaller("__call__"), 2, replace(BOUNDS, ahead=1)) as pool:
+        answers = pool.map(tasks())
+        assert next(answers) == 0
+        assert len(drawn) <= 4
 
 
 def test_workers_end_with_the_pool_and_with_the_parent() -> None:
