@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -12,15 +14,19 @@ from rich.table import Table
 
 from deploy.cli_model import AuthorityOption, UnsignedOption, believed_authority
 from deploy.cli_take import CohortKeyFile, Node, ProfileFile, Workers, sealing_key, text_of
-from deploy.intake_words import console, progress_bar, reasons
+from deploy.intake_words import console, progress_bar
+from deploy.screen import printable
 
 if TYPE_CHECKING:  # each command imports what it needs: --help answers at once
     from client.intake.deid.profile import Profile
+    from client.intake.source import NotUsed
     from client.prediction.answering import Model
     from client.prediction.predict import Addition, Order, Summary
     from common.certificates import Certificate
     from common.cohort import Cohort
+    from common.package import Package
 
+_REASONS_SHOWN, _WARNINGS_SHOWN = 25, 2
 
 ModelFolder = Annotated[Path, typer.Argument(help="A model's package, or a finished run's folder.")]
 Studies = Annotated[
@@ -29,6 +35,9 @@ Studies = Annotated[
 Out = Annotated[Path, typer.Argument(help="A folder that is not there yet.")]
 Sr = Annotated[bool, typer.Option("--sr", help="A structured report of each study.")]
 Seg = Annotated[bool, typer.Option("--seg", help="Masks of each series as DICOM segmentations.")]
+Expect = Annotated[
+    str, typer.Option(help="The SHA-256 of model.safetensors that it has to have: one model alone.")
+]
 Explain = Annotated[bool, typer.Option("--explain", help="A picture of what moved each answer.")]
 
 
@@ -44,10 +53,11 @@ def predict(
     profile: ProfileFile = None,
     authority: AuthorityOption = None,
     unsigned: UnsignedOption = False,
+    expect: Expect = "",
     cohort_key: CohortKeyFile = None,
     workers: Workers = 0,
 ) -> None:
-    """Let a trained model answer new studies, within the hospital.
+    """Let a trained model answer new studies, within the hospital. Not for clinical use.
 
     Every image goes the way of a cohort's (the profile, the blanking of text, the model's own
     preprocessing), so that the model sees what it was trained on. What it is not meant for (`[use]`
@@ -64,27 +74,42 @@ def predict(
 
     A model is taken if its federation has signed it: `--node` knows the federation that the node
     has joined, `--authority` names one. What a simulation made is signed by nobody: `--unsigned`.
+    A signature does not say that there is no newer model: `--expect` takes one model alone.
+
+    It exits with 1 if nothing was answered.
 
     Example: `cloister predict chest.package /archive/today answers --node north --sr`
     """
     from client.prediction.output import check_target
 
     check_target(out)
-    opened = _opened(model, node, authority, unsigned=unsigned)
+    opened = _opened(model, node, authority, unsigned=unsigned, expect=expect)
     made = _additions(opened, sr=sr, seg=seg)
     order = _order(opened, studies, out, explain=explain)
     order = replace(order, profile=_profile(node, profile), workers=workers, additions=made)
     cohort = _cohort(studies, node, cohort_key)
     _print_model(opened)
-    _print_summary(_shown(order, cohort), out)
+    summary = _shown(order, cohort)
+    _print_summary(summary, out)
+    if not summary.images:
+        raise typer.Exit(1)
 
 
-def _opened(model: Path, node: Path | None, authority: Path | None, *, unsigned: bool) -> Model:
+def _opened(
+    model: Path, node: Path | None, authority: Path | None, *, unsigned: bool, expect: str
+) -> Model:
     from client.prediction.answering import Model
+    from common.errors import PackageError
     from common.package import Package
 
     believed = _authority(node, authority, unsigned=unsigned)
-    return Model(Package.open(model, authority=believed, unsigned=unsigned))
+    package = Package.open(model, authority=believed, unsigned=unsigned)
+    if expect and package.model_sha256 != expect.strip().lower():
+        raise PackageError(
+            f"{model}: its model is {package.model_sha256}, expected {printable(expect)}; it may "
+            "be an older one of the same federation: ask the coordinator"
+        )
+    return Model(package)
 
 
 def _order(model: Model, studies: Path, out: Path, *, explain: bool) -> Order:
@@ -168,32 +193,50 @@ def _print_model(model: Model) -> None:
     """Whose model it is, and what must be borne in mind of it."""
     from client.prediction.predict import head_of
 
-    package, head = model.package, head_of(model)
-    signer = package.signer
-    said = (
-        f"signed by {signer.coordinator} of the federation {signer.federation}"
-        if signer
-        else "signed by nobody: what it answers is only as good as where it comes from"
-    )
-    console.print(
-        f"Model {escape(package.spec.name)}, {escape(said)}", highlight=False, soft_wrap=True
-    )
-    if head["warnings"]:
-        console.print(f"[bold yellow]{escape(head['warnings'][0])}", highlight=False)
+    package = model.package
+    said = f"Model {package.spec.name}, {_signed(package)}"
+    console.print(escape(said), highlight=False, soft_wrap=True)
+    for warning in head_of(model)["warnings"][:_WARNINGS_SHOWN]:
+        console.print(f"[bold yellow]{escape(printable(warning))}", highlight=False)
     if model.calibration is None and package.spec.task.name == "classification":
         console.print("Its probabilities are not calibrated.", highlight=False)
 
 
+def _signed(package: Package) -> str:
+    """Who vouches for a model."""
+    from common.package import SIGNATURE
+
+    if signer := package.signer:
+        return f"signed by {signer.coordinator} of the federation {signer.federation}"
+    if (package.path / SIGNATURE).exists():
+        return "its signature was not checked: no federation is known that could be believed"
+    return "signed by nobody: what it answers is only as good as where it comes from"
+
+
+def _print_reasons(title: str, refused: Sequence[NotUsed], where: Path) -> None:
+    """How many for each reason; which ones is in the folder, for their names may be patients'."""
+    if refused:
+        title = f"{title}: {len(refused)}, named in {where}"
+        table = Table("reason", "how many", title=title, title_justify="left")
+        counts = Counter(each.reason for each in refused).most_common()
+        for reason, count in counts[:_REASONS_SHOWN]:
+            table.add_row(escape(printable(reason)), str(count))
+        if len(counts) > _REASONS_SHOWN:
+            table.add_row(f"{len(counts) - _REASONS_SHOWN} more reasons", "")
+        console.print(table)
+
+
 def _print_summary(summary: Summary, out: Path) -> None:
-    if summary.refused:
-        title = f"Refused: {len(summary.refused)}, all of them in {out / 'refused.csv'}"
-        console.print(reasons(tuple(summary.refused), title, "in refused.csv"))
+    _print_reasons("Refused", summary.refused, out / "refused.csv")
+    _print_reasons("Could not be made", summary.not_made, out / "not_made.csv")
     table = Table(title="Answered", title_justify="left", show_header=False)
     table.add_row("images", str(summary.images))
     table.add_row("of studies", str(summary.studies))
     for name, count in summary.decisions.most_common():
         table.add_row(f"decided for {escape(name)}", str(count))
     console.print(table)
+    if not summary.images:
+        console.print("[bold red]Nothing was answered.[/]", highlight=False)
     console.print(
         f"[bold]{escape(str(out))}[/] names patients: it is readable by you alone, and must stay "
         "within the hospital",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from pydicom.uid import UID, ComputedRadiographyImageStorage, ExplicitVRLittleEn
 from safetensors.torch import save_file
 
 from common import models
+from common.package import entry_of
 from common.spec import RunSpec
 
 Cloister = Callable[..., Any]
@@ -85,8 +87,61 @@ def test_studies_are_answered_in_worker_processes_and_summed_up(
     assert "names patients" in said.out
     found = json.loads((out / "predictions.json").read_text())
     assert [len(found[part]) for part in ("images", "studies", "refused")] == [3, 2, 1]
+    assert "3.dcm" not in said.out + said.err
     assert "'MR'" in found["refused"][0]["reason"]
     assert len(list((out / "sr").iterdir())) == 2
+
+
+def test_where_nothing_is_answered_it_says_so_and_fails(
+    cloister: Cloister, run: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "source"
+    folder.mkdir()
+    write_film(folder / "Doe.dcm", 1, Modality="MR")
+    out = tmp_path / "out"
+    said = cloister("predict", run, folder, out, "--unsigned", "--workers", 1)
+    assert said.code == 1
+    assert "Nothing was answered" in said.out
+    assert "Doe" not in said.out + said.err
+    assert "Doe.dcm" in (out / "refused.csv").read_text()
+
+
+def test_one_model_alone_can_be_asked_for(cloister: Cloister, run: Path, source: Path) -> None:
+    digest = hashlib.sha256((run / "model.safetensors").read_bytes()).hexdigest()
+    asked = ("predict", run, source, run.parent / "out", "--unsigned", "--workers", 1, "--expect")
+    said = cloister(*asked, "0" * 64)
+    assert said.code == 2
+    assert f"its model is {digest}" in said.err.replace("\n", "")
+    assert not (run.parent / "out").exists()
+    assert cloister(*asked, digest.upper()).code == 0
+
+
+def test_of_a_signature_that_is_not_checked_nothing_is_claimed(
+    cloister: Cloister, run: Path, source: Path
+) -> None:
+    (run / "model_card.md").write_text("A card.")
+    card = {
+        "spec_sha256": hashlib.sha256((run / "spec.json").read_bytes()).hexdigest(),
+        "model": {
+            "safetensors_sha256": hashlib.sha256(
+                (run / "model.safetensors").read_bytes()
+            ).hexdigest()
+        },
+    }
+    (run / "model_card.json").write_text(json.dumps(card))
+    files = {path.name: entry_of(path).model_dump() for path in run.iterdir()}
+    manifest = {"format": "cloister package 1", "made": "2026-01-01T00:00:00Z", "files": files}
+    (run / "manifest.json").write_text(json.dumps(manifest))
+    (run / "manifest.sig").write_text("whatever")
+    out = run.parent / "out"
+    said = cloister("predict", run, source, out, "--unsigned", "--workers", 1)
+    assert said.code == 0, said
+    assert "its signature was not checked" in said.out
+    assert "signed by nobody" not in said.out
+
+
+def test_help_says_that_it_is_not_for_clinical_use(cloister: Cloister) -> None:
+    assert "Not for clinical use" in cloister("predict", "--help").out
 
 
 @pytest.mark.parametrize(
