@@ -74,9 +74,8 @@ def predict(
 
     A model is taken if its federation has signed it: `--node` knows the federation that the node
     has joined, `--authority` names one. What a simulation made is signed by nobody: `--unsigned`.
-    A signature does not say that there is no newer model: `--expect` takes one model alone.
-
-    It exits with 1 if nothing was answered.
+    A signature does not say that there is no newer model: `--expect` takes one model alone. It
+    exits with 1 if nothing was answered.
 
     Example: `cloister predict chest.package /archive/today answers --node north --sr`
     """
@@ -89,10 +88,7 @@ def predict(
     order = replace(order, profile=_profile(node, profile), workers=workers, additions=made)
     cohort = _cohort(studies, node, cohort_key)
     _print_model(opened)
-    summary = _shown(order, cohort)
-    _print_summary(summary, out)
-    if not summary.images:
-        raise typer.Exit(1)
+    _conclude(_shown(order, cohort), out)
 
 
 def _opened(
@@ -226,7 +222,8 @@ def _print_reasons(title: str, refused: Sequence[NotUsed], where: Path) -> None:
         console.print(table)
 
 
-def _print_summary(summary: Summary, out: Path) -> None:
+def _conclude(summary: Summary, out: Path) -> None:
+    """Show what became of the studies; it is a failure if none was answered."""
     _print_reasons("Refused", summary.refused, out / "refused.csv")
     _print_reasons("Could not be made", summary.not_made, out / "not_made.csv")
     table = Table(title="Answered", title_justify="left", show_header=False)
@@ -235,11 +232,12 @@ def _print_summary(summary: Summary, out: Path) -> None:
     for name, count in summary.decisions.most_common():
         table.add_row(f"decided for {escape(name)}", str(count))
     console.print(table)
-    if not summary.images:
-        console.print("[bold red]Nothing was answered.[/]", highlight=False)
     console.print(
         f"[bold]{escape(str(out))}[/] names patients: it is readable by you alone, and must stay "
         "within the hospital",
         highlight=False,
         soft_wrap=True,
     )
+    if not summary.images:
+        console.print("[bold red]Nothing was answered.[/]", highlight=False)
+        raise typer.Exit(1)
