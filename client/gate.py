@@ -36,6 +36,7 @@ from common import accounting, models
 from common.accounting import Share, SubsampledGaussian
 from common.clock import Clock
 from common.errors import (
+    CohortError,
     LedgerError,
     MessageError,
     ModelError,
@@ -79,6 +80,8 @@ class Site:
         requests: where runs wait for a person; needed where the policy says ``ask``.
         check_cohort: raises if the cohort on the disk is not the one with that digest any more;
             called before each attempt.
+        check_synthetic: raises if a run mixes in synthetic images and those of the site, which
+            are no patients, are too few or do not fit.
         diary: where losses and numbers of patients are written for the hospital itself.
     """
 
@@ -88,6 +91,7 @@ class Site:
     requests: Requests | None = None
     diary: Diary | None = None
     check_cohort: Callable[[], None] = lambda: None
+    check_synthetic: Callable[[RunSpec], object] = lambda _: None
 
 
 class Gate:
@@ -268,6 +272,7 @@ class Gate:
             raise Refusal(RefusalCode.SPEC, str(error)) from error
         shares = self._policy.judge(spec, sum(map(math.prod, shapes.values())))
         self._check_memory(spec)
+        self._check_synthetic(spec)
         if book.admitted != self._site.cohort:
             raise Refusal(
                 RefusalCode.POLICY,
@@ -284,6 +289,12 @@ class Gate:
             raise Refusal(RefusalCode.SPEC, str(error)) from error
         if objections:
             raise Refusal(RefusalCode.POLICY, "; ".join(objections))
+
+    def _check_synthetic(self, spec: RunSpec) -> None:
+        try:
+            self._site.check_synthetic(spec)
+        except CohortError as error:
+            raise Refusal(RefusalCode.POLICY, str(error)) from error
 
     def _check_approved(self, spec: RunSpec, shares: tuple[Share, ...]) -> None:
         """Whether a person said no; and in ``ask`` mode, whether one said yes to just this.

@@ -14,14 +14,14 @@ from client.diary import Diary
 from client.folder import KEY_FILE, LEDGER, POLICY_FILE, NodeFolder, check_budget, cohort_digest
 from client.gate import Counter, Gate, Site
 from client.policy import Policy
-from client.synthetic import synthetic_cohort
+from client.synthetic import fitting, synthetic_cohort
 from client.training import Compute, LocalTrainer, best_device
 from common.accounting import SubsampledGaussian
 from common.cohort import Cohort
 from common.errors import CohortError
 from common.messages import Arrays
 from common.noise import Keystream, KeystreamSource, fresh_keystream
-from common.spec import NoPrivacy, RunSpec
+from common.spec import RunSpec
 
 __all__ = [
     "KEY_FILE",
@@ -110,23 +110,10 @@ class NodeHome(NodeFolder):
             self.requests,
             self.diary,
             check_cohort=lambda: self.check_cohort(admitted),
+            check_synthetic=lambda spec: fitting(spec, mixed_in),
         )
         counter = counter_of(lambda: whole().with_split("test"), compute)
         return Gate(site, trainer_for=trainer_for, counter=counter, keystream=keystream)
-
-
-def fitting(spec: RunSpec, synthetic: Cohort | None) -> Cohort | None:
-    """The synthetic cohort, if the run mixes images in and they fit it.
-
-    Raises:
-        CohortError: if they do not.
-    """
-    if synthetic is None or not spec.augmentation.synthetic:
-        return None
-    # No patient stands behind its images, so the run's unit of privacy does not bind it.
-    unbound = NoPrivacy(mechanism="none", unit=synthetic.unit)
-    synthetic.check_fits(spec.model_copy(update={"privacy": unbound}))
-    return synthetic
 
 
 def counter_of(held_out: Callable[[], Cohort], compute: Compute) -> Counter:

@@ -39,6 +39,8 @@ from common.spec import (
 
 _ROUNDING = 1 + 1e-9  # one sum taken in two orders
 _SET_ASIDE = 1 + 2e-9  # what was granted whole is not refused in the middle by another rounding
+GREATEST_SYNTHETIC = 4
+"""Synthetic images to each patient of a batch: they take time, and no other limit counts them."""
 Names = tuple[str, ...] | Literal["any"]
 
 
@@ -299,6 +301,11 @@ class Policy(Section):
             ("sampling rate", rate, limits.greatest_sampling_rate),
             ("steps a round", spec.local.steps, limits.greatest_steps_a_round),
             ("rounds", spec.rounds, limits.greatest_rounds),
+            (
+                "synthetic images to a patient",
+                spec.augmentation.synthetic / spec.local.batch_size,
+                GREATEST_SYNTHETIC,
+            ),
         ):
             if seen > most:
                 yield f"{what}: {_figure(seen)}, at most {most:g}"

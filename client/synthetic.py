@@ -16,6 +16,8 @@ from pathlib import Path
 from client.folder import cohort_digest
 from common.cohort import Cohort
 from common.errors import CohortError
+from common.spec import NoPrivacy, RunSpec
+from common.studies import rows_for
 
 log = logging.getLogger("cloister.synthetic")
 
@@ -58,6 +60,36 @@ def synthetic_cohort(path: Path, key: bytes | None = None, *, without_privacy: b
         path,
     )
     return cohort
+
+
+def fitting(spec: RunSpec, synthetic: Cohort | None) -> Cohort | None:
+    """The synthetic cohort as a run mixes it in; None where the run or the site has none.
+
+    Raises:
+        CohortError: if its images do not fit the run, or are fewer than it expects in a batch.
+    """
+    if synthetic is None or not spec.augmentation.synthetic:
+        return None
+    # No patient stands behind its images, so the run's unit of privacy does not bind it.
+    unbound = NoPrivacy(mechanism="none", unit=synthetic.unit)
+    synthetic.check_fits(spec.model_copy(update={"privacy": unbound}))
+    rows = rows_for(spec, synthetic)
+    check_enough(spec, rows)
+    return rows
+
+
+def check_enough(spec: RunSpec, rows: Cohort) -> None:
+    """Whether there are as many as the run expects in a batch.
+
+    Raises:
+        CohortError: if there are fewer.
+    """
+    wanted = spec.augmentation.synthetic
+    if len(rows) < wanted:
+        raise CohortError(
+            f"{rows.path}: {len(rows)} synthetic images, the run expects {wanted} in a batch; make "
+            "more with `cloister generate`"
+        )
 
 
 def _was_private(path: Path) -> bool:

@@ -40,10 +40,11 @@ from opacus.optimizers import DPOptimizer
 from torch import Tensor, nn
 
 from client.memory import OF_KERNELS, peak_bytes
+from client.synthetic import check_enough
 from common import models
 from common.accounting import SubsampledGaussian, sampling_rate
 from common.cohort import Cohort
-from common.errors import CohortError, ModelError, Refusal, RefusalCode
+from common.errors import ModelError, Refusal, RefusalCode
 from common.messages import LARGEST_WEIGHT
 from common.noise import Keystream
 from common.spec import DpSgd, FedProx, RunSpec, Sgd
@@ -247,15 +248,11 @@ class LocalTrainer:
         Raises:
             CohortError: if there are fewer than the run expects in a batch.
         """
-        wanted = self._spec.augmentation.synthetic
-        if synthetic is None or not wanted:
+        if synthetic is None or not self._spec.augmentation.synthetic:
             return self
-        self._synthetic = rows_for(self._spec, synthetic)
-        if len(self._synthetic) < wanted:
-            raise CohortError(
-                f"{synthetic.path}: {len(self._synthetic)} synthetic images, the run expects "
-                f"{wanted} in a batch; make more with `cloister generate`"
-            )
+        rows = rows_for(self._spec, synthetic)
+        check_enough(self._spec, rows)
+        self._synthetic = rows
         return self
 
     def check(self, weights: Arrays) -> None:

@@ -45,11 +45,11 @@ from pydantic import Field, ValidationError, model_validator
 
 from client import app as client_wiring
 from client.gate import Gate, Site
-from client.home import counter_of, fitting
+from client.home import counter_of
 from client.keyfile import NodeKey, create_key
 from client.ledger import Ledger, Place, Signed
 from client.policy import Limits, Machine, Policy, Releases
-from client.synthetic import synthetic_cohort
+from client.synthetic import fitting, synthetic_cohort
 from client.training import Compute, LocalTrainer, best_device
 from common import models
 from common.accounting import SubsampledGaussian, planned

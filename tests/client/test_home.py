@@ -39,6 +39,8 @@ from common.messages import (
     read_reply,
 )
 from common.spec import RunSpec
+from common.tasks.generation import Drawn
+from deploy.synthetic import write_cohort as write_drawn
 
 Spec = Callable[..., RunSpec]
 
@@ -421,3 +423,17 @@ def test_importing_the_app_opens_nothing(folder: Folder):
     before = folder.files
     assert node_app.open_node.cache_info().currsize == 0
     assert folder.files == before
+
+
+def test_synthetic_images_are_looked_at_when_a_run_asks_for_them(folder: Folder, make_spec: Spec):
+    few = Drawn(torch.zeros(3, *make_spec().input.shape), torch.tensor([0, 1, 0]))
+    (folder.path / "made").mkdir()
+    write_drawn(folder.path / "made" / "cohort", few, make_spec())
+    named = 'synthetic = "made/cohort"\nsynthetic_without_privacy = true\n'
+    folder.write("[release]", f"{named}\n[release]")
+    gate, answers = folder.home.gate(), []
+    for wanted in (3, 4):
+        run = make_spec(augmentation={"synthetic": wanted}).identified(f"run-{wanted}")
+        answers.append(gate.invite(Invitation(run)))
+    assert isinstance(answers[0], NodeCard)
+    assert answers[1] == RefusalReply(code=RefusalCode.POLICY)

@@ -12,10 +12,12 @@ import pytest
 import torch
 
 from client.folder import cohort_digest
-from client.synthetic import synthetic_cohort
+from client.gate import Gate, Site
+from client.synthetic import fitting, synthetic_cohort
 from client.training import LocalTrainer
 from common.cohort import Cohort
-from common.errors import CohortError, Refusal
+from common.errors import CohortError, Refusal, RefusalCode
+from common.messages import Invitation, NodeCard, RefusalReply
 from common.noise import Keystream
 from common.spec import RunSpec
 from common.tasks.generation import Drawn
@@ -176,3 +178,32 @@ def test_a_site_that_names_no_synthetic_cohort_says_so(make_policy: Any, make_sp
     with pytest.raises(Refusal, match=r"\[data\] names no synthetic cohort"):
         make_policy().judge(spec, 1)
     assert make_policy(data={"synthetic": "made/cohort"}).judge(spec, 1)
+
+
+def test_a_step_of_more_synthetic_images_than_patients_would_take_is_refused(
+    make_policy: Any, make_spec: Any
+):
+    policy = make_policy(data={"synthetic": "made/cohort"})
+    assert policy.judge(make_spec(augmentation={"synthetic": 16}), 1)  # of a batch of 4
+    with pytest.raises(Refusal, match=r"synthetic images to a patient: 4\.25, at most 4"):
+        policy.judge(make_spec(augmentation={"synthetic": 17}), 1)
+
+
+def test_too_few_or_others_are_refused_before_anything_is_set_aside(
+    make_synthetic: Any, make_policy: Any, make_ledger: Any, make_spec: Any
+):
+    policy = make_policy(data={"synthetic": "made/cohort"})
+    ledger, made = make_ledger(policy), make_synthetic()
+    site = Site(policy, ledger, "c" * 64, check_synthetic=lambda spec: fitting(spec, made))
+    gate, before = Gate(site, trainer_for=_never), ledger.book.last
+    answer = gate.invite(Invitation(make_spec(augmentation={"synthetic": 4})))
+    assert answer == RefusalReply(code=RefusalCode.POLICY)
+    assert ledger.book.last == before
+    assert isinstance(gate.invite(Invitation(make_spec(augmentation={"synthetic": 3}))), NodeCard)
+    other = make_spec(augmentation={"synthetic": 3}, input={"fit": "crop"})
+    with pytest.raises(CohortError, match="does not fit"):
+        fitting(other, made)
+
+
+def _never(*_: Any) -> Any:
+    raise AssertionError("no trainer is made at an invitation")
