@@ -16,11 +16,13 @@ from torch.optim import optimizer as torch_optimizer
 
 from client.folder import NodeFolder
 from client.node import alone
+from common.errors import PackageError
 from common.files import locked
-from common.package import CARD, MODEL, PERSONAL, Package
+from common.package import CARD, MODEL, PERSONAL, SPEC, Package
 from deploy.fine_tune import NOT_PROTECTED
 from deploy.simulation import prepare, simulate
 from server import export
+from server.start import starting_model
 
 SPLITS = ["train"] * 16 + ["test"] * 8
 ANYBODY = ('operators = ["trial-office"]', 'operators = "any"')
@@ -219,3 +221,18 @@ def test_a_patient_of_both_parts_is_refused(make_home: Any, tune: Any):
     home = make_home(owners=[0, *range(1, 23), 0])
     assert "1 patients have images to train on and images marked 'test'" in tune(home).words
     assert not NodeFolder.open(home).requests.waiting()
+
+
+def test_without_it_the_weights_themselves_say_that_they_must_stay(
+    model: Path, cloister: Any, make_spec: Any, tmp_path: Path
+):
+    """A card is soon left behind; the file of the weights has the mark as well."""
+    ours, bare = tmp_path / "ours", tmp_path / "bare"
+    said = cloister("node", "fine-tune", model, tmp_path / "south", ours, "--unsigned")
+    assert said.code == 0, said.err
+    bare.mkdir()
+    for name in (SPEC, MODEL):
+        shutil.copy(ours / name, bare / name)
+    start = {"model_sha256": Package.open(bare, unsigned=True).model_sha256}
+    with pytest.raises(PackageError, match="a personal model"):
+        starting_model(make_spec(start=start), bare)
