@@ -81,6 +81,7 @@ class Watch:
             with suppress(sqlite3.ProgrammingError):  # closed by now
                 database.set_trace_callback(self._sql)
         self._seen, self._last, self._end, self._hold = Counter(), "", end, hold
+        self._in_step = False
 
     def see(self, event: str) -> None:
         """It is about to happen. One file opened is heard twice where Python opens it by a way."""
@@ -125,8 +126,9 @@ class Watch:
         if found and not again:  # an insertion is told once more for the trigger that it sets off
             self.see(found[1] or f"INSERT {found[2]}")
 
-    def _network(self, *_: Any) -> None:
-        if not self._in_step:
+    def _network(self, _: Any, inputs: tuple[Any, ...]) -> None:
+        outline = any(getattr(each, "is_meta", False) for each in inputs)  # memory is measured
+        if not (self._in_step or outline):
             self._in_step = True
             self.see("network")
 

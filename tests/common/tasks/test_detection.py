@@ -395,7 +395,7 @@ class Knows(nn.Module):
 class Boxed:
     """A cohort of boxes in memory, as far as an evaluation reads one."""
 
-    shape = (1, HEIGHT, WIDTH)
+    shape = row_shape = (1, HEIGHT, WIDTH)
 
     def __len__(self) -> int:
         return len(IMAGES)
