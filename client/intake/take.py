@@ -40,7 +40,7 @@ from client.intake.pool import Bounds, Pool
 from client.intake.reading import NO_PATIENT, Reading, Workers
 from client.intake.registry import Registry
 from client.intake.run import IntakeSummary, Progress
-from client.intake.series import in_series
+from client.intake.series import SeriesItem, in_series
 from client.intake.source import NotUsed
 from client.intake.summary import summarise
 from common.cohort import PIXEL, PIXEL_MAX, Cohort, CohortMeta, Unit
@@ -164,7 +164,8 @@ def take_in(
     if order.has_masks:
         workers = order.workers or len(os.sched_getaffinity(0))
         listing = in_series(listing, Limits(), workers, order.bounds, pool)
-        longest = max((len(item.images) for item in listing.items), default=1)  # type: ignore[attr-defined]
+        series = [item for item in listing.items if isinstance(item, SeriesItem)]
+        longest = max((len(one.images) for one in series), default=1)
         seconds = order.bounds.seconds + _SECONDS_AN_IMAGE * longest
         order = replace(order, bounds=replace(order.bounds, seconds=seconds, ahead=1))
     with at_work(order.cohort, order.key, order.cohort_key) as desk:

@@ -36,7 +36,8 @@ class SelfAttention(nn.Module):
         query, key, value = split.permute(2, 0, 3, 1, 4)
         seen = functional.scaled_dot_product_attention(query, key, value)
         together: Tensor = self.given(seen.transpose(1, 2).reshape(-1, count, width))
-        return self.dropout(together)  # type: ignore[no-any-return]
+        kept: Tensor = self.dropout(together)
+        return kept
 
 
 class Block(nn.Module):
@@ -56,7 +57,8 @@ class Block(nn.Module):
     def forward(self, places: Tensor) -> Tensor:
         """(B, places, width) to the same shape."""
         places = places + self.attention(places)
-        return places + self.dense(places)  # type: ignore[no-any-return]
+        changed: Tensor = places + self.dense(places)
+        return changed
 
 
 class VisionTransformer(nn.Module):
@@ -89,7 +91,8 @@ class VisionTransformer(nn.Module):
         positions = self.positions(numbers.expand(images.shape[0], -1))
         places = positions + functional.pad(squares, (0, 0, 1, 0))
         first = self.norm(self.blocks(places)[:, 0])
-        return self.output(self.dropout(first))  # type: ignore[no-any-return]
+        logits: Tensor = self.output(self.dropout(first))
+        return logits
 
 
 def square(height: int, width: int) -> int:
