@@ -164,3 +164,23 @@ def hand() -> Callable[[Place], AbstractContextManager[sqlite3.Connection]]:
     It takes the triggers away and puts them back; it has everything but the key.
     """
     return _hand
+
+
+@pytest.fixture(scope="session")
+def moves() -> Callable[[int, Callable[[list[int]], NDArray[np.float64]], float], Any]:
+    """`moves(patients, sum_of, clip_norm)`: by how many clip norms each one's leaving moves it.
+
+    `sum_of` gives the sum before noise of the patients that it is told. Not finite is infinite.
+    """
+
+    def of(
+        patients: int, sum_of: Callable[[list[int]], NDArray[np.float64]], clip_norm: float
+    ) -> NDArray[np.float64]:
+        moved = []
+        for patient in range(patients):
+            others = [other for other in range(patients) if other != patient]
+            difference = sum_of([*others, patient]) - sum_of(others)
+            moved.append(float(np.linalg.norm(difference)) / clip_norm)
+        return np.asarray(np.nan_to_num(np.array(moved), nan=np.inf), dtype=np.float64)
+
+    return of
