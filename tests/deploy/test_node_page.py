@@ -17,9 +17,13 @@ from common.messages import Invitation, NodeCard, Release, TrainTask
 
 @pytest.fixture
 def trained(make_node: Any, node_run: Any, global_weights: Any) -> tuple[Path, Any]:
-    """A node that trained two rounds of a run, without asking a person."""
+    """A node that trained two rounds of a run, without asking a person.
+
+    In a round of one step, it happens that no patient is sampled, and then there is no loss.
+    """
     home = make_node([('approval = "ask"', 'approval = "automatic"')])
-    spec, gate = node_run(), NodeHome.open(home).gate()
+    spec = node_run(local={"steps": 12}, privacy={"noise_multiplier": 4.0})
+    gate = NodeHome.open(home).gate()
     assert isinstance(gate.invite(Invitation(spec)), NodeCard)
     for number in (1, 2):
         assert isinstance(gate.train(TrainTask(spec, number, global_weights(spec))), Release)
