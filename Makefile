@@ -15,7 +15,7 @@ export FLWR_DISABLE_UPDATE_CHECK = 1
 export RAY_USAGE_STATS_ENABLED = 0
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-fast check bench docs clean
+.PHONY: help venv demo test test-slow test-all check bench docs clean
 
 help: ## List these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s  %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -34,11 +34,13 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP) ## Synthetic hospitals, a whole federation, a report, on this machine
 	$(BIN)/cloister demo
 
-test: check ## Every check, then every test (PYTEST_ARGS='-k gate' for some)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(SPREAD) $(PYTEST_ARGS)
-
-test-fast: $(STAMP) ## The tests without those of whole systems
+test: check ## Every check, then every test but the slow (PYTEST_ARGS='-k gate' for some)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(SPREAD) -m 'not slow' $(PYTEST_ARGS)
+
+test-slow: $(STAMP) ## The slow tests: whole systems at work
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(SPREAD) -m slow $(PYTEST_ARGS)
+
+test-all: test test-slow ## Every check and every test
 
 check: $(STAMP) ## Lint, format, types
 	$(BIN)/ruff check .
