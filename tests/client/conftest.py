@@ -14,7 +14,9 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from opacus.grad_sample import GradSampleModule
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.optim import optimizer as torch_optimizer
 
 from client.book import Limit
@@ -69,6 +71,27 @@ def watch_steps() -> Callable[[], AbstractContextManager[list[Step]]]:
             handle.remove()
 
     return watch
+
+
+@contextmanager
+def _seen_by_the_network() -> Iterator[list[Tensor]]:
+    inputs: list[Tensor] = []
+
+    def see(module: nn.Module, arguments: Any) -> None:
+        if isinstance(module, GradSampleModule):
+            inputs.append(arguments[0].detach().clone())
+
+    handle = register_module_forward_pre_hook(see)
+    try:
+        yield inputs
+    finally:
+        handle.remove()
+
+
+@pytest.fixture(scope="session")
+def seen_by_the_network() -> Callable[[], AbstractContextManager[list[Tensor]]]:
+    """`with seen_by_the_network() as inputs:` lists those of every pass under DP-SGD meanwhile."""
+    return _seen_by_the_network
 
 
 @pytest.fixture

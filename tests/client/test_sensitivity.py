@@ -8,8 +8,7 @@ one who is taken away stands last, so that the others' draws stay what they were
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,11 +16,10 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from opacus.grad_sample import GradSampleModule, GradSampleModuleFastGradientClipping
+from opacus.grad_sample import GradSampleModuleFastGradientClipping
 from opacus.optimizers import DPOptimizerFastGradientClipping
 from opacus.utils.fast_gradient_clipping_utils import DPLossFastGradientClipping
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_pre_hook
 
 from client import training
 from client.training import LocalTrainer, PatientOptimizer
@@ -285,22 +283,6 @@ def test_weights_that_amplify_rounding_are_harmless_one_patient_at_a_time(make_b
 # --- what the sum is -----------------------------------------------------------------------------
 
 
-@contextmanager
-def seen_by_the_network() -> Iterator[list[Tensor]]:
-    """The inputs of every forward pass under DP-SGD meanwhile."""
-    inputs: list[Tensor] = []
-
-    def see(module: nn.Module, arguments: Any) -> None:
-        if isinstance(module, GradSampleModule):
-            inputs.append(arguments[0].detach().clone())
-
-    handle = register_module_forward_pre_hook(see)
-    try:
-        yield inputs
-    finally:
-        handle.remove()
-
-
 def one_patient_at_a_time(bench: Bench, inputs: Tensor, labels: NDArray[Any]) -> Vector:
     """The clipped sum, slow and obvious: plain autograd, float64 norms, no Opacus."""
     network, task = models.build(bench.spec), task_for(bench.spec)
@@ -334,7 +316,9 @@ def one_patient_at_a_time(bench: Bench, inputs: Tensor, labels: NDArray[Any]) ->
         ("efficientnet-b0", "multiclass", 3),
     ],
 )
-def test_the_sum_is_that_of_patients_taken_one_at_a_time(make_bench, model, kind, copies):
+def test_the_sum_is_that_of_patients_taken_one_at_a_time(
+    make_bench, seen_by_the_network, model, kind, copies
+):
     everyone = list(range(PATIENTS))
     bench = make_bench(model, kind=kind, copies=copies, clip_norm=0.3)
     with seen_by_the_network() as inputs:
@@ -346,7 +330,7 @@ def test_the_sum_is_that_of_patients_taken_one_at_a_time(make_bench, model, kind
     assert np.linalg.norm(fast - slow) < tolerance * np.linalg.norm(slow)
 
 
-def test_the_copies_of_a_patient_differ_and_count_as_one(make_bench):
+def test_the_copies_of_a_patient_differ_and_count_as_one(make_bench, seen_by_the_network):
     bench = make_bench(copies=3)
     with seen_by_the_network() as inputs:
         bench.sum_of([0])

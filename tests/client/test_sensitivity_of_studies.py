@@ -7,17 +7,14 @@ several rows of a patient, the layers after it one: both have to come out as tha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from opacus.grad_sample import GradSampleModule
-from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_pre_hook
+from torch import Tensor
 
 from common import models
 from common.cohort import Cohort
@@ -167,22 +164,6 @@ def test_attention_that_mixes_patients_is_found(make_bench, monkeypatch):
 # --- what the sum is -----------------------------------------------------------------------------
 
 
-@contextmanager
-def seen_by_the_network() -> Iterator[list[Tensor]]:
-    """The inputs of every forward pass under DP-SGD meanwhile."""
-    inputs: list[Tensor] = []
-
-    def see(module: nn.Module, arguments: Any) -> None:
-        if isinstance(module, GradSampleModule):
-            inputs.append(arguments[0].detach().clone())
-
-    handle = register_module_forward_pre_hook(see)
-    try:
-        yield inputs
-    finally:
-        handle.remove()
-
-
 def one_patient_at_a_time(bench: Bench, inputs: Tensor) -> Vector:
     """The clipped sum, slow and obvious: plain autograd, float64 norms, no Opacus, and studies
     that hold no more places than they have images."""
@@ -200,16 +181,21 @@ def one_patient_at_a_time(bench: Bench, inputs: Tensor) -> Vector:
     return total
 
 
-def apart(bench: Bench) -> float:
+@pytest.fixture
+def apart(seen_by_the_network: Any) -> Callable[[Bench], float]:
     """How far the trainer's sum is from the slow one, for one of the slow one."""
-    with seen_by_the_network() as inputs:
-        fast = bench.sum_of(range(PATIENTS))
-    slow = one_patient_at_a_time(bench, torch.cat(inputs))
-    return float(np.linalg.norm(fast - slow) / np.linalg.norm(slow))
+
+    def of(bench: Bench) -> float:
+        with seen_by_the_network() as inputs:
+            fast = bench.sum_of(range(PATIENTS))
+        slow = one_patient_at_a_time(bench, torch.cat(inputs))
+        return float(np.linalg.norm(fast - slow) / np.linalg.norm(slow))
+
+    return of
 
 
 @pytest.mark.parametrize(("model", "copies"), [*((m, 1) for m in MODELS), ("small-cnn", 3)])
-def test_the_sum_is_that_of_patients_taken_one_at_a_time(make_bench, model, copies):
+def test_the_sum_is_that_of_patients_taken_one_at_a_time(make_bench, apart, model, copies):
     assert apart(make_bench(model, copies=copies)) < TOLERANCE
 
 
@@ -234,7 +220,7 @@ class OutOfOrder(StudyNetwork):
             self._modules["encoder"] = encoder
 
 
-def test_rows_that_do_not_lie_patient_by_patient_are_found(make_bench, monkeypatch):
+def test_rows_that_do_not_lie_patient_by_patient_are_found(make_bench, apart, monkeypatch):
     right = make_bench(clip_norm=1e3, physical=PATIENTS)
     expected = right.sum_of(range(PATIENTS))
     monkeypatch.setattr(networks, "StudyNetwork", OutOfOrder)

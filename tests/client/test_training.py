@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import combinations
 from multiprocessing import get_context
@@ -13,11 +12,9 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from opacus.grad_sample import GradSampleModule
 from scipy import stats
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.nn.modules.module import register_module_forward_pre_hook
 
 from client import training
 from client.training import LocalResult, LocalTrainer, PatientOptimizer
@@ -434,25 +431,9 @@ def test_half_precision_is_for_cuda_alone(make_site) -> None:
     assert same(exact.train(), asked.train())
 
 
-@contextmanager
-def seen_by_the_network() -> Iterator[list[Tensor]]:
-    """The inputs of every forward pass under DP-SGD meanwhile."""
-    inputs: list[Tensor] = []
-
-    def see(module: nn.Module, arguments: Any) -> None:
-        if isinstance(module, GradSampleModule):
-            inputs.append(arguments[0].detach().clone())
-
-    handle = register_module_forward_pre_hook(see)
-    try:
-        yield inputs
-    finally:
-        handle.remove()
-
-
 @pytest.mark.parametrize(("copies", "physical"), [(2, 5), (3, 3), (3, 7), (4, 3), (4, 100)])
 def test_the_copies_of_a_patient_stay_in_one_physical_batch(
-    make_site, array_cohort, copies: int, physical: int
+    make_site, array_cohort, seen_by_the_network, copies: int, physical: int
 ) -> None:
     """Each patient's image has one grey level, which no change of the picture alters."""
     levels = np.linspace(0, 1, PATIENTS, dtype=np.float32)
