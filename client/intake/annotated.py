@@ -13,10 +13,9 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 from pydicom.dataset import Dataset
 
 from client.intake.builder import ImageRecord
@@ -35,19 +34,19 @@ from client.intake.dicom import (
 )
 from client.intake.dicom import Task as DicomTask
 from client.intake.display import brightness
-from client.intake.frames import macro
 from client.intake.grids import brightness_to_grid, laid_volume, to_grid
 from client.intake.items import Item
 from client.intake.labels import LabelEntry
 from client.intake.masks import Labels, Masks, Overlap, Place, absent_of, read_masks
 from client.intake.part10 import DicomFile, FrameDecoder, Geometry
-from client.intake.pixels import Floats, mask_to_shape, stretch, to_shape
+from client.intake.pixels import Floats, mask_to_shape, to_shape
 from client.intake.quiet import quiet
+from client.intake.scans import ScanFrame, brightness_of, frame_of_scan
 from client.intake.segments import classes_of
 from client.intake.series import DOUBTFUL, RefusedItem, SeriesItem
 from client.intake.shots import shot
 from client.intake.source import Kept
-from client.intake.volumes import Slice, Volume, volume_of
+from client.intake.volumes import volume_of
 from common.cohort import PIXEL
 from common.errors import IntakeError, ReviewError
 from common.spec import MOST_VOXELS, RunSpec
@@ -83,11 +82,10 @@ class Marking:
 
 
 class _Part(NamedTuple):
-    """A frame of a volume: its values, its mask, and how it would be shown by itself."""
+    """A frame of a volume and its mask."""
 
-    slice: Slice
+    of: ScanFrame
     labels: Labels
-    shown: Floats | None
     record: ImageRecord
 
 
@@ -333,9 +331,8 @@ class _Series(ExitStack):
             labels = self._labels(Place(instance, number + 1), masks, stored.shape[:2])
             record = self._files.record(frame, _NO_LABEL, stored.shape)
             if volume:
-                of = Slice(clean.header, number, _blanked(stored, frame))
-                own = frame.pixels if settings.window == "dicom" else None
-                self._parts.append(_Part(of, labels, own, record))
+                of = frame_of_scan(clean.header, number, stored, frame, settings.window)
+                self._parts.append(_Part(of, labels, record))
             else:
                 mask = mask_to_shape(labels.astype(np.int32), settings)
                 self._kept.append(Kept(record, to_shape(frame.pixels, settings), mask))
@@ -393,45 +390,13 @@ class _Series(ExitStack):
     def _volume(self) -> Kept:
         """All its frames as one volume with its mask, on the run's grid."""
         settings, parts = self._spec.input, self._parts
-        volume = volume_of([part.slice for part in parts])
+        volume = volume_of([part.of.slice for part in parts])
         marks = volume.labelled([part.labels for part in parts])
         direction = settings.direction or "axial"
         grid = to_grid(laid_volume(marks, direction), settings, "nearest").astype(np.uint16)
         if marks.values.any() and not grid.any():
             raise IntakeError("its mask is empty on the run's grid: all of it was cut off")
         first = parts[volume.order[0]].record
-        bright = laid_volume(replace(volume, values=self._bright(volume)), direction)
-        return Kept(first, brightness_to_grid(bright, settings), grid)
-
-    def _bright(self, volume: Volume) -> Floats:
-        """The brightness of the whole, in 0..1."""
-        header, rule = self._parts[0].slice.header, self._spec.input.window
-        if rule != "dicom":
-            bright = stretch(volume.values, rule, np.isfinite(volume.values))
-            inverted = text_of(header, "PhotometricInterpretation") == "MONOCHROME1"
-            return 1 - bright if inverted else bright
-        windows = {_window(part.slice) for part in self._parts}
-        if len(windows) > 1 or not all(windows.pop()):
-            raise IntakeError(
-                "its slices have several windows or none, which would show one tissue in several "
-                "ways; input.window = 'percentile' or 'range' takes the volume's own values"
-            )
-        shown = [self._parts[number].shown for number in volume.order]
-        return np.stack([np.asarray(one, dtype=np.float32) for one in shown])
-
-
-def _window(one: Slice) -> tuple[str, str]:
-    level = macro(one.header, one.frame, "FrameVOILUTSequence")
-    return text_of(level, "WindowCenter"), text_of(level, "WindowWidth")
-
-
-def _blanked(stored: NDArray[Any], frame: CleanFrame) -> NDArray[Any]:
-    """A frame's values without what was blanked in what is shown of them."""
-    if frame.outside:
-        raise IntakeError("it has regions, as ultrasound has; expected slices of one grid")
-    if not frame.boxes:
-        return stored
-    cleaned = np.array(stored)
-    for box in frame.boxes:
-        cleaned[box.top : box.bottom, box.left : box.right] = stored.min()
-    return cleaned
+        bright = brightness_of(volume, [part.of for part in parts], settings.window)
+        stored = brightness_to_grid(laid_volume(bright, direction), settings)
+        return Kept(first, stored, grid)

@@ -16,7 +16,7 @@ import nibabel
 import numpy as np
 from numpy.typing import NDArray
 
-from client.intake.volumes import Volume, resampled
+from client.intake.volumes import Volume, length_at, resampled
 from common.cohort import PIXEL_MAX
 from common.errors import IntakeError
 from common.spec import Direction, Input
@@ -104,6 +104,24 @@ def to_grid(volume: Laid, settings: Input, rule: Literal["linear", "nearest"]) -
     return grid
 
 
+def from_grid(grid: NDArray[Any], volume: Laid, settings: Input) -> None:
+    """Bring labels on the run's grid back upon a volume, in place: the way back of `to_grid`.
+
+    Args:
+        grid: (depth, height, width) of the run.
+        volume: of the run's direction; each of its voxels becomes the class of the grid's voxel
+            that is nearest, and 0 where it was cut off.
+        settings: the run's `Input`, which has a depth.
+    """
+    spacing = settings.spacing or volume.spacing
+    axes = zip(volume.values.shape, volume.spacing, spacing, settings.sides, strict=True)
+    near = [_nearest(have, new / old, room) for have, old, new, room in axes]
+    seen = [at >= 0 for at in near]
+    volume.values[...] = 0
+    chosen = (at[there] for at, there in zip(near, seen, strict=True))
+    volume.values[np.ix_(*seen)] = grid[np.ix_(*chosen)]
+
+
 def brightness_to_grid(volume: Laid, settings: Input) -> NDArray[np.uint16]:
     """(channels, depth, height, width) of a volume of brightness in 0..1; see `to_grid`."""
     grid = to_grid(volume, settings, "linear")
@@ -127,3 +145,12 @@ def _placed(have: int, room: int) -> tuple[slice, slice]:
     length = min(have, room)
     here, there = (have - length) // 2, (room - length) // 2
     return slice(here, here + length), slice(there, there + length)
+
+
+def _nearest(have: int, factor: float, room: int) -> NDArray[np.int64]:
+    """For each of so many voxels along an axis the grid's that is nearest; -1: it was cut off."""
+    length = length_at(have, factor)
+    near = np.minimum(np.rint(np.arange(have) / factor).astype(np.int64), length - 1)
+    here, there = _placed(length, room)
+    inside = (near >= here.start) & (near < here.stop)
+    return np.where(inside, near - here.start + there.start, -1)

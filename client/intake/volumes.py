@@ -154,10 +154,7 @@ def resampled(
     if not all(np.isfinite(step) and step > 0 for step in spacing):
         raise IntakeError(f"spacing {spacing}: expected three lengths above 0, in millimetres")
     factors = tuple(new / old for new, old in zip(spacing, volume.spacing, strict=True))
-    lengths = [
-        int((length - 1) / factor + _EDGE) + 1
-        for length, factor in zip(volume.values.shape, factors, strict=True)
-    ]
+    lengths = list(map(length_at, volume.values.shape, factors))
     _check_size(lengths)
     values = volume.values
     if rule == "linear":
@@ -169,6 +166,11 @@ def resampled(
         values, factors, output_shape=tuple(lengths), order=order, mode="nearest"
     )
     return replace(volume, values=values, spacing=spacing, order=())
+
+
+def length_at(length: int, factor: float) -> int:
+    """How many voxels `resampled` makes of so many, each `factor` times as far from the next."""
+    return int((length - 1) / factor + _EDGE) + 1
 
 
 def _smoothed(values: NDArray[np.float32], axis: int, factor: float) -> NDArray[np.float32]:
