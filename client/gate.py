@@ -56,7 +56,7 @@ from common.messages import (
     TrainTask,
 )
 from common.noise import Keystream, KeystreamSource, fresh_keystream
-from common.spec import RunSpec
+from common.spec import Behind, RunSpec
 
 log = logging.getLogger("cloister.gate")
 
@@ -82,6 +82,7 @@ class Site:
             called before each attempt.
         check_synthetic: raises if a run mixes in synthetic images and those of the site, which
             are no patients, are too few or do not fit.
+        behind_synthetic: whether the patients behind those are protected, as the run counts.
         diary: where losses and numbers of patients are written for the hospital itself.
     """
 
@@ -92,6 +93,7 @@ class Site:
     diary: Diary | None = None
     check_cohort: Callable[[], None] = lambda: None
     check_synthetic: Callable[[RunSpec], object] = lambda _: None
+    behind_synthetic: Callable[[RunSpec], Behind | None] = lambda _: None
 
 
 class Gate:
@@ -168,6 +170,7 @@ class Gate:
             declared_size=policy.declared_size,
             paced=policy.release.pace > 0,
             witness=self._ledger.witness,
+            synthetic=self._site.behind_synthetic(spec) if spec.augmentation.synthetic else None,
         )
 
     def _release(self, task: TrainTask) -> Release:

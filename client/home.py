@@ -14,7 +14,7 @@ from client.diary import Diary
 from client.folder import KEY_FILE, LEDGER, POLICY_FILE, NodeFolder, check_budget, cohort_digest
 from client.gate import Counter, Gate, Site
 from client.policy import Policy
-from client.synthetic import fitting, synthetic_cohort
+from client.synthetic import Synthetic, fitting, synthetic_cohort
 from client.training import Compute, LocalTrainer, best_device
 from common.accounting import SubsampledGaussian
 from common.cohort import Cohort
@@ -55,7 +55,7 @@ class NodeHome(NodeFolder):
                 "look at it with `cloister node check`, admit it, and start the node again"
             )
 
-    def open_synthetic(self) -> Cohort | None:
+    def open_synthetic(self) -> Synthetic | None:
         """The synthetic cohort that runs may mix in; None where [data] names none.
 
         Raises:
@@ -111,6 +111,7 @@ class NodeHome(NodeFolder):
             self.diary,
             check_cohort=lambda: self.check_cohort(admitted),
             check_synthetic=lambda spec: fitting(spec, mixed_in),
+            behind_synthetic=lambda spec: mixed_in.behind(spec) if mixed_in else None,
         )
         counter = counter_of(lambda: whole().with_split("test"), compute)
         return Gate(site, trainer_for=trainer_for, counter=counter, keystream=keystream)

@@ -29,7 +29,7 @@ from pydantic import Field, ValidationError
 
 from common.accounting import SubsampledGaussian
 from common.errors import MessageError, RefusalCode, SpecError, VersionError
-from common.spec import Count, Positive, RunSpec, Section
+from common.spec import Behind, Count, Positive, RunSpec, Section
 
 PROTOCOL = 2
 INVITE, TRAIN, COUNT, CLOSE = "query.invite", "train.step", "evaluate.count", "query.close"
@@ -98,6 +98,9 @@ class NodeCard(_Fields):
     """Yes: the node's public name, its software and the size that its hospital declares.
 
     ``paced``: whether its replies are held to a slot, so that how long training took says nothing.
+    ``synthetic``: of a run that mixes in synthetic images, whose patients are behind them; on no
+    other card, so that a coordinator from before it takes no card that it would not understand,
+    and none of a node from before it passes for protected.
     """
 
     digest: Digest
@@ -106,6 +109,7 @@ class NodeCard(_Fields):
     declared_size: Count
     paced: bool
     witness: Witness
+    synthetic: Behind | None = None
 
     def to_records(self) -> RecordDict:
         """As Flower carries it."""
@@ -302,7 +306,8 @@ def read_reply(records: RecordDict) -> Reply:
 
 
 def _write(name: str, fields: _Fields, **arrays: Arrays) -> RecordDict:
-    records = RecordDict({name: ConfigRecord(fields.model_dump(mode="json"))})
+    written = fields.model_dump(mode="json", exclude_none=True)
+    records = RecordDict({name: ConfigRecord(written)})
     for key, named in arrays.items():
         records[key] = ArrayRecord(
             {name: Array(np.asarray(array, order="C")) for name, array in named.items()}
@@ -330,7 +335,8 @@ def _read(
             f"{name}.protocol = {spoken}: this side speaks {PROTOCOL}; both sides need the same "
             "version of Cloister"
         )
-    if set(record) != set(kind.model_fields):
+    left_out = {key for key, field in kind.model_fields.items() if field.default is None}
+    if not set(kind.model_fields) - left_out <= set(record) <= set(kind.model_fields):
         odd = f"{sorted(set(record) ^ set(kind.model_fields))}"
         raise MessageError(f"{name}: fields missing or unknown: {odd:.200}")
     try:

@@ -355,6 +355,10 @@ class Input(Section):
         return hashlib.sha256(_canonical(kept)).hexdigest()
 
 
+Behind = Literal["protected", "unprotected"]
+"""Whether the patients behind a site's synthetic images are known to be protected, as it says."""
+
+
 class Augmentation(Section):
     """Random changes of each image, drawn anew each time it is used.
 
@@ -363,6 +367,8 @@ class Augmentation(Section):
     copies of a patient's image are averaged before clipping, which costs no privacy (De et al.
     2022, arXiv:2204.13650). ``synthetic`` images are expected in a batch beside the patients,
     from a synthetic cohort that each site names; no patient stands behind them.
+    ``synthetic_without_privacy`` takes sites whose images are not known to be of a generator that
+    protected its own patients: the run's figures then do not cover those (docs/privacy.md).
     """
 
     rotate: Annotated[float, Field(ge=0, le=180)] = 0.0
@@ -372,8 +378,9 @@ class Augmentation(Section):
     flip_horizontal: bool = False
     flip_vertical: bool = False
     multiplicity: Annotated[int, Field(ge=1, le=64)] = 1
-    # Left out of the digest where it is 0: specs from before it keep theirs.
+    # Left out of the digest where they are 0 or false: specs from before them keep theirs.
     synthetic: int = Field(0, ge=0, le=65536, exclude_if=lambda number: number == 0)
+    synthetic_without_privacy: bool = Field(False, exclude_if=lambda said: not said)
 
 
 class Loss(Section):
@@ -653,6 +660,12 @@ class RunSpec(Section):
             raise ValueError(
                 "model.sparse = True: means something to a run that begins at a pruned model; name "
                 "it in [start] model_sha256, or leave the key out"
+            )
+        open_to_all = self.augmentation.synthetic_without_privacy
+        if open_to_all and not (self.augmentation.synthetic and isinstance(self.privacy, DpSgd)):
+            raise ValueError(
+                "augmentation.synthetic_without_privacy = True: means something to a run under "
+                "dp-sgd that mixes in synthetic images; leave it out"
             )
         if self.schedule.warmup_rounds >= self.rounds:
             raise ValueError(

@@ -232,7 +232,8 @@ def _spec_of(model: Package, wish: Wish, size: int, privacy: Mapping[str, Any]) 
         "aggregation": {"strategy": "fedavg"},
         "start": {"model_sha256": model.model_sha256},
     }
-    plain["augmentation"].pop("synthetic", None)
+    for key in ("synthetic", "synthetic_without_privacy"):
+        plain["augmentation"].pop(key, None)
     return RunSpec.from_json(json.dumps(plain | changed), source=str(model.path))
 
 

@@ -110,7 +110,9 @@ def _what(policy: Policy) -> Iterator[str]:
         yield "A run without differential privacy is refused."
     if data := policy.data:
         mixed = f"those in {data.synthetic} alone" if data.synthetic else "none"
-        open_ones = "taken as well" if data.synthetic_without_privacy else "refused"
+        open_ones = "refused"
+        if data.synthetic_without_privacy:
+            open_ones = "taken as well, in a run under privacy if its own file says so too"
         yield (
             f"Synthetic images that a run may mix in: {mixed}; images of a generator without "
             f"privacy are {open_ones}."

@@ -8,7 +8,8 @@ from common.spec import ALL_AT_ONCE, DpSgd, RunSpec
 from common.tasks import words
 from deploy.screen import printable
 
-_NO_CHANGE = {"multiplicity", "synthetic"}  # of augmentation, what changes no image
+# Of augmentation, what changes no image.
+_NO_CHANGE = {"multiplicity", "synthetic", "synthetic_without_privacy"}
 
 
 def sentences(spec: RunSpec) -> Iterator[str]:
@@ -74,6 +75,11 @@ def _special(spec: RunSpec) -> Iterator[str]:
         yield (
             f"mixes {spec.augmentation.synthetic} synthetic images into each batch, as expected, "
             "from a cohort that each site names"
+        )
+    if spec.augmentation.synthetic_without_privacy:
+        yield (
+            "TAKES SYNTHETIC IMAGES OF A GENERATOR WITHOUT PRIVACY: its figures do not cover the "
+            "patients behind them"
         )
 
 

@@ -49,7 +49,7 @@ from client.home import counter_of
 from client.keyfile import NodeKey, create_key
 from client.ledger import Ledger, Place, Signed
 from client.policy import Limits, Machine, Policy, Releases
-from client.synthetic import fitting, synthetic_cohort
+from client.synthetic import Synthetic, fitting, synthetic_cohort
 from client.training import Compute, LocalTrainer, best_device
 from common import models
 from common.accounting import SubsampledGaussian, planned
@@ -91,7 +91,9 @@ class Simulation(Section):
             (by label) and ``quantity`` (by size).
         declared_size: of the split sites: one number for all, or one each.
         synthetic: a cohort of ``cloister generate`` that every site mixes in, where the run asks
-            for it; with `synthetic_without_privacy` also one of a run without privacy.
+            for it: all of it, as if one generator's images had been handed round. In a federation
+            each site names its own. `synthetic_without_privacy` also takes one of a run without
+            privacy.
         allow_odd_sites: go on although a site is empty or has images of one class only.
     """
 
@@ -164,8 +166,16 @@ class Simulation(Section):
                 f"augmentation.synthetic = {spec.augmentation.synthetic}: [simulation] names no "
                 "synthetic cohort; write synthetic = the cohort that `cloister generate` made"
             )
-        path, unprotected = Path(self.synthetic), self.synthetic_without_privacy
-        return fitting(spec, synthetic_cohort(path, without_privacy=unprotected))
+        return fitting(spec, self.synthetic_images())
+
+    def synthetic_images(self) -> Synthetic:
+        """The synthetic cohort that every site mixes in.
+
+        Raises:
+            CohortError: as `synthetic_cohort`.
+        """
+        path, unprotected = Path(str(self.synthetic)), self.synthetic_without_privacy
+        return synthetic_cohort(path, without_privacy=unprotected)
 
     def held_out(self, number: int) -> Cohort:
         """The images of site `number` that are marked ``test``; none of a cohort that is dealt."""
@@ -390,7 +400,12 @@ def _gate(folder: Path, number: int) -> Gate:
         return Keystream.seeded(spec.seed, name, round_number)
 
     return Gate(
-        Site(_policy(name, declared), _ledger(folder / "sites" / name, name), _COHORT),
+        Site(
+            _policy(name, declared),
+            _ledger(folder / "sites" / name, name),
+            _COHORT,
+            behind_synthetic=lambda spec: simulation.synthetic_images().behind(spec),
+        ),
         trainer_for=trainer_for,
         counter=counter_of(lambda: simulation.held_out(number), compute),
         keystream=keystream,

@@ -31,7 +31,7 @@ from torch import nn
 
 from client.folder import cohort_digest
 from client.intake.builder import CohortBuilder, ImageRecord
-from client.synthetic import ABOUT, COHORT, PRIVATE
+from client.synthetic import ABOUT, COHORT, PRIVATE, UNIT
 from common.cohort import PIXEL_MAX, CohortMeta
 from common.errors import ConfigError, RunError
 from common.files import write_durably
@@ -125,6 +125,7 @@ def _write_parts(out: Path, generator: Generator, drawn: Drawn, seed: int) -> No
         "what": "synthetic images; not to be taken for evidence of anything",
         "privacy": _privacy(generator),
         PRIVATE: generator.protected,
+        UNIT: spec.privacy.unit if generator.protected else None,
         "run": spec.name,
         "run_digest": spec.digest,
         "model_sha256": generator.model_sha256,

@@ -25,8 +25,8 @@ from safetensors.numpy import save
 from common import accounting
 from common.accounting import SubsampledGaussian
 from common.files import write_durably
-from common.messages import Arrays
-from common.spec import DpSgd, RunSpec
+from common.messages import Arrays, NodeCard
+from common.spec import Behind, DpSgd, RunSpec
 from server.card import write_card
 from server.evaluation import EarlyStopping, EvaluationResult
 from server.federated import FEDERATED_FILE, FederatedResult
@@ -36,11 +36,20 @@ _VERSIONS = ("cloister", "flwr", "torch", "opacus", "dp-accounting", "numpy")
 
 
 class SiteEntry(NamedTuple):
-    """A site that took part: what it declared, its mechanism of the whole run, its pacing."""
+    """A site that took part: what it declared, its mechanism of the whole run, its pacing.
+
+    And of a run that mixes in synthetic images, whether those behind its own are protected.
+    """
 
     declared_size: int
     mechanism: SubsampledGaussian | None
     paced: bool
+    synthetic: Behind | None = None
+
+    @classmethod
+    def of_card(cls, card: NodeCard, mechanism: SubsampledGaussian | None) -> Self:
+        """What a site's yes says."""
+        return cls(card.declared_size, mechanism, card.paced, card.synthetic)
 
     @classmethod
     def of_json(cls, saved: Mapping[str, Any]) -> Self:
@@ -51,7 +60,7 @@ class SiteEntry(NamedTuple):
         """
         made = saved["mechanism"]
         mechanism = SubsampledGaussian(**made) if made else None
-        return cls(saved["declared_size"], mechanism, saved["paced"])
+        return cls(saved["declared_size"], mechanism, saved["paced"], saved.get("synthetic"))
 
     def to_json(self) -> dict[str, Any]:
         """For the checkpoint."""
@@ -112,9 +121,13 @@ class RunJournal:
         self._asked.append(line)
 
     def enter(self, name: str, entry: SiteEntry) -> None:
-        """Note that a site takes part; it was paced if it was so in every process of the run."""
+        """Note that a site takes part.
+
+        It was paced, and those behind its synthetic images protected, if so in every process.
+        """
         before = self.sites.get(name, entry)
-        self.sites[name] = entry._replace(paced=entry.paced and before.paced)
+        worse = before.synthetic if before.synthetic == "unprotected" else entry.synthetic
+        self.sites[name] = entry._replace(paced=entry.paced and before.paced, synthetic=worse)
 
     def sites_to_json(self) -> dict[str, Any]:
         """The sites that ever took part, for the checkpoint."""
@@ -162,7 +175,8 @@ class RunJournal:
         spent = {name: self._spent(name) for name in sorted(self.sites)}
         together = [m for taken, _ in spent.values() for m in taken]
         privacy = self._spec.privacy
-        private = isinstance(privacy, DpSgd)
+        exposed = any(entry.synthetic == "unprotected" for entry in self.sites.values())
+        private = isinstance(privacy, DpSgd) and not exposed
         delta = privacy.delta if isinstance(privacy, DpSgd) else None
         return {
             "protected": private and not self._seeded,
@@ -186,12 +200,14 @@ class RunJournal:
 
     def _site(self, name: str, taken: list[SubsampledGaussian], rounds: int) -> dict[str, Any]:
         entry, privacy = self.sites[name], self._spec.privacy
-        shared = {
+        shared: dict[str, Any] = {
             "declared_size": entry.declared_size,
             "unit": privacy.unit,
             "rounds": rounds,
             "paced": entry.paced,
         }
+        if entry.synthetic is not None:
+            shared["synthetic"] = entry.synthetic
         if not isinstance(privacy, DpSgd):
             return shared | dict.fromkeys(_FIGURES) | {"mechanism": "none", "steps": 0}
         training = taken[0] if rounds else None

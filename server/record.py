@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from common.errors import RunError, SpecError
-from common.spec import RunSpec
+from common.spec import Behind, RunSpec
 from common.tasks import task_for
 from common.tasks.estimates import Estimate
 from common.tasks.exhibits import Exhibit, Gallery
@@ -112,10 +112,13 @@ class Spend(_Read):
     """What a site spent in this run; None in every figure where there is no privacy.
 
     ``paced``: whether its replies were held to a slot; a record that does not say so had none.
+    ``synthetic``: of a run that mixed in synthetic images, whether those behind the site's own are
+    known to be protected.
     """
 
     declared_size: int
     paced: bool = False
+    synthetic: Behind | None = None
     unit: Literal["patient", "image"]
     mechanism: str
     sampling_rate: float | None = None

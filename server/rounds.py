@@ -63,7 +63,7 @@ from common.messages import (
     TrainTask,
     read_reply,
 )
-from common.spec import RunSpec
+from common.spec import DpSgd, RunSpec
 from server.aggregation import GlobalModel, aggregator_for, check_still, check_update
 from server.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from server.evaluation import CentralEvaluator, EarlyStopping
@@ -349,7 +349,7 @@ class FederatedRun:
         for name, site in sites.items():
             card = site.card
             self._called[site.node_id] = name
-            self._journal.enter(name, SiteEntry(card.declared_size, site.mechanism, card.paced))
+            self._journal.enter(name, SiteEntry.of_card(card, site.mechanism))
 
     def _note_who_is_missing(self, grid: Grid) -> None:
         """Whoever is expected and not there is in the record."""
@@ -445,6 +445,7 @@ class FederatedRun:
             raise MessageError(f"it refused: {answer.code.value} {answer.incident}".rstrip())
         if not isinstance(answer, NodeCard) or answer.digest != self._spec.digest:
             raise MessageError("the answer to the invitation is no card for this run")
+        _check_synthetic(self._spec, answer)
         return Site(node_id, answer, accounting.planned(self._spec, answer.declared_size))
 
     def _wait_for_nodes(self, grid: Grid, deadline: float) -> list[int]:
@@ -734,6 +735,28 @@ def _closed(reply: RecordDict | None, digest: str) -> Closed | None:
     except MessageError:
         return None
     return answer if isinstance(answer, Closed) and answer.digest == digest else None
+
+
+def _check_synthetic(spec: RunSpec, card: NodeCard) -> None:
+    """Whether a site says who is behind its synthetic images, and the run takes such.
+
+    A node that is older than the question mixes in what nobody knows.
+
+    Raises:
+        MessageError: naming the field.
+    """
+    if (card.synthetic is not None) != bool(spec.augmentation.synthetic):
+        raise MessageError(
+            f"card.synthetic = {card.synthetic!r}: the run expects "
+            f"{spec.augmentation.synthetic} synthetic images in a batch; both sides need the same "
+            "version of Cloister"
+        )
+    taken = not isinstance(spec.privacy, DpSgd) or spec.augmentation.synthetic_without_privacy
+    if card.synthetic == "unprotected" and not taken:
+        raise MessageError(
+            "card.synthetic = 'unprotected': the run takes no synthetic images whose patients are "
+            "not known to be protected"
+        )
 
 
 def _check_new(folder: Path) -> None:

@@ -157,6 +157,13 @@ def banner(record: RunRecord) -> Banner | None:
             "knows the seed can take the noise away. The figures are what the same run would "
             "spend at nodes with their own randomness; here they protect nobody.",
         )
+    if exposed := _exposed(record):
+        return Banner(
+            "Not protected",
+            f"Synthetic images that {listed(exposed)} mixed in are not known to come from a model "
+            "that protected its own patients. No figure here covers those: what is released may "
+            "repeat them.",
+        )
     if not record.privacy.protected:
         return Banner(
             "Not protected",
@@ -182,6 +189,7 @@ def claim(record: RunRecord) -> tuple[str, ...]:
         "arithmetic. It is this run's; what a site has spent over its life is in its own ledger.",
         *_composition(record),
         *_beginning(record.spec),
+        *_mixed(record),
         "Patients of the central evaluation cohort are not covered: their hospital permits that "
         "use.",
         *_pictures(record.spec.evaluation.gallery),
@@ -220,6 +228,7 @@ def limitations(record: RunRecord) -> tuple[str, ...]:
         "Nothing here says how it does in subgroups (age, sex, device, site).",
         *record.spec.task.CAVEATS,
         *_beginning(record.spec),
+        *_shared(record),
         "Intervals show the chance of the sample of patients, not of training.",
     )
 
@@ -231,6 +240,42 @@ def _beginning(spec: RunSpec) -> tuple[str, ...]:
     return (
         f"The run began with the model {spec.start.model_sha256}; what its training spent is in "
         "that run's record, and not in the figures here.",
+    )
+
+
+def _exposed(record: RunRecord) -> list[str]:
+    """The sites whose synthetic images are not known to be of a model that protected anybody."""
+    if not record.spec.augmentation.synthetic:
+        return []
+    sites = record.privacy.sites.items()
+    return sorted(name for name, spend in sites if spend.synthetic != "protected")
+
+
+def _mixed(record: RunRecord) -> tuple[str, ...]:
+    """What the figures leave out of a run that mixed in synthetic images (docs/privacy.md)."""
+    if not record.spec.augmentation.synthetic:
+        return ()
+    said = (
+        "Synthetic images were mixed in, and are taken here as given: what the training of their "
+        "generator spent is in that run's record. A patient of both bears the sum."
+    )
+    exposed = _exposed(record)
+    if not exposed:
+        return (said,)
+    return (
+        said,
+        f"Those of {listed(exposed)} are not known to be of a generator that protected its "
+        "patients: nothing bounds what is released of them.",
+    )
+
+
+def _shared(record: RunRecord) -> tuple[str, ...]:
+    """How a simulation differs from a federation in what is mixed in."""
+    if not (record.spec.augmentation.synthetic and record.environment.seeded):
+        return ()
+    return (
+        "Every site of this simulation mixed in the same synthetic images; the sites of a "
+        "federation each name their own.",
     )
 
 

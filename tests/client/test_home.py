@@ -431,9 +431,12 @@ def test_synthetic_images_are_looked_at_when_a_run_asks_for_them(folder: Folder,
     write_drawn(folder.path / "made" / "cohort", few, make_spec())
     named = 'synthetic = "made/cohort"\nsynthetic_without_privacy = true\n'
     folder.write("[release]", f"{named}\n[release]")
-    gate, answers = folder.home.gate(), []
-    for wanted in (3, 4):
-        run = make_spec(augmentation={"synthetic": wanted}).identified(f"run-{wanted}")
+    gate, answers = folder.home.gate(), list[Any]()
+    asked = {"synthetic_without_privacy": True}
+    for wanted in ({"synthetic": 3} | asked, {"synthetic": 4} | asked, {"synthetic": 3}, {}):
+        run = make_spec(augmentation=wanted).identified(f"run-{len(answers)}")
         answers.append(gate.invite(Invitation(run)))
-    assert isinstance(answers[0], NodeCard)
-    assert answers[1] == RefusalReply(code=RefusalCode.POLICY)
+    refused = RefusalReply(code=RefusalCode.POLICY)
+    assert answers[1:3] == [refused, refused]  # too few; and not taken by the run
+    said = [answer.synthetic for answer in answers if isinstance(answer, NodeCard)]
+    assert said == ["unprotected", None]

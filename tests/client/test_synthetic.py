@@ -13,10 +13,10 @@ import torch
 
 from client.folder import cohort_digest
 from client.gate import Gate, Site
-from client.synthetic import fitting, synthetic_cohort
+from client.synthetic import Synthetic, fitting, synthetic_cohort
 from client.training import LocalTrainer
 from common.cohort import Cohort
-from common.errors import CohortError, Refusal, RefusalCode
+from common.errors import CohortError, Refusal, RefusalCode, SpecError
 from common.messages import Invitation, NodeCard, RefusalReply
 from common.noise import Keystream
 from common.spec import RunSpec
@@ -120,7 +120,22 @@ def test_a_run_that_mixes_in_trains_nothing_without_them(
 def test_older_specs_keep_their_digest(make_spec: Any):
     assert "synthetic" not in make_spec().canonical_json
     assert make_spec(augmentation={"synthetic": 0}).digest == make_spec().digest
-    assert make_spec(augmentation={"synthetic": 1}).digest != make_spec().digest
+    one = make_spec(augmentation={"synthetic": 1})
+    assert one.digest != make_spec().digest
+    assert "synthetic_without_privacy" not in one.canonical_json
+    open_to_all = {"synthetic": 1, "synthetic_without_privacy": True}
+    assert make_spec(augmentation=open_to_all).digest != one.digest
+
+
+@pytest.mark.parametrize(
+    ("synthetic", "privacy"), [(0, {}), (1, {"mechanism": "none"})], ids=["none", "no privacy"]
+)
+def test_a_run_says_so_only_where_it_means_something(
+    make_spec: Any, synthetic: int, privacy: dict[str, Any]
+):
+    augmentation = {"synthetic": synthetic, "synthetic_without_privacy": True}
+    with pytest.raises(SpecError, match="means something to a run under dp-sgd that mixes in"):
+        make_spec(augmentation=augmentation, privacy=privacy)
 
 
 # --- Which cohorts are taken ----------------------------------------------------------------------
@@ -154,10 +169,55 @@ def test_images_of_a_generator_without_privacy_take_a_word(
     path = told(make_synthetic(), **about)
     with pytest.raises(CohortError, match=r"about\.json: .*synthetic_without_privacy = true"):
         synthetic_cohort(path, without_privacy=False)
-    assert len(synthetic_cohort(path, without_privacy=True)) == 3
+    assert len(synthetic_cohort(path, without_privacy=True).cohort) == 3
     assert "without differential privacy are mixed in" in caplog.text  # the node's own log
     told(make_synthetic(), differential_privacy=True)
-    assert len(synthetic_cohort(path, without_privacy=False)) == 3
+    assert len(synthetic_cohort(path, without_privacy=False).cohort) == 3
+
+
+@pytest.mark.parametrize(
+    ("about", "unit", "behind"),
+    [
+        ({"differential_privacy": True, "unit_of_privacy": "patient"}, "patient", "protected"),
+        ({"differential_privacy": True, "unit_of_privacy": "patient"}, "image", "protected"),
+        ({"differential_privacy": True, "unit_of_privacy": "image"}, "image", "protected"),
+        ({"differential_privacy": True, "unit_of_privacy": "image"}, "patient", "unprotected"),
+        ({"differential_privacy": True}, "patient", "unprotected"),  # as it was written before
+        ({"differential_privacy": False, "unit_of_privacy": "patient"}, "image", "unprotected"),
+    ],
+)
+@pytest.mark.parametrize("site_says", [True, False])
+@pytest.mark.parametrize("run_says", [True, False])
+def test_the_patients_behind_are_protected_or_run_and_site_both_say_that_they_are_not(  # noqa: PLR0913, PLR0917
+    make_synthetic: Any,
+    make_spec: Any,
+    about: dict[str, Any],
+    unit: str,
+    behind: str,
+    site_says: bool,
+    run_says: bool,
+):
+    """A generator that protected single images leaves a patient of many with less than the run."""
+    path = told(make_synthetic(), **about)
+    augmentation = {"synthetic": 3} | ({"synthetic_without_privacy": True} if run_says else {})
+    spec = make_spec(augmentation=augmentation, privacy={"unit": unit})
+
+    def taken() -> Cohort | None:
+        made = synthetic_cohort(path, without_privacy=site_says)
+        assert made.behind(spec) == behind
+        return fitting(spec, made)
+
+    if behind == "protected" or (site_says and run_says):
+        assert taken() is not None
+        return
+    with pytest.raises(CohortError, match="synthetic_without_privacy = true"):
+        taken()
+
+
+def test_a_run_without_privacy_claims_nothing_and_takes_them(make_synthetic: Any, make_spec: Any):
+    made = synthetic_cohort(told(make_synthetic()), without_privacy=True)
+    spec = make_spec(augmentation={"synthetic": 3}, privacy={"mechanism": "none"})
+    assert fitting(spec, made) is not None
 
 
 @pytest.fixture
@@ -194,7 +254,8 @@ def test_too_few_or_others_are_refused_before_anything_is_set_aside(
 ):
     policy = make_policy(data={"synthetic": "made/cohort"})
     ledger, made = make_ledger(policy), make_synthetic()
-    site = Site(policy, ledger, "c" * 64, check_synthetic=lambda spec: fitting(spec, made))
+    known = Synthetic(made, "patient", without_privacy=False)
+    site = Site(policy, ledger, "c" * 64, check_synthetic=lambda spec: fitting(spec, known))
     gate, before = Gate(site, trainer_for=_never), ledger.book.last
     answer = gate.invite(Invitation(make_spec(augmentation={"synthetic": 4})))
     assert answer == RefusalReply(code=RefusalCode.POLICY)
@@ -202,7 +263,7 @@ def test_too_few_or_others_are_refused_before_anything_is_set_aside(
     assert isinstance(gate.invite(Invitation(make_spec(augmentation={"synthetic": 3}))), NodeCard)
     other = make_spec(augmentation={"synthetic": 3}, input={"fit": "crop"})
     with pytest.raises(CohortError, match="does not fit"):
-        fitting(other, made)
+        fitting(other, known)
 
 
 def _never(*_: Any) -> Any:

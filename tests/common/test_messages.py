@@ -462,6 +462,17 @@ def test_paced_is_yes_or_no(messages: Any, paced: Any):
     assert "card.paced = " in refusal_of(messages["card"])
 
 
+@pytest.mark.parametrize("said", ["protected", "unprotected"])
+def test_who_is_behind_synthetic_images_is_on_a_card_where_it_is_asked(
+    spec: RunSpec, messages: Any, said: Any
+):
+    assert "synthetic" not in messages["card"]["card"]  # as before there were any
+    told = through_protobuf(card_of(spec, synthetic=said).to_records())
+    assert read_reply(told) == card_of(spec, synthetic=said)
+    messages["card"]["card"]["synthetic"] = "yes"
+    assert "card.synthetic = 'yes'" in refusal_of(messages["card"])
+
+
 @pytest.mark.parametrize("text", ["", "{}", "null", "[" * 5_000, "x" * 300_000])
 def test_a_spec_that_is_none(messages: Any, text: str):
     messages["task"]["task"]["spec"] = text

@@ -130,7 +130,8 @@ def test_it_says_whether_patients_may_be_given_away(  # noqa: PLR0913, PLR0917
     words = "its unit the image" if known else "they may give patients away"
     assert words in about["privacy"]
     if known:
-        assert len(synthetic_cohort(out / "cohort", without_privacy=False)) == 2
+        found = synthetic_cohort(out / "cohort", without_privacy=False)
+        assert (len(found.cohort), found.unit) == (2, "image")
     else:
         refused(out / "cohort")
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
@@ -25,14 +26,30 @@ from common.clock import Clock
 from common.cohort import Cohort
 from common.errors import CohortError, ModelError, RunError, SpecError
 from common.files import locked
+from common.spec import RunSpec
+from common.tasks.generation import Drawn
 from deploy.local_engine import ClientAppAt, LocalGrid
 from deploy.simulation import Simulation, load, prepare, read_simulation, simulate
+from deploy.synthetic import write_cohort as write_drawn
 from server.evaluation import CentralEvaluator
 from server.rounds import Conduct, FederatedRun
 
 Write = Callable[..., Path]
 Arrays = dict[str, NDArray[np.float32]]
 
+EXTRA = "[evaluation]\n"
+SITES = """
+[simulation]
+evaluation = "evaluation"
+[[simulation.site]]
+name = "north"
+cohort = "north"
+declared_size = 20
+[[simulation.site]]
+name = "south"
+cohort = "south"
+declared_size = 30
+"""
 SPLIT = """
 [simulation]
 evaluation = "evaluation"
@@ -73,6 +90,38 @@ def run(tmp_path: Path, watching: Any) -> Callable[..., Path]:
         return folder
 
     return of
+
+
+@pytest.fixture
+def made(tmp_path: Path, make_spec: Callable[..., RunSpec]) -> str:
+    """Six synthetic images of nobody knows which model; the key that names them."""
+    (tmp_path / "made").mkdir()
+    drawn = Drawn(torch.rand(6, *make_spec().input.shape), torch.tensor([0, 1] * 3))
+    write_drawn(tmp_path / "made" / "cohort", drawn, make_spec())
+    return 'synthetic = "made/cohort"\n'
+
+
+def test_synthetic_images_are_mixed_in_and_the_card_says_whose_they_may_be(
+    write_run: Write, run: Callable[..., Path], made: str
+):
+    plain = run(write_run())
+    named = SITES.replace("[[", f"{made}synthetic_without_privacy = true\n[[", 1)
+    mixing = "\n[augmentation]\nsynthetic = 3\n"
+    asked = (EXTRA, f"{mixing}{EXTRA}")
+    with pytest.raises(CohortError, match=r"synthetic_without_privacy = true beside the cohort"):
+        run(write_run(SITES.replace("[[", f"{made}[[", 1), [asked]))
+    with pytest.raises(CohortError, match=r"or a run that says augmentation\.synthetic_without"):
+        run(write_run(named, [asked]))
+    folder = run(write_run(named, [(EXTRA, f"{mixing}synthetic_without_privacy = true\n{EXTRA}")]))
+    assert any(np.any(weights_of(plain)[n] != a) for n, a in weights_of(folder).items())
+    card = json.loads((folder / "model_card.json").read_text())
+    assert card["privacy"]["protected"] is False
+    assert {name: site["synthetic"] for name, site in card["privacy"]["sites"].items()} == {
+        "north": "unprotected",
+        "south": "unprotected",
+    }
+    assert "Those of north and south are not known to be" in " ".join(card["privacy"]["claim"])
+    assert "mixed in the same synthetic images" in " ".join(card["limitations"])
 
 
 def test_nobody_is_trained_on_who_is_evaluated_on(write_run: Write, tmp_path: Path):

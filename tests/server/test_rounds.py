@@ -37,7 +37,7 @@ from common.messages import (
     TrainTask,
     read_request,
 )
-from common.spec import RunSpec
+from common.spec import Behind, RunSpec
 from common.tasks import counts
 from server.evaluation import CentralEvaluator
 from server.members import Anybody, Members
@@ -98,6 +98,7 @@ class Site:
     script: dict[int, Callable[[Site, Any], Say]] = field(default_factory=dict)
     update: Callable[[TrainTask], Mapping[str, Any]] | None = None
     paced: bool = True
+    synthetic: Behind | None = None
     witness: str = witness(1)
     closing: str = ""
     given: list[str] = field(default_factory=list)
@@ -126,6 +127,7 @@ class Site:
             version="0",
             declared_size=self.declared_size,
             paced=self.paced,
+            synthetic=self.synthetic,
             witness=self.witness,
         )
 
@@ -414,6 +416,70 @@ def test_whether_replies_were_paced_is_recorded_for_each_site_over_the_whole_run
     page = (run.folder / "report.html").read_text()
     assert "Replies of a were paced" in page
     assert "Replies of b and c were not paced" in page
+
+
+# --- Synthetic images that the sites mix in -------------------------------------------------------
+
+MIXING = {"synthetic": 2, "synthetic_without_privacy": True}
+
+
+def test_one_site_without_privacy_behind_its_synthetic_images_ends_the_claim_of_the_run(
+    conducted: Any,
+):
+    run = conducted(augmentation=MIXING)
+    changing = Site("c", synthetic="unprotected")
+    with pytest.raises(KeyboardInterrupt):
+        run.run(
+            *(Site("a", synthetic="protected"), Site("b", synthetic="protected"), changing),
+            observer=Watching(stop_after=1),
+        )
+    changing.synthetic = "protected"  # what it sent before stays in the model
+    run.run(Site("a", synthetic="protected"), Site("b", synthetic="protected"), changing)
+    privacy = run.file("privacy.json")
+    assert privacy["protected"] is False
+    assert {name: site["synthetic"] for name, site in privacy["sites"].items()} == {
+        "a": "protected",
+        "b": "protected",
+        "c": "unprotected",
+    }
+    card = run.file("model_card.json")["privacy"]
+    assert card["protected"] is False
+    assert "Synthetic images that c mixed in are not known" in card["warning"]
+    assert "Those of c are not known to be of a generator" in " ".join(card["claim"])
+    for page in ("report.html", "model_card.md"):
+        assert "Synthetic images that c mixed in are not known" in (run.folder / page).read_text()
+
+
+def test_protected_ones_leave_the_claim_and_the_card_says_what_it_leaves_out(conducted: Any):
+    run = conducted(augmentation={"synthetic": 2})
+    run.run(*(Site(name, synthetic="protected") for name in "abc"))
+    card = run.file("model_card.json")["privacy"]
+    assert (card["protected"], card["warning"]) == (True, None)
+    assert "A patient of both bears the sum" in " ".join(card["claim"])
+    plain = conducted("plain")
+    plain.run(Site("a"), Site("b"), Site("c"))
+    assert "ynthetic" not in (plain.folder / "model_card.md").read_text()
+    assert "synthetic" not in plain.file("privacy.json")["sites"]["a"]
+
+
+@pytest.mark.parametrize(
+    ("augmentation", "said", "why"),
+    [
+        ({"synthetic": 2}, "unprotected", "takes no synthetic images whose patients"),
+        ({"synthetic": 2}, None, "both sides need the same version"),  # a node from before it
+        (MIXING, None, "both sides need the same version"),
+        ({}, "protected", "both sides need the same version"),
+    ],
+)
+def test_who_does_not_say_who_is_behind_its_synthetic_images_takes_no_part(
+    conducted: Any, augmentation: dict[str, Any], said: Any, why: str
+):
+    run = conducted(augmentation=augmentation, federation={"quorum": 2})
+    right: Behind | None = "protected" if augmentation else None
+    run.run(Site("a", synthetic=right), Site("b", synthetic=right), Site("c", synthetic=said))
+    assert set(run.file("privacy.json")["sites"]) == {"a", "b"}
+    assert run.file("privacy.json")["protected"] is True
+    assert why in " ".join(run.file("environment.json")["declined"].values())
 
 
 # --- One site of three does wrong ---------------------------------------------------------------
