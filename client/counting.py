@@ -80,21 +80,21 @@ def row_bytes(spec: RunSpec) -> int:
         ModelError: as `models.build`.
     """
     network, settings = models.outline(spec).eval(), spec.input
-    places = () if settings.images == 1 else (settings.images,)
+    places = (settings.places,) if settings.of_studies else ()
 
     @torch.no_grad()
     def predict(rows: int) -> None:
         network(torch.zeros(rows, *places, *settings.shape, device="meta"))
 
     one, two = (peak_bytes(partial(predict, rows)) for rows in (1, 2))
-    around = _COPIES * settings.images * math.prod(settings.shape)
+    around = _COPIES * settings.places * math.prod(settings.shape)
     return math.ceil(OF_KERNELS * (two - one)) + 4 * around
 
 
 def batch_size(spec: RunSpec, compute: Compute) -> int:
     """How many images or studies are predicted at once: of spec and machine alone."""
     fitting = compute.gradient_memory // row_bytes(spec)
-    return max(1, min(_MOST_IMAGES // spec.input.images, fitting))
+    return max(1, min(_MOST_IMAGES // spec.input.places, fitting))
 
 
 @torch.no_grad()

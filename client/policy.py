@@ -24,9 +24,10 @@ from client.intake.settings import IntakeSettings, PathText
 from client.ledger import stamp
 from common import accounting
 from common.accounting import Part, Share, SubsampledGaussian, Unit
-from common.cohort import FEWEST_CLASSES
+from common.cohort import FEWEST_CLASSES, problem_with_modalities
 from common.errors import ConfigError, Refusal, RefusalCode, SpecError
 from common.spec import (
+    CodeString,
     Count,
     DpSgd,
     Fraction,
@@ -147,6 +148,8 @@ class Data(Section):
     """What the cohort is made for, in public terms; a run that asks for other data is refused.
 
     `preprocessing` is the digest of what intake did; ``cloister node init --cohort`` fills it in.
+    `modalities` are those that its run's file named at the intake; a run that asks for modalities
+    asks for one of these at least.
     `synthetic` is a cohort of ``cloister generate``, relative to the file, that a run may mix in;
     `synthetic_without_privacy` takes one whose generator had no differential privacy.
     """
@@ -156,6 +159,7 @@ class Data(Section):
     classes: tuple[str, ...]
     shape: Annotated[tuple[Count, ...], Field(min_length=3, max_length=4)]
     preprocessing: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    modalities: tuple[CodeString, ...] = ()
     synthetic: PathText | None = None
     synthetic_without_privacy: bool = False
 
@@ -341,6 +345,8 @@ class Policy(Section):
         if self.data is None:
             return
         if problem := spec.task.problem_with(self.data.kind, self.data.classes):
+            yield f"this site's data: {problem}"
+        if problem := problem_with_modalities(self.data.modalities, spec.input):
             yield f"this site's data: {problem}"
         if spec.augmentation.synthetic and self.data.synthetic is None:
             yield "it mixes in synthetic images; [data] names no synthetic cohort"

@@ -571,7 +571,7 @@ def patient_bytes(spec: RunSpec) -> int:
     size = sum(parameter.numel() for parameter in _learned(learner))
     learner = _with_sample_gradients(learner) if private else learner
     settings, copies = spec.input, spec.augmentation.multiplicity
-    places = () if settings.images == 1 else (settings.images,)
+    places = (settings.places,) if settings.of_studies else ()
 
     def outputs_of(patients: int) -> Tensor:
         rows = patients * copies * spec.task.VIEWS
@@ -581,9 +581,9 @@ def patient_bytes(spec: RunSpec) -> int:
         return outputs
 
     one, two = (peak_bytes(partial(outputs_of, patients)) for patients in (1, 2))
-    around = _IMAGE_COPIES * copies * settings.images * math.prod(settings.shape)
+    around = _IMAGE_COPIES * copies * settings.places * math.prod(settings.shape)
     around += _LOSS_COPIES * outputs_of(1).numel()
-    if private and copies * spec.task.VIEWS * settings.images > 1:
+    if private and copies * spec.task.VIEWS * settings.places > 1:
         around += size  # a patient's rows are added up beside them
     if private and spec.local.precision == "bfloat16":
         around += size  # each is made float32 beside what it was
@@ -594,7 +594,7 @@ def _physical_patients(spec: RunSpec, compute: Compute) -> int:
     """How many patients go through at once; 1 to 512 where `compute` does not say."""
     if compute.physical_images is None:
         return min(512, max(1, compute.gradient_memory // patient_bytes(spec)))
-    of_each = spec.augmentation.multiplicity * spec.task.VIEWS * spec.input.images
+    of_each = spec.augmentation.multiplicity * spec.task.VIEWS * spec.input.places
     return max(1, compute.physical_images // of_each)
 
 

@@ -10,8 +10,10 @@ their sealed forms (`common.cohort_seal`), which only the holder of a key can re
     class.
 ``index.sqlite``
     ``meta`` (what was done, for which classes) and ``image`` (one row an image: pseudonyms,
-    label, SHA-256 of its stored pixels, size of the original, split). The label is JSON: a class
-    number, a 0 or 1 for each class, a list of boxes, or 0 where the target is a mask or nothing.
+    label, SHA-256 of its stored pixels, size of the original, split, modality). The label is JSON:
+    a class number, a 0 or 1 for each class, a list of boxes, or 0 where the target is a mask or
+    nothing. The modality is empty where nothing named one; cohorts before format 4 have no column
+    of it, and are read as if all were empty.
 
 Intake writes it (`client.intake.builder`), everyone else reads it through `Cohort`. Images are
 memory-mapped: a cohort may be many times larger than memory. The index is held in memory, some
@@ -41,9 +43,10 @@ from common.errors import CohortError, SealError
 from common.sealed import OVERHEAD
 from common.spec import AFTER_INTAKE, Input, RunSpec
 
-FORMAT = 3
-_READ = (1, 2, FORMAT)
+FORMAT = 4
+_READ = (1, 2, 3, FORMAT)
 INDEX_FILE = "index.sqlite"
+_SAYS_MODALITIES = 4
 IMAGES_FILE = "images.u16"
 PIXEL = np.dtype("<u2")
 PIXEL_MAX = 65535
@@ -54,7 +57,7 @@ CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE image (
     row INTEGER PRIMARY KEY, patient TEXT NOT NULL, study TEXT NOT NULL, series TEXT NOT NULL,
     instance TEXT NOT NULL, label TEXT NOT NULL, sha256 TEXT NOT NULL,
-    height INT NOT NULL, width INT NOT NULL, split TEXT NOT NULL
+    height INT NOT NULL, width INT NOT NULL, split TEXT NOT NULL, modality TEXT NOT NULL
 );
 """
 
@@ -79,7 +82,9 @@ class CohortMeta:
     ``preprocessing`` says in words what intake did to every image; its digest is what a run is
     compared with. ``source`` is the kind of source (``dicom``), ``created`` a date.
     ``deidentification`` is the SHA-256 of profile, table and code of the de-identification; ``""``
-    where the source is no DICOM, or the cohort is of format 1, which did not say.
+    where the source is no DICOM, or the cohort is of format 1, which did not say. ``modalities``
+    are those that the run's file named when it was taken in, of which alone there are images then;
+    none where it named none. They are public, like the classes: no image was asked for them.
     """
 
     unit: Unit
@@ -91,6 +96,7 @@ class CohortMeta:
     source: str
     created: str
     deidentification: str
+    modalities: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.unit not in ("patient", "image") or self.kind not in FEWEST_CLASSES:
@@ -121,6 +127,7 @@ class CohortMeta:
             source=source,
             created=created,
             deidentification=deidentification,
+            modalities=spec.input.modalities,
         )
 
     @property
@@ -154,7 +161,9 @@ class CohortMeta:
                 raise CohortError(f"format {rows.get('format')}: this version reads {known}")
             if number == 1:
                 values["deidentification"] = ""
-            for key in ("classes", "shape"):
+            if number < _SAYS_MODALITIES:
+                values["modalities"] = ()
+            for key in ("classes", "shape", "modalities"):
                 values[key] = tuple(values[key])
             return cls(**values)
         except (KeyError, TypeError, ValueError) as error:
@@ -176,6 +185,7 @@ class _Index(NamedTuple):
     splits: NDArray[np.str_]
     digests: NDArray[np.uint8]
     boxes: NDArray[np.float32]
+    modalities: NDArray[np.str_]
 
 
 class Cohort:
@@ -197,6 +207,7 @@ class Cohort:
         labels: (images,) int64 class indices, or (images, classes) float32 of 0 and 1 for a
             multilabel task; a zero each where images have no label, see `targets`.
         splits: (images,) ``""``, ``"train"``, ``"validation"`` or ``"test"``.
+        modalities: (images,) such as ``CT``; empty where nothing named one.
     """
 
     def __init__(
@@ -219,6 +230,7 @@ class Cohort:
         self.study_index: NDArray[np.int64] = index.studies[self._rows]
         self.labels: NDArray[Any] = index.labels[self._rows]
         self.splits: NDArray[np.str_] = index.splits[self._rows]
+        self.modalities: NDArray[np.str_] = index.modalities[self._rows]
 
     @classmethod
     def open(cls, path: Path, key: bytes | None = None) -> Self:
@@ -449,6 +461,8 @@ class Cohort:
         """
         problem = spec.task.problem_with(self.kind, self.classes)
         differences = [problem] if problem else []
+        if problem := problem_with_modalities(self.meta.modalities, spec.input):
+            differences.append(problem)
         differences += [
             f"{name} is {ours}, the run asks for {theirs}"
             for name, ours, theirs in self._comparison(spec)
@@ -555,6 +569,19 @@ class Cohort:
             yield "the unit (privacy.unit)", self.unit, asked
 
 
+def problem_with_modalities(known: Sequence[str], settings: Input) -> str:
+    """Why images of these modalities do not serve a run; empty if they do.
+
+    One in common is enough: a site without the other takes part, with its places empty. That is
+    said by what a cohort was made for and by no image of it, as all that a node is asked.
+    """
+    asked = settings.modalities
+    if not asked or set(asked) & set(known):
+        return ""
+    seen = f"are {', '.join(known)}" if known else "were not asked for when it was made"
+    return f"its images' modalities {seen}, the run asks for {', '.join(asked)}"
+
+
 def _preprocessing(settings: Input) -> str:
     """Every setting of the input in one line, for a person who compares two of them."""
     kept = settings.model_dump(mode="json", exclude=set(AFTER_INTAKE))
@@ -616,7 +643,10 @@ def _connect(file: Path, seal: CohortSeal | None) -> sqlite3.Connection:
 
 
 def _read_index(database: sqlite3.Connection, meta: CohortMeta) -> _Index:
-    asked = "SELECT row, patient, label, split, sha256, study FROM image ORDER BY row"
+    columns = [column[1] for column in database.execute("PRAGMA table_info(image)")]
+    asked = "SELECT row, patient, label, split, sha256, study, modality FROM image ORDER BY row"
+    if "modality" not in columns:
+        asked = "SELECT row, patient, label, split, sha256, study, '' FROM image ORDER BY row"
     rows = database.execute(asked).fetchall()
     if any(number != row[0] for number, row in enumerate(rows)):
         raise CohortError("its images are not numbered 0, 1, 2, …")
@@ -630,7 +660,14 @@ def _read_index(database: sqlite3.Connection, meta: CohortMeta) -> _Index:
     labels = _labels(texts, meta)
     boxes = _boxes(texts if meta.kind == "boxes" else (), len(meta.classes))
     return _Index(
-        tuple(map(str, names)), index.astype(np.int64), studies, labels, splits, digests, boxes
+        tuple(map(str, names)),
+        index.astype(np.int64),
+        studies,
+        labels,
+        splits,
+        digests,
+        boxes,
+        np.array([row[6] for row in rows], dtype=np.str_),
     )
 
 

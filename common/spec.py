@@ -40,11 +40,12 @@ SMALLEST_CLIP_NORM, LARGEST_CLIP_NORM = 1e-6, 1e6
 ClipNorm = Annotated[float, Field(ge=SMALLEST_CLIP_NORM, le=LARGEST_CLIP_NORM)]
 Rate = Annotated[float, Field(gt=0, le=1e6)]
 CodeString = Annotated[str, Field(pattern=r"^[A-Z0-9_][A-Z0-9_ ]{0,15}$")]  # DICOM's CS
+MOST_MODALITIES = 8
 
 _LONGEST_SHOWN, _MOST_ERRORS = 120, 20
 
 Direction = Literal["sagittal", "coronal", "axial"]
-AFTER_INTAKE = ("normalize", "mean", "std", "patch", "images")
+AFTER_INTAKE = ("normalize", "mean", "std", "patch", "images", "together", "modalities")
 """Keys of `Input` that say nothing of how a cohort is made: one serves whatever they are."""
 MOST_VOXELS = 2**28
 """Of one volume: 1 GiB of float32."""
@@ -60,6 +61,10 @@ def _is_false(value: bool) -> bool:
 
 def _is_one(number: int) -> bool:
     return number == 1
+
+
+def _is_empty(values: tuple[str, ...]) -> bool:
+    return not values
 
 
 def _by(sides: tuple[int, ...]) -> str:
@@ -107,7 +112,8 @@ class Task(Section):
         VIEWS: how many rows of a batch one image becomes in training.
         COUNTED: whether a site can release it as noised counts (``evaluation.federated``).
         VOLUMES: whether it takes volumes (``input.depth``).
-        STUDIES: whether it takes several images of a study at once (``input.images``).
+        STUDIES: whether it takes several images of a study at once (``input.images``,
+            ``input.modalities``).
         name: by which the registry (`common.tasks.TASKS`) finds the class of the table.
         kind: what target a cohort must have for each image: a label of a ``binary``,
             ``multiclass`` or ``multilabel`` task, a ``mask``, ``boxes``, or ``none``.
@@ -186,16 +192,7 @@ class Task(Section):
                 f"evaluation.metric = {_shown(chosen)}: expected one of {', '.join(known)} for a "
                 f"task of {self.name}"
             )
-        if spec.input.images > 1 and not self.STUDIES:
-            raise ValueError(
-                f"input.images = {spec.input.images}: {self.name} takes one image at a time; leave "
-                "it out"
-            )
-        if spec.input.images > 1 and spec.privacy.unit == "image":
-            raise ValueError(
-                f"input.images = {spec.input.images}: the images of a study are one patient's, and "
-                "privacy.unit = 'image' protects one image; write 'patient'"
-            )
+        self._check_studies(spec)
         if spec.input.depth is not None and not self.VOLUMES:
             raise ValueError(
                 f"input.depth = {spec.input.depth}: {self.name} takes images, no volumes; leave "
@@ -205,6 +202,27 @@ class Task(Section):
             raise ValueError(
                 f"evaluation.federated: {self.name} has no noised counts that a site could "
                 "release; leave the table out"
+            )
+
+    def _check_studies(self, spec: RunSpec) -> None:
+        """Several images in one decision, of one modality or of many."""
+        seen = spec.input
+        if not seen.of_studies:
+            return
+        key = f"input.modalities = {list(seen.modalities)}"
+        if not seen.modalities:
+            key = f"input.images = {seen.images}"
+        if not self.STUDIES:
+            raise ValueError(f"{key}: {self.name} takes one image at a time; leave it out")
+        if spec.privacy.unit == "image":
+            raise ValueError(
+                f"{key}: the images of a study are one patient's, and privacy.unit = 'image' "
+                "protects one image; write 'patient'"
+            )
+        if seen.modalities and spec.augmentation.synthetic:
+            raise ValueError(
+                f"augmentation.synthetic = {spec.augmentation.synthetic}: no synthetic image says "
+                "its modality, and input.modalities asks for it; leave one of the two out"
             )
 
 
@@ -257,6 +275,14 @@ class Input(Section):
     of a multi-frame file. ``images``: how many images of a study go into one decision; 1: each
     image for itself.
 
+    With ``modalities`` a decision is about images of several modalities, each with an encoder of
+    its own, and ``images`` are those *of each*: ``["CT", "MR"]`` with ``images = 4`` takes up to
+    four CT and four MR images. Their order is that of the places a network sees. They are what
+    Modality (0008,0060) says, or what the label table says instead (``FRONTAL``, ``LATERAL``).
+    What is of no modality in the list is not seen; a study in which one is absent is no error: its
+    places stay empty. ``together``: what one decision is about, the images of a ``study`` or all of
+    a ``patient``, whose CT and MR mostly are two studies.
+
     With ``depth`` an image is a volume on the grid depth x height x width, whose voxels are
     ``spacing`` millimetres apart (of slices, rows, columns); it is resampled to that, never
     scaled. ``pad`` then refuses a volume that is larger than the grid, ``crop`` cuts it around its
@@ -282,6 +308,20 @@ class Input(Section):
     direction: Direction | None = Field(None, exclude_if=_is_none)
     patch: tuple[Count, Count, Count] | None = Field(None, exclude_if=_is_none)
     images: int = Field(1, ge=1, le=64, exclude_if=_is_one)
+    together: Literal["study", "patient"] = Field("study", exclude_if=lambda of: of == "study")
+    modalities: tuple[CodeString, ...] = Field((), exclude_if=_is_empty, max_length=MOST_MODALITIES)
+
+    @model_validator(mode="after")
+    def _modalities_differ(self) -> Self:
+        twice = sorted({name for name in self.modalities if self.modalities.count(name) > 1})
+        if twice:
+            raise ValueError(f"modalities has {twice[0]!r} twice; each has one encoder of its own")
+        if self.together == "patient" and not self.of_studies:
+            raise ValueError(
+                "together = 'patient' is of several images in one decision; write images or "
+                "modalities as well, or leave it out"
+            )
+        return self
 
     @model_validator(mode="after")
     def _one_number_a_channel(self) -> Self:
@@ -341,12 +381,22 @@ class Input(Section):
     def row_shape(self) -> tuple[int, ...]:
         """The shape of what a network sees at once, of a study with its images before all."""
         one = self.channels, *self.seen
-        return one if self.images == 1 else (self.images, *one)
+        return (self.places, *one) if self.of_studies else one
+
+    @property
+    def of_studies(self) -> bool:
+        """Whether one decision is about several images."""
+        return self.images > 1 or bool(self.modalities)
+
+    @property
+    def places(self) -> int:
+        """Images that one decision has room for, those of the first modality first."""
+        return self.images * max(1, len(self.modalities))
 
     @property
     def row_name(self) -> str:
-        """What one answer is about: ``image`` (or volume), or ``study``."""
-        return "image" if self.images == 1 else "study"
+        """What one answer is about: ``image`` (or volume), ``study`` or ``patient``."""
+        return self.together if self.of_studies else "image"
 
     @property
     def preprocessing_digest(self) -> str:

@@ -5,6 +5,15 @@ has as many places as the run's file says (``input.images``). A study with fewer
 places empty; of one with more, training draws which are seen, each time anew, and evaluation takes
 them evenly spaced. A place without an image is NaN throughout, which no stored pixel can be.
 
+With ``input.together = "patient"`` a row is a whole patient: CT and MR mostly are two studies.
+
+**Modalities.** With ``input.modalities`` a row has that many places *for each*, those of the first
+one in front. Each modality's images are chosen by themselves, so that forty slices of CT leave a
+single radiograph its place. A study without one of them is no error: its places are NaN. An image
+of no listed modality is not there at all (`seen_by`): it is not seen, decides no label, and a
+patient who has no other image is not in the rows. Whether a patient is, follows from that
+patient's record alone, so the sampling of the others stays as it is (docs/privacy.md 2).
+
 **Labels.** A study has a finding (``binary``, ``multilabel``) if one of its images has it. Of
 ``multiclass`` labels only one can be right, and all images of a study must have the same. That is
 what an operator's evaluation cohort is held to (`check`). A site's training cohort is not: whether
@@ -33,15 +42,26 @@ class Studies(Cohort):
     """A view of a cohort whose rows are studies; all numbers of rows are numbers of studies.
 
     Args:
-        cohort: the images.
-        places: images that one study has room for.
+        cohort: the images, all of `modalities` if there are any.
+        places: images that one study has room for, of each modality.
+        modalities: in the order of their places; none: all images are alike.
+        together: what a row is, ``study`` or ``patient``.
     """
 
-    def __init__(self, cohort: Cohort, places: int) -> None:
+    def __init__(
+        self,
+        cohort: Cohort,
+        places: int,
+        modalities: tuple[str, ...] = (),
+        together: str = "study",
+    ) -> None:
         super().__init__(cohort.path, cohort.meta, cohort._index, cohort._rows, cohort._seal)
         self.places = places
+        self.asked = modalities
+        self.together = together
         self._whole = cohort
-        _, first, study = np.unique(self.study_index, return_index=True, return_inverse=True)
+        of = self.patient_index if together == "patient" else self.study_index
+        _, first, study = np.unique(of, return_index=True, return_inverse=True)
         self._order = np.argsort(study, kind="stable").astype(np.int64)
         self._starts = np.searchsorted(study[self._order], np.arange(len(first) + 1))
         self._study = study.astype(np.int64)
@@ -53,15 +73,16 @@ class Studies(Cohort):
         return len(self.patient_index)
 
     def __repr__(self) -> str:
-        return f"Studies({str(self.path)!r}, {len(self)} studies of {len(self.patients)} patients)"
+        rows = f"{len(self)} studies of " if self.together == "study" else ""
+        return f"Studies({str(self.path)!r}, {rows}{len(self.patients)} patients)"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self._whole, self.places)
+        return type(self), (self._whole, self.places, self.asked, self.together)
 
     @property
     def row_shape(self) -> tuple[int, ...]:
-        """(places, channels, height, width)."""
-        return self.places, *self.shape
+        """(places of all modalities, channels, height, width)."""
+        return self.places * max(1, len(self.asked)), *self.shape
 
     @property
     def contradictory(self) -> NDArray[np.int64]:
@@ -78,10 +99,11 @@ class Studies(Cohort):
     def drawn(self, rows: Rows, below: Draw) -> NDArray[np.int64]:
         """(N, places) for each study numbers of its images, at random where it has too many.
 
-        They are ascending, and `ABSENT` behind them; `images` and `targets` take them.
+        Of each modality they are ascending, and `ABSENT` behind them; `images` and `targets` take
+        them.
         """
-        owned = [self.images_of(int(row)) for row in rows]
-        return self._placed([_some(images, self.places, below) for images in owned])
+        owned = [self._by_modality(int(row)) for row in rows]
+        return self._placed([[_some(of, self.places, below) for of in each] for each in owned])
 
     def images(self, rows: Rows) -> NDArray[np.float32]:
         """(N, places, channels, height, width) in 0..1, NaN where there is no image.
@@ -98,37 +120,68 @@ class Studies(Cohort):
     def targets(self, rows: Rows) -> NDArray[Any]:
         """The labels of studies; `rows` as for `images`."""
         wanted = np.asarray(rows, dtype=np.int64)
-        return np.asarray(self.labels[wanted if wanted.ndim == 1 else self._study[wanted[:, 0]]])
+        if wanted.ndim == 1:
+            return np.asarray(self.labels[wanted])
+        return np.asarray(self.labels[self._study[wanted.max(axis=1)]])  # any that is there
 
     def chosen(self, rows: Rows) -> NDArray[np.int64]:
         """(N, places) the numbers of the images that `images` reads."""
         wanted = np.asarray(rows, dtype=np.int64)
         if wanted.ndim != 1:
             return wanted
-        owned = [self.images_of(int(row)) for row in wanted]
-        return self._placed([images[spaced(len(images), self.places)] for images in owned])
+        owned = [self._by_modality(int(row)) for row in wanted]
+        return self._placed([[of[spaced(len(of), self.places)] for of in each] for each in owned])
 
-    def _placed(self, chosen: list[NDArray[np.int64]]) -> NDArray[np.int64]:
-        placed = np.full((len(chosen), self.places), ABSENT, dtype=np.int64)
-        for row, images in zip(placed, chosen, strict=True):
-            row[: len(images)] = images
+    def _by_modality(self, study: int) -> list[NDArray[np.int64]]:
+        """Its images of each modality, where none is asked for all in one; some may be empty."""
+        images = self.images_of(study)
+        if not self.asked:
+            return [images]
+        of = self._whole.modalities[images]
+        return [images[of == name] for name in self.asked]
+
+    def _placed(self, chosen: list[list[NDArray[np.int64]]]) -> NDArray[np.int64]:
+        placed = np.full((len(chosen), self.row_shape[0]), ABSENT, dtype=np.int64)
+        for row, each in zip(placed, chosen, strict=True):
+            for number, images in enumerate(each):
+                start = number * self.places
+                row[start : start + len(images)] = images
         return placed
 
     def _view(self, mask: NDArray[np.bool_]) -> Self:
-        return type(self)(self._whole._view(mask[self._study]), self.places)
+        whole = self._whole._view(mask[self._study])
+        return type(self)(whole, self.places, self.asked, self.together)
+
+
+def seen_by(spec: RunSpec, cohort: Cohort) -> Cohort:
+    """The images of `cohort` that a run sees: those of its modalities, or all if it names none."""
+    if not spec.input.modalities or isinstance(cohort, Studies):
+        return cohort
+    return cohort._view(np.isin(cohort.modalities, np.asarray(spec.input.modalities)))
 
 
 def rows_for(spec: RunSpec, cohort: Cohort) -> Cohort:
     """`cohort` as a run takes it: studies where it asks for several images, else itself."""
-    if spec.input.images == 1 or isinstance(cohort, Studies):
+    seen = spec.input
+    if not seen.of_studies or isinstance(cohort, Studies):
         return cohort
-    studies = Studies(cohort, spec.input.images)
+    listed = seen_by(spec, cohort)
+    if left := len(cohort) - len(listed):
+        log.warning(
+            "%d of %d images are of none of %s; the run does not see them, nor %d patients",
+            left,
+            len(cohort),
+            ", ".join(seen.modalities),
+            len(cohort.patients) - len(listed.patients),
+        )
+    studies = Studies(listed, seen.images, seen.modalities, seen.together)
     if len(studies.contradictory):
         log.warning(
-            "%d of %d studies have images of different classes; each counts as the class that "
+            "%d of %d %s have images of different classes; each counts as the class that "
             "most of its images have",
             len(studies.contradictory),
             len(studies),
+            _named(studies),
         )
     return studies
 
@@ -144,11 +197,15 @@ def check(cohort: Cohort) -> None:
     study = int(cohort.contradictory[0])
     names = sorted({cohort.classes[n] for n in cohort._whole.labels[cohort.images_of(study)]})
     raise CohortError(
-        f"{cohort.path}: {len(cohort.contradictory)} of {len(cohort)} studies have images of "
-        f"different classes, one of patient {cohort.patients[cohort.patient_index[study]]} has "
-        f"{' and '.join(names)}; expected one class a study: correct the labels and take in again, "
-        "or ask for a multilabel task"
+        f"{cohort.path}: {len(cohort.contradictory)} of {len(cohort)} {_named(cohort)} have images "
+        f"of different classes, one of patient {cohort.patients[cohort.patient_index[study]]} has "
+        f"{' and '.join(names)}; expected one class a {cohort.together}: correct the labels and "
+        "take in again, or ask for a multilabel task"
     )
+
+
+def _named(studies: Studies) -> str:
+    return "studies" if studies.together == "study" else "patients"
 
 
 def spaced(count: int, most: int) -> NDArray[np.int64]:
@@ -157,7 +214,7 @@ def spaced(count: int, most: int) -> NDArray[np.int64]:
     One alone is that in the middle.
     """
     if most == 1:
-        return np.array([(count - 1) // 2])
+        return np.array([(count - 1) // 2])[:count]
     return np.unique(np.linspace(0, count - 1, min(count, most)).round().astype(np.int64))
 
 

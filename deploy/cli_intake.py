@@ -112,7 +112,8 @@ def pictures(
     """Take in a folder of PNG and JPEG pictures.
 
     The CSV has the columns `file` (a path within the folder) and `label`, and optionally
-    `patient` and `split`. Without a column `patient` the unit of privacy is the image.
+    `patient` and `split`. Without a column `patient` the unit of privacy is the image. A run with
+    `input.modalities` needs a column `modality`.
 
     For a run of masks it has `file` and `mask`, the path of a PNG whose values are class numbers.
     For one of boxes it has `file`, `left`, `top`, `right`, `bottom` (pixels) and `label`, one line

@@ -243,9 +243,9 @@ def run(
 
     The CSV has one column that says what a line is about (`PatientID`, `StudyInstanceUID`,
     `AccessionNumber` or `SOPInstanceUID`) and one named `label` with the name of a class. A
-    multilabel task has a column of 0 and 1 for each class. A column `split` is optional. A run of
-    masks takes `--segments` instead, and DICOM segmentations (SEG) beside the images: a CSV with
-    `segment`, a code (`SCT:10200004`) or a label of segments, and `class`.
+    multilabel task has a column of 0 and 1 for each class; `split` is optional; `modality` stands
+    for a file's own. A run of masks takes `--segments` instead, and DICOM segmentations (SEG)
+    beside the images: a CSV with `segment`, a code (`SCT:10200004`) or a label, and `class`.
 
     Example: `cloister intake run /archive/chest north.cohort --spec run.toml
     --labels labels.csv --node north`

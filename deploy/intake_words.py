@@ -75,6 +75,8 @@ def print_contents(path: Path, contents: CohortSummary) -> None:
     for count in contents.classes:
         patients = f" of {count.patients} patients" if contents.unit == "patient" else ""
         table.add_row(f"class {escape(count.name)}", f"{count.images} images{patients}")
+    for name, images in contents.modalities.items():
+        table.add_row(f"modality {escape(name)}", f"{images} images")
     for name, images in contents.splits.items():
         table.add_row(f"split {name or '(none)'}", f"{images} images")
     console.print(table)

@@ -153,6 +153,7 @@ def _differences(cohort: Cohort, data: Data | None) -> Iterator[str]:
         ("classes", cohort.classes, data.classes),
         ("shape", cohort.shape, data.shape),
         ("preprocessing", cohort.preprocessing_digest, data.preprocessing),
+        ("modalities", cohort.meta.modalities, data.modalities),
     ):
         if ours != written:
             yield f"[data] {key} is {written} in node.toml, the cohort has {ours}."

@@ -136,6 +136,7 @@ def _path(home: Path, cohort: Path | None) -> str:
 
 def data_table(meta: CohortMeta) -> str:
     """``[data]`` for a cohort, from its public description; there is no count in it."""
+    modalities = f"modalities = {_quoted(list(meta.modalities))}\n" if meta.modalities else ""
     return (
         "[data]\n"
         f"unit = {_quoted(meta.unit)}\n"
@@ -143,6 +144,7 @@ def data_table(meta: CohortMeta) -> str:
         f"classes = {_quoted(list(meta.classes))}\n"
         f"shape = {_quoted(list(meta.shape))}  # {sides_of(meta.shape)}\n"
         f"preprocessing = {_quoted(meta.preprocessing_digest)}\n"
+        f"{modalities}"
     )
 
 

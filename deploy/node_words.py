@@ -198,6 +198,11 @@ def _data(policy: Policy) -> Iterator[str]:
         f"{shape} pixels ({sides_of(data.shape)}), one {data.unit} to a pseudonym, preprocessing "
         f"{data.preprocessing[:12]}…"
     )
+    if data.modalities:
+        yield (
+            f"A run of modalities is taken if one of them is of {_listed(data.modalities)}; a "
+            "patient without the others takes part without them."
+        )
 
 
 def _leaves(policy: Policy) -> Iterator[str]:

@@ -58,6 +58,7 @@ from common.errors import CohortError, RunError, SpecError
 from common.files import write_durably
 from common.noise import Keystream
 from common.spec import Count, Positive, RunSpec, Section, explain_detail, read_run_file
+from common.studies import seen_by
 from deploy import partition
 from deploy.local_engine import ClientAppAt, LocalGrid, Timing
 from deploy.ray_engine import run_on_ray
@@ -264,6 +265,7 @@ def check(spec: RunSpec, simulation: Simulation) -> None:
         planned(spec, simulation.declared(number))
         cohort = simulation.cohort_of(number, spec.seed)
         cohort.check_fits(spec)
+        cohort = seen_by(spec, cohort)
         _check_apart(name, cohort, evaluator)
         if not simulation.allow_odd_sites:
             _check_ordinary(name, cohort)

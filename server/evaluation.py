@@ -179,7 +179,7 @@ class CentralEvaluator:
         self._spec = spec
         self._device = device
         self._task = task_for(spec)
-        parts = split_cohort(cohort, spec)
+        parts = split_cohort(studies.seen_by(spec, cohort), spec)
         self.parts: Mapping[PartName, Cohort] = {
             name: studies.rows_for(spec, part) for name, part in parts.items()
         }

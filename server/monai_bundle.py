@@ -49,7 +49,7 @@ def monai_files(described: Described) -> dict[str, bytes]:
     """
     package = described.package
     served = Served(package.network(), package.spec, described.calibration)
-    if served.generates or package.spec.input.images > 1:
+    if served.generates or package.spec.input.of_studies:
         taken = "noise" if served.generates else "several images of a study at once"
         raise ModelError(
             f"model.name = {package.spec.model.name!r}: it is given {taken}, and a MONAI bundle "

@@ -94,8 +94,10 @@ def probes(served: Served, rows: int, seed: int) -> dict[str, Tensor]:
         "black and white": (even > 0.5).float(),
         "one bright pixel": single,
     }
-    if served.spec.input.images > 1:
+    if served.spec.input.of_studies:
         few = even.clone()
         few[:, 1:] = torch.nan
-        tried["one image of a study"] = few
+        last = even.clone()
+        last[:, :-1] = torch.nan
+        tried |= {"the first image of a study": few, "the last image of a study": last}
     return tried

@@ -55,7 +55,8 @@ class ImageRecord:
     """All that is kept of an image beside its pixels.
 
     ``patient``, ``study``, ``series`` and ``instance`` are keyed pseudonyms
-    (`client.intake.keys`), ``height`` and ``width`` the size of the original in pixels.
+    (`client.intake.keys`), ``height`` and ``width`` the size of the original in pixels,
+    ``modality`` what the source or the label table calls the way it was made.
     """
 
     patient: str
@@ -66,6 +67,7 @@ class ImageRecord:
     height: int
     width: int
     split: str = ""
+    modality: str = ""
 
 
 class ImageFile:
@@ -175,7 +177,7 @@ class _IndexFile:
 
     def add(self, record: ImageRecord, sha256: str) -> None:
         self._database.execute(
-            "INSERT INTO image VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            "INSERT INTO image VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
             (self._count, *_columns(record, sha256)),
         )
         self._count += 1
@@ -390,6 +392,7 @@ def _columns(record: ImageRecord, sha256: str) -> tuple[str | int, ...]:
         record.height,
         record.width,
         record.split,
+        record.modality,
     )
 
 

@@ -25,7 +25,7 @@ from client.intake.deid.walk import Account
 from client.intake.deidentify import counted, text_of
 from client.intake.display import brightness
 from client.intake.items import Item
-from client.intake.labels import LabelEntry, LabelTable
+from client.intake.labels import LabelEntry, LabelTable, modality_of
 from client.intake.part10 import DicomFile, Directory, FrameDecoder, Geometry, Limits
 from client.intake.pixels import to_shape
 from client.intake.quiet import quiet
@@ -217,6 +217,7 @@ class FileReader:
         images: list[Kept] = []
         shots: list[Shot] = []
         counts = clean.account.counts
+        modality = modality_of(entry, text_of(clean.header, "Modality"), self.settings)
         for number in frames:
             stored = decode(number)
             shown = brightness(stored, clean.header, number, self.settings.window)
@@ -225,7 +226,7 @@ class FileReader:
             counts["pixels: outside of regions blanked", "PixelData"] += frame.outside
             if (frame.boxes or frame.outside) and len(shots) < MOST_SHOTS:
                 shots.append(shot(number, shown, frame.pixels, frame.boxes))
-            record = self.record(frame, entry, stored.shape)
+            record = replace(self.record(frame, entry, stored.shape), modality=modality)
             images.append(Kept(record, to_shape(frame.pixels, self.settings)))
         return replace(found, images=tuple(images), account=clean.account, shots=tuple(shots))
 

@@ -3,7 +3,8 @@
 One column names what a line is about; its header says which identifier it is. A binary or
 multiclass task has a column ``label`` with the name of a class; a multilabel task has one column
 for each class, holding 0 or 1; a task whose target is no label has neither. An optional column
-``split`` holds ``train``, ``validation``, ``test`` or nothing. Other columns are not read.
+``split`` holds ``train``, ``validation``, ``test`` or nothing. Where lines are of single images and
+the run asks for modalities, a column ``modality`` names that of each. Other columns are not read.
 """
 
 from __future__ import annotations
@@ -16,21 +17,26 @@ from pathlib import Path
 from client.intake.builder import Label
 from client.intake.source import NotUsed
 from common.cohort import LABELLED, SPLITS
-from common.errors import ConfigError
-from common.spec import Task
+from common.errors import ConfigError, IntakeError
+from common.spec import Input, Task
 
 DICOM_KEYS = ("PatientID", "StudyInstanceUID", "AccessionNumber", "SOPInstanceUID")
+OF_AN_IMAGE = ("SOPInstanceUID", "file")
 _NUMBERS = {"0": 0, "1": 1}
 
 
 @dataclass(frozen=True)
 class LabelEntry:
-    """What the table says of one key, and on which line of the file."""
+    """What the table says of one key, and on which line of the file.
+
+    ``modality`` is empty where the table says none, or speaks of more than one image.
+    """
 
     label: Label
     split: str
     line: int
     patient: str = ""
+    modality: str = ""
 
 
 @dataclass(frozen=True)
@@ -78,6 +84,22 @@ def read_labels(path: Path, task: Task, keys: Sequence[str] = DICOM_KEYS) -> Lab
         raise ConfigError(f"{path}: cannot be read as a CSV in UTF-8 ({error})") from error
 
 
+def modality_of(entry: LabelEntry, named: str, settings: Input) -> str:
+    """The modality of an image, as the table says it, or else as the image itself does.
+
+    Where the run asks for none, none is kept: what is kept is a word of the run's file, and never
+    one of a header or a table.
+
+    Raises:
+        IntakeError: if the run asks for modalities, and this is none of them.
+    """
+    found, asked = entry.modality or named, settings.modalities
+    if asked and found not in asked:
+        said = "its modality is none of" if found else "nothing says its modality; expected one of"
+        raise IntakeError(f"{said} {', '.join(asked)} (input.modalities)")
+    return found if asked else ""
+
+
 def labels_without_image(labels: LabelTable, used: Collection[str]) -> Iterator[NotUsed]:
     """The lines of a table of which nothing was kept; for the hospital's own eyes."""
     for name, entry in labels.entries.items():
@@ -95,7 +117,8 @@ def _read(source: str, reader: csv.DictReader[str], task: Task, keys: Sequence[s
         name = row[key]
         if not name:
             raise ConfigError(f"{source}:{line}: {key} is empty; write one or drop the line")
-        entry = _entry(f"{source}:{line}", line, row, task)
+        modality = row.get("modality", "") if key in OF_AN_IMAGE else ""
+        entry = _entry(f"{source}:{line}", line, row, task, modality)
         _check_same(f"{source}:{line}", f"{key} {name!r}", entries.setdefault(name, entry), entry)
     if not entries:
         raise ConfigError(f"{source}: has a header and no line; expected one for each {key}")
@@ -147,12 +170,12 @@ def _label_columns(task: Task) -> tuple[str, ...]:
     return task.classes if task.kind == "multilabel" else ("label",)
 
 
-def _entry(where: str, line: int, row: Mapping[str, str], task: Task) -> LabelEntry:
+def _entry(where: str, line: int, row: Mapping[str, str], task: Task, modality: str) -> LabelEntry:
     split = row.get("split", "")
     if split not in SPLITS:
         expected = "train, validation, test or nothing"
         raise ConfigError(f"{where}: split {split!r} is unknown; expected {expected}")
-    return LabelEntry(_label(where, row, task), split, line, row.get("patient", ""))
+    return LabelEntry(_label(where, row, task), split, line, row.get("patient", ""), modality)
 
 
 def _label(where: str, row: Mapping[str, str], task: Task) -> Label:
@@ -175,8 +198,8 @@ def _flag(where: str, name: str, value: str) -> int:
 
 
 def _check_same(where: str, what: str, first: LabelEntry, again: LabelEntry) -> None:
-    """One thing has one label, one split and one patient, however often it is named."""
-    for attribute in ("label", "split", "patient"):
+    """One thing has one label, split, patient and modality, however often it is named."""
+    for attribute in ("label", "split", "patient", "modality"):
         if getattr(first, attribute) != getattr(again, attribute):
             raise ConfigError(
                 f"{where}: {what} has another {attribute} here than on line {first.line}; "

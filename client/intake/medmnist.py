@@ -68,6 +68,11 @@ class MedMnist:
     unit: Unit = field(default="image", init=False)
 
     def __post_init__(self) -> None:
+        if self.spec.input.modalities:
+            raise IntakeError(
+                f"{self.file}: a MedMNIST file names no modality, and input.modalities asks for "
+                "them; take pictures in instead (`cloister intake pictures`)"
+            )
         self._count = sum(self._checked(part) for part in self.parts)
 
     def __len__(self) -> int:

@@ -2,7 +2,8 @@
 
 For a task with labels a CSV has the columns ``file`` (a path within the folder), ``label`` (or
 one column for each class of a multilabel task), and optionally ``patient`` and ``split``. With a
-patient column the cohort's unit is the patient. Masks and boxes: `client.intake.annotations`.
+patient column the cohort's unit is the patient. A run of modalities needs a column ``modality``.
+Masks and boxes: `client.intake.annotations`.
 
 A mask is a picture of its own, in grey or with a palette, of the same size, whose values are
 class numbers; where there are two classes, 255 may stand for the second. Whatever is annotated
@@ -24,12 +25,12 @@ from client.intake.annotations import Annotation, PixelBox, read_annotations
 from client.intake.builder import Box, ImageRecord, Label
 from client.intake.items import walk
 from client.intake.keys import SiteKey
-from client.intake.labels import LabelEntry, LabelTable, read_labels
+from client.intake.labels import LabelEntry, LabelTable, modality_of, read_labels
 from client.intake.part10 import CLOSED_FOLDER, Limits
 from client.intake.pixels import box_to_shape, mask_to_shape, shown, to_shape
 from client.intake.source import Kept, NotUsed, Step
 from common.cohort import Unit
-from common.errors import IntakeError
+from common.errors import ConfigError, IntakeError
 from common.spec import RunSpec
 from common.task_sections import Detection
 
@@ -59,6 +60,7 @@ class Pictures:
 
     Raises:
         IntakeError: if there is no such folder.
+        ConfigError: if the run asks for modalities, and no line names one.
     """
 
     folder: Path
@@ -74,6 +76,11 @@ class Pictures:
     def __post_init__(self) -> None:
         if not self.folder.is_dir():
             raise IntakeError(f"{self.folder}: no such folder; expected a folder of pictures")
+        if self.spec.input.modalities and not any(e.modality for e in self.labels.entries.values()):
+            raise ConfigError(
+                f"{self.labels.source}: names no modality; input.modalities asks for a column "
+                f"'modality' with {' or '.join(self.spec.input.modalities)} in each line"
+            )
         self.unit = "patient" if self.labels.names_patients else "image"
         masks = {e.mask for e in self.labels.entries.values() if isinstance(e, Annotation)}
         labelled = {str(PurePosixPath(name)) for name in (*self.labels.entries, *masks)}
@@ -120,6 +127,7 @@ class Pictures:
             raise IntakeError(entry.problem)
         if self.unit == "patient" and not entry.patient:
             raise IntakeError("no patient identifier")
+        modality = modality_of(entry, "", self.spec.input)
         path = _within(self.folder, name)
         stored, highest = _read(path, self.limits)
         label, mask = self._target(path, entry, (stored.shape[0], stored.shape[1]))
@@ -134,6 +142,7 @@ class Pictures:
             height=stored.shape[0],
             width=stored.shape[1],
             split=self.split or entry.split,
+            modality=modality,
         )
         image = shown(stored, highest, self.spec.input.window)
         return Kept(record, to_shape(image, self.spec.input), mask)

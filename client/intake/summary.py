@@ -29,6 +29,7 @@ class CohortSummary:
     Attributes:
         images_a_patient: fewest, mean, most; zeros for an empty cohort.
         splits: images by split.
+        modalities: images by modality; empty where nothing named one.
         warnings: what a person should settle before a run, in sentences.
     """
 
@@ -39,6 +40,7 @@ class CohortSummary:
     classes: tuple[ClassCount, ...]
     images_a_patient: tuple[int, float, int]
     splits: Mapping[str, int]
+    modalities: Mapping[str, int]
     warnings: tuple[str, ...]
 
 
@@ -46,7 +48,6 @@ def summarise(cohort: Cohort) -> CohortSummary:
     """Count what is in a cohort."""
     counts = np.bincount(cohort.patient_index, minlength=len(cohort.patients))
     classes = tuple(_classes(cohort))
-    names, numbers = np.unique(cohort.splits, return_counts=True)
     return CohortSummary(
         source=cohort.meta.source,
         unit=cohort.unit,
@@ -54,7 +55,8 @@ def summarise(cohort: Cohort) -> CohortSummary:
         patients=len(cohort.patients),
         classes=classes,
         images_a_patient=_spread(counts),
-        splits={str(name): int(number) for name, number in zip(names, numbers, strict=True)},
+        splits=_counted(cohort.splits),
+        modalities=_counted(cohort.modalities[cohort.modalities != ""]),
         warnings=tuple(_warnings(cohort, classes, counts)),
     )
 
@@ -62,6 +64,11 @@ def summarise(cohort: Cohort) -> CohortSummary:
 def _classes(cohort: Cohort) -> Iterator[ClassCount]:
     for name, has in zip(cohort.classes, cohort.present().T, strict=True):
         yield ClassCount(name, int(has.sum()), len(np.unique(cohort.patient_index[has])))
+
+
+def _counted(names: NDArray[np.str_]) -> dict[str, int]:
+    known, numbers = np.unique(names, return_counts=True)
+    return {str(name): int(number) for name, number in zip(known, numbers, strict=True)}
 
 
 def _spread(counts: NDArray[np.int64]) -> tuple[int, float, int]:
@@ -94,6 +101,7 @@ def _warnings(
             "person's, or a placeholder?"
         )
     yield from _split_warnings(cohort)
+    yield from _modality_warnings(cohort)
 
 
 def _split_warnings(cohort: Cohort) -> Iterator[str]:
@@ -104,6 +112,12 @@ def _split_warnings(cohort: Cohort) -> Iterator[str]:
             f"{several} patients have images in more than one split: an evaluation on one part "
             "would know patients of the other."
         )
+
+
+def _modality_warnings(cohort: Cohort) -> Iterator[str]:
+    absent = [name for name in cohort.meta.modalities if name not in cohort.modalities]
+    if absent:
+        yield f"No image of the modality {', '.join(map(repr, absent))}."
 
 
 def _codes(values: NDArray[np.str_]) -> NDArray[np.int64]:

@@ -418,10 +418,15 @@ def _digest_of(cohort: Path) -> str:
 
 def _spec_digest(spec: RunSpec) -> str:
     """Of what a cohort depends on: how images are made, and the classes."""
-    said = (spec.input.preprocessing_digest, spec.task.kind, *spec.task.classes)
+    said = [spec.input.preprocessing_digest, spec.task.kind, *spec.task.classes]
+    if spec.input.modalities:
+        said.append(f"modalities {' '.join(spec.input.modalities)}")
     return hashlib.sha256("\n".join(said).encode()).hexdigest()
 
 
 def _said(labels: LabelTable) -> dict[str, str]:
     """What each line of a table says, by what finds it."""
-    return {name: repr((entry.label, entry.split)) for name, entry in labels.entries.items()}
+    return {
+        name: repr((entry.label, entry.split, *filter(None, [entry.modality])))
+        for name, entry in labels.entries.items()
+    }

@@ -182,7 +182,7 @@ def _check_layer(name: str, module: nn.Module) -> None:
 def _made(spec: RunSpec) -> nn.Module:
     """The network, around which there is another where it is to see several images at once."""
     factory = pkgutil.resolve_name(NETWORKS[spec.model.name].factory)
-    around = pkgutil.resolve_name(_OF_STUDY) if spec.input.images > 1 else None
+    around = pkgutil.resolve_name(_OF_STUDY) if spec.input.of_studies else None
     model: nn.Module = around(factory, spec) if around else factory(spec)
     if spec.model.dropout and not any(isinstance(layer, _DropoutNd) for layer in model.modules()):
         raise ModelError(

@@ -31,7 +31,7 @@ def normalise(images: Tensor, spec: Input) -> Tensor:
     Returns:
         float32 of that shape on the device of `images`, which are not changed.
     """
-    if spec.images == 1:
+    if not spec.of_studies:
         return _each(images, spec)
     return _each(images.flatten(0, 1), spec).view(images.shape)
 
