@@ -81,7 +81,9 @@ def coordinator() -> Iterator[Coordinator]:
 
 
 @pytest.fixture
-def link(coordinator: Coordinator) -> Iterator[FleetLink]:
+def link(coordinator: Coordinator, monkeypatch: pytest.MonkeyPatch) -> Iterator[FleetLink]:
+    """One that waits for a byte of an answer for seconds, not for half a minute."""
+    monkeypatch.setattr(module, "_SECONDS", 5.0)
     with FleetLink(
         coordinator.address, ec.generate_private_key(ec.SECP384R1()), None, most_bytes=2**20
     ) as made:

@@ -153,8 +153,7 @@ def of_loss(name: str, *, loaded: bool) -> dict[str, Any]:
     return {"name": name} | (LOADED if loaded else {})
 
 
-@pytest.mark.parametrize("clip_norm", CLIP_NORMS)
-@pytest.mark.parametrize("copies", [1, 3])
+@pytest.mark.parametrize(("copies", "clip_norm"), [(1, min(CLIP_NORMS)), (3, max(CLIP_NORMS))])
 @pytest.mark.parametrize("loaded", [False, True], ids=["plain", "weighted"])
 @pytest.mark.parametrize("loss", LOSSES)
 def test_no_patient_moves_the_sum_of_the_small_cnn_by_more_than_c(
@@ -167,6 +166,15 @@ def test_no_patient_moves_the_sum_of_the_small_cnn_by_more_than_c(
         assert (moved > 0.99).all()  # everyone is clipped: the bound is met, not only kept
 
 
+def in_turn(networks: Sequence[str]) -> list[tuple[str, str, int]]:
+    """Every network with every loss; one copy and three take turns, so that each meets both."""
+    return [
+        (model, loss, 1 + 2 * ((row + column) % 2))
+        for row, model in enumerate(networks)
+        for column, loss in enumerate(LOSSES)
+    ]
+
+
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("kind", ["multiclass", "multilabel"])
 def test_nor_with_many_classes_or_labels(make_bench, kind, loss):
@@ -175,17 +183,15 @@ def test_nor_with_many_classes_or_labels(make_bench, kind, loss):
     assert is_bounded(moves(bench.sum_of, bench.clip_norm))
 
 
-@pytest.mark.parametrize("copies", [1, 3])
-@pytest.mark.parametrize("loss", LOSSES)
-@pytest.mark.parametrize("model", [name for name in LIGHT if name != "small-cnn"])
+@pytest.mark.parametrize(
+    ("model", "loss", "copies"), in_turn([name for name in LIGHT if name != "small-cnn"])
+)
 def test_nor_that_of_another_light_network(make_bench, model, loss, copies):
     bench = make_bench(model, loss=of_loss(loss, loaded=True), copies=copies)
     assert is_bounded(moves(bench.sum_of, bench.clip_norm))
 
 
-@pytest.mark.parametrize("copies", [1, 3])
-@pytest.mark.parametrize("loss", LOSSES)
-@pytest.mark.parametrize("model", HEAVY)
+@pytest.mark.parametrize(("model", "loss", "copies"), in_turn(HEAVY))
 def test_nor_that_of_a_large_network(make_bench, model, loss, copies):
     """Three patients, one of whom has an infinite pixel, and another goes."""
     clip_norm = CLIP_NORMS[copies == 1]
@@ -203,8 +209,7 @@ def test_nor_that_of_a_large_network(make_bench, model, loss, copies):
     assert bench.zeroed == [1, 1]
 
 
-@pytest.mark.parametrize("poison", [np.inf, -np.inf, np.nan])
-@pytest.mark.parametrize("copies", [1, 3])
+@pytest.mark.parametrize(("poison", "copies"), [(np.inf, 3), (-np.inf, 1), (np.nan, 1)])
 @pytest.mark.parametrize("model", LIGHT)
 def test_a_patient_with_an_infinite_pixel_moves_nothing_and_spoils_nothing(
     make_bench, model, copies, poison
@@ -219,7 +224,7 @@ def test_a_patient_with_an_infinite_pixel_moves_nothing_and_spoils_nothing(
 
 @pytest.mark.parametrize(
     ("model", "largest_weight"),
-    [*((model, w) for model in LIGHT for w in (1.0, 1e3, 1e6)), *((m, 1e6) for m in HEAVY)],
+    [*((model, w) for model in LIGHT for w in (1.0, 1e6)), *((m, 1e6) for m in HEAVY)],
 )
 def test_hostile_weights_do_not_help(make_bench, model, largest_weight):
     removed = range(PATIENTS) if model in LIGHT else [0]

@@ -593,12 +593,15 @@ def deaths(hospital: Any, run_of: Any, global_weights: Any) -> Callable[..., lis
 # --- The matrix ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "state",
-    [pytest.param(state, id=name) for name, state in STATES.items()]
-    + [pytest.param(state, id=name, marks=pytest.mark.slow) for name, state in BETWEEN.items()],
-)
+@pytest.mark.parametrize("state", STATES.values(), ids=STATES)
 def test_a_node_killed_in_any_state_spends_what_it_booked(deaths: Any, state: State):
+    """Two nodes, each of which dies twice."""
+    assert deaths(state, times=4) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("state", [*STATES.values(), *BETWEEN.values()], ids=[*STATES, *BETWEEN])
+def test_nor_one_that_is_killed_there_again_and_again(deaths: Any, state: State):
     assert deaths(state) == []
 
 

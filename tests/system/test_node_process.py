@@ -42,6 +42,8 @@ from server.authority import Signed as Who
 from server.link import Exchange, LinkGrid, bundle, fleet_app
 from server.tls import ServerTls
 
+pytestmark = pytest.mark.slow
+
 Spec = Callable[..., RunSpec]
 PATIENCE = 600.0
 WORDS = "a passphrase of a test"
@@ -263,7 +265,6 @@ def as_bytes(release: Reply) -> dict[str, bytes]:
     return {name: array.tobytes() for name, array in release.update.items()}
 
 
-@pytest.mark.slow
 def test_a_node_that_is_killed_at_any_moment_comes_back_and_spends_nothing_twice(
     federation: Federation, start: Callable[..., Process], home: Path, task: TrainTask
 ):
@@ -293,7 +294,6 @@ def test_a_node_that_is_killed_at_any_moment_comes_back_and_spends_nothing_twice
 SEEDED = Path(__file__).with_name("field_site.py")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("shipped", [True, False], ids=["shipped", "seeded"])
 def test_the_noise_of_a_shipped_node_is_its_own(
     tmp_path: Path, make_home: Callable[[str], Path], task: TrainTask, shipped: bool
@@ -323,7 +323,6 @@ def test_the_noise_of_a_shipped_node_is_its_own(
     assert [first[name] == second[name] for name in first] == [not shipped] * len(first)
 
 
-@pytest.mark.slow
 def test_a_revoked_node_ends_with_a_code_that_says_so(
     federation: Federation, start: Callable[..., Process], home: Path
 ):
@@ -341,7 +340,6 @@ def test_a_revoked_node_ends_with_a_code_that_says_so(
     assert "✗ roster" in doctor.stdout
 
 
-@pytest.mark.slow
 def test_the_doctor_says_what_to_mend(federation: Federation, home: Path, tmp_path: Path):
     good = command("doctor", str(home))
     assert good.returncode == 0, good.stdout + good.stderr
@@ -395,7 +393,6 @@ class Proxy:
                         pairs[ready].sendall(content)
 
 
-@pytest.mark.slow
 def test_a_node_behind_a_proxy_is_led_through_it_and_loopback_never_is(
     tmp_path: Path, home: Path, start: Callable[..., Process], task: TrainTask
 ):
@@ -419,7 +416,6 @@ def test_a_node_behind_a_proxy_is_led_through_it_and_loopback_never_is(
         federation.close()
 
 
-@pytest.mark.slow
 def test_a_worker_of_a_node_that_is_gone_does_not_stay(
     federation: Federation, start: Callable[..., Process], home: Path, task: TrainTask
 ):
