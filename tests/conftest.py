@@ -108,7 +108,7 @@ def write_cohort(tmp_path: Path) -> Callable[..., Cohort]:
 
     Called with the spec, `owners` (a patient's number for each image), and if wished `labels`
     and `pixels`, which are drawn where they are not given, `studies` (a name for each image; one
-    of each patient if not given) and `splits`.
+    of each patient if not given), `splits` and `modalities`.
     """
 
     def write(  # noqa: PLR0913 - what a test may want of a cohort
@@ -120,6 +120,7 @@ def write_cohort(tmp_path: Path) -> Callable[..., Cohort]:
         name: str = "cohort",
         studies: Sequence[str] | None = None,
         splits: Sequence[str] | None = None,
+        modalities: Sequence[str] | None = None,
     ) -> Cohort:
         rng = np.random.default_rng(len(owners))
         classes, shape = len(spec.task.classes), spec.input.shape
@@ -133,7 +134,8 @@ def write_cohort(tmp_path: Path) -> Callable[..., Cohort]:
                 study = "st" if studies is None else studies[row]
                 split = "" if splits is None else splits[row]
                 kept = tuple(label) if isinstance(label, list | tuple) else int(label)
-                record = ImageRecord(patient, study, "se", str(row), kept, 20, 20, split)
+                made = "" if modalities is None else modalities[row]
+                record = ImageRecord(patient, study, "se", str(row), kept, 20, 20, split, made)
                 builder.add(record, image)
             unit = spec.privacy.unit
             builder.finish(CohortMeta.of(spec, unit=unit, source="test", created="2026-01-01"))

@@ -18,9 +18,9 @@ from torch.nn import functional
 from common import task_sections
 from common.cohort import Cohort
 from common.errors import ModelError
-from common.models.studies import StudyNetwork
+from common.models.studies import ModalityNetwork, StudyNetwork
 from common.spec import Loss, RunSpec
-from common.tasks import pictures
+from common.tasks import by_modality, pictures
 from common.tasks.answers import Answer
 from common.tasks.classification_exhibits import exhibits, studies
 from common.tasks.estimates import Estimate
@@ -35,7 +35,8 @@ _TINY = 1e-12
 class Classification(Task):
     """Losses and probabilities of a classification task.
 
-    Its evidence is ``probabilities``, (N, classes) float32, and ``labels``, as in the cohort.
+    Its evidence is ``probabilities``, (N, classes) float32, and ``labels``, as in the cohort; of a
+    run of modalities also which of them were there (`common.tasks.by_modality`).
 
     An image's loss is multiplied by the weight of its class, a literal of the spec; a multilabel
     image's loss is the mean over its labels, each multiplied by its own weight. Label smoothing s
@@ -78,7 +79,8 @@ class Classification(Task):
     def measured(self, outputs: Tensor, images: Tensor, targets: Tensor) -> Evidence:
         """Probabilities and labels of one batch."""
         probabilities = self.probabilities(outputs).float().cpu().numpy()
-        return {"probabilities": probabilities, "labels": targets.cpu().numpy()}
+        known = by_modality.present(images, self.spec)
+        return {"probabilities": probabilities, "labels": targets.cpu().numpy(), **known}
 
     def served(self, outputs: Tensor) -> Mapping[str, Tensor]:
         """Logits, and (B, classes) probabilities."""
@@ -86,7 +88,7 @@ class Classification(Task):
 
     def pictures(self, network: nn.Module, cohort: Cohort, device: torch.device) -> Evidence:
         """Of studies evenly spread over the cohort the images, and the weight that each had."""
-        if not isinstance(network, StudyNetwork):
+        if not isinstance(network, StudyNetwork | ModalityNetwork):
             return {}
         rows = pictures.spread(len(cohort), self.spec.evaluation.gallery)
         images = cohort.images(rows)
@@ -122,7 +124,9 @@ class Classification(Task):
 
     def exhibits(self, evidence: Evidence, patients: NDArray[np.int64]) -> Sequence[Exhibit]:
         """See `common.tasks.classification_exhibits`."""
-        shown: list[Exhibit] = [*exhibits(self.predictions(evidence, patients), self.spec)]
+        predictions = self.predictions(evidence, patients)
+        shown: list[Exhibit] = [*exhibits(predictions, self.spec)]
+        shown += by_modality.table(evidence, predictions, self.spec)
         if len(evidence.get("gallery_studies", ())):
             shown.append(studies(evidence, self.spec))
         return shown

@@ -195,16 +195,27 @@ def studies(evidence: Mapping[str, NDArray[Any]], spec: RunSpec) -> Gallery:
     each = (evidence[f"gallery_{name}"] for name in ("rows", "studies", "weights"))
     for row, images, weights in zip(*each, strict=True):
         drawn.append(pictures.beside([_weighed(*one) for one in zip(images, weights, strict=True)]))
-        said = ", ".join(f"{weight:.2f}" for weight in weights[~np.isnan(weights)])
-        captions.append(f"{_found(evidence, int(row), spec)}; weights {said}")
+        captions.append(f"{_found(evidence, int(row), spec)}; {_weights(weights, spec)}")
+    of_all = "all of a modality" if spec.input.modalities else f"all of a {spec.input.row_name}"
+    rows = words.plural(spec.input.row_name)
     return Gallery(
-        "Studies, and what their images weighed",
+        f"{rows.capitalize()}, and what their images weighed",
         np.stack(drawn),
         captions,
-        "Studies of the test part, image beside image.",
-        note="Orange: the weight of an image in its study's decision; all of a study add up to 1. "
+        f"{rows.capitalize()} of the test part, image beside image.",
+        note=f"Orange: the weight of an image in the decision; {of_all} add up to 1. "
         "A place that stays white had no image. A weight says where the network looked, not why.",
     )
+
+
+def _weights(weights: NDArray[Any], spec: RunSpec) -> str:
+    """``weights 0.40, 0.60``; of modalities ``CT 0.40, 0.60; MR absent``."""
+    names = spec.input.modalities or ("weights",)
+    said = []
+    for name, part in zip(names, np.split(weights, len(names)), strict=True):
+        shown = ", ".join(f"{weight:.2f}" for weight in part[~np.isnan(part)])
+        said.append(f"{name} {shown or 'absent'}")
+    return "; ".join(said)
 
 
 def _weighed(levels: pictures.Pixels, weight: float) -> pictures.Pixels:
