@@ -29,7 +29,7 @@ from client.intake.pictures import Pictures
 from client.intake.run import IntakeSummary, intake
 from client.intake.source import Step
 from common.cohort import Unit
-from common.spec import RunSpec
+from common.spec import Direction, RunSpec
 
 KEY = SiteKey(hashlib.sha256(b"benchmarks/tasks.py").digest())
 _TEST, _VALIDATION = 0.2, 0.1  # parts of the patients of what has no parts of its own
@@ -37,7 +37,7 @@ _OFFICIAL = {"train": "train", "val": "validation", "test": "test"}
 
 
 def hippocampus(data: Path, scratch: Path, cohort: Path, spec: RunSpec) -> IntakeSummary:
-    """Sagittal slices. A fifth of the patients is for the test, a tenth for validation.
+    """Sagittal slices, or volumes. A fifth of the patients is for the test, a tenth for validation.
 
     Volumes 2k - 1 and 2k are taken for one patient's: see `pairs`.
     """
@@ -47,7 +47,8 @@ def hippocampus(data: Path, scratch: Path, cohort: Path, spec: RunSpec) -> Intak
     split = splits(sorted(set(patient.values())))
     owners = {n: LabelEntry(0, split[patient[n]], 0, f"patient {patient[n]}") for n in names}
     images, labels = folder / "images", folder / "labels"
-    return intake(NiftiPairs(images, labels, spec, KEY, "sagittal", owners), cohort, spec)
+    cut: Direction | None = None if spec.input.depth else "sagittal"
+    return intake(NiftiPairs(images, labels, spec, KEY, cut, owners), cohort, spec)
 
 
 def bccd(data: Path, scratch: Path, cohort: Path, spec: RunSpec) -> IntakeSummary:

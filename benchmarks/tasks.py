@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 import task_cohorts
 import torch
+from numpy.typing import NDArray
 from rich.console import Console
 
 from client.intake.run import IntakeSummary
@@ -37,9 +38,10 @@ from common.files import write_durably
 from common.spec import RunSpec, read_run_file
 from common.task_sections import Generation as Section
 from common.tasks import metrics, pictures, task_for
-from common.tasks.estimates import Estimate, means
+from common.tasks.estimates import Estimate, Floats, estimates, means
 from common.tasks.generation import SYNTHETIC, Drawn, Generation
 from common.tasks.metrics import Predictions
+from common.tasks.task import Evidence
 from deploy import simulation
 from server.record import RunRecord
 from server.rounds import LogObserver
@@ -51,6 +53,7 @@ BEGIN, END = "<!-- made by benchmarks/tasks.py -->", "<!-- to here -->"
 
 COHORTS: Mapping[str, Callable[[Path, Path, Path, RunSpec], IntakeSummary]] = {
     "hippocampus": task_cohorts.hippocampus,
+    "hippocampus-3d": task_cohorts.hippocampus,
     "bccd": task_cohorts.bccd,
     "pneumonia": task_cohorts.pneumonia,
 }
@@ -62,6 +65,7 @@ REAL = "The same classifiers, trained on real images"
 BESIDE = "beside.json"
 WORKERS = 2
 _AS_LABELLED = "generation"  # PneumoniaMNIST is taken in once, with its labels, for all tasks
+_SIXTEENTH = -3  # of the references of a reconstruction: a sixteenth of the numbers
 
 
 @dataclass(frozen=True)
@@ -99,6 +103,14 @@ TRIALS = {
             aims={"Dice": 0.83},
         ),
         Trial("hippocampus-eps8", "tasks/hippocampus-eps8", "hippocampus", 30, "Segmentation"),
+        Trial("hippocampus-3d", "tasks/hippocampus-3d", "hippocampus-3d", 30, "Segmentation, 3-D"),
+        Trial(
+            "hippocampus-3d-eps8",
+            "tasks/hippocampus-3d-eps8",
+            "hippocampus-3d",
+            30,
+            "Segmentation, 3-D",
+        ),
         Trial("bccd", "tasks/bccd", "bccd", 51, "Detection", aims={"mAP at 0.5": 0.6}),
         Trial("bccd-eps8", "tasks/bccd-eps8", "bccd", 51, "Detection"),
         Trial("generation", "tasks/generation", "pneumonia", 1177, "Generation", aims={TSTR: 0.88}),
@@ -130,6 +142,15 @@ TRIALS = {
             "Classification",
             {"privacy.target_epsilon": "8.0"},
         ),
+        Trial("vit-eps8", "tasks/vit-eps8", "pneumonia", 1177, "Classification, vit"),
+        Trial("alexnet-eps8", "tasks/alexnet-eps8", "pneumonia", 1177, "Classification, alexnet"),
+        Trial(
+            "efficientnet-eps8",
+            "tasks/efficientnet-eps8",
+            "pneumonia",
+            1177,
+            "Classification, efficientnet-b0",
+        ),
     )
 }
 
@@ -152,6 +173,8 @@ class Finished:
         round: whose model it is: the best by the validation part.
         rounds: of the run.
         metrics: by name, each with its interval over patients.
+        validation: the headline on the validation part, by which settings are chosen; None
+            without one.
         images: of the test part.
         patients: of the test part.
         unit: of privacy.
@@ -164,6 +187,7 @@ class Finished:
     round: int
     rounds: int
     metrics: Mapping[str, Estimate]
+    validation: float | None
     images: int
     patients: int
     unit: Unit
@@ -336,12 +360,14 @@ def read(folder: Path) -> Finished:
     if "test" not in record.final:
         raise ValueError(f"{folder}: it was not evaluated on a test part")
     part, spent = record.final["test"], list(record.privacy.sites.values())
+    held = record.final.get("validation")
     worst = max(spent, key=lambda site: site.epsilon or 0.0)
     return Finished(
         seed=record.spec.seed,
         round=record.environment.model_round or len(record.rounds),
         rounds=len(record.rounds),
         metrics=dict(part.metrics),
+        validation=held.metrics[record.spec.evaluation.metric].value if held else None,
         images=part.images,
         patients=part.patients,
         unit=worst.unit,
@@ -361,17 +387,46 @@ def figures(folder: Path) -> dict[str, Estimate]:
     metric = record.spec.task.METRICS[headline]
     title = metric.title + (f" ({metric.unit})" if metric.unit else "")
     found = {title: part.metrics[headline]}
-    if getattr(record.spec.task, "goal", "") == "denoise":
-        own, others = part.evidence["psnr"], part.evidence["references"][:, :, 0]
-        gains = {name: own - others[:, column] for column, name in enumerate(REFERENCES)}
-        found |= means(gains, part.patient_index, resamples=500, generator=np.random.default_rng(1))
-    elif getattr(record.spec.task, "goal", "") == "compress":
+    goal = getattr(record.spec.task, "goal", "")
+    if goal == "compress":
         found["PSNR above the cosine transform of as many numbers (dB)"] = part.metrics["gain"]
+    elif goal in BESIDES:
+        found |= BESIDES[goal](part.evidence, part.patient_index)
     beside = folder.parent / BESIDE
     if beside.exists():
         kept = json.loads(beside.read_text())
         found |= {name: Estimate(**estimate) for name, estimate in kept.items()}
     return found
+
+
+def above_filters(evidence: Evidence, patients: NDArray[np.int64]) -> dict[str, Estimate]:
+    """PSNR above that of the noisy image and of each median filter."""
+    own, others = evidence["psnr"], evidence["references"][:, :, 0]
+    gains = {name: own - others[:, column] for column, name in enumerate(REFERENCES)}
+    return means(gains, patients, resamples=500, generator=np.random.default_rng(1))
+
+
+def unlearned_scores(evidence: Evidence, patients: NDArray[np.int64]) -> dict[str, Estimate]:
+    """AUROC of the two halves of the anomaly score, each as a score of its own.
+
+    They are the squared error, and that of the cosine transform of a sixteenth of the numbers,
+    for which nothing is learned and which is the greater, the less hazy an image is.
+    """
+    transform = evidence["references"][:, _SIXTEENTH, 0]
+    scores = {
+        "AUROC of the squared error alone": evidence["mse"],
+        "AUROC of the cosine transform alone: its PSNR": transform,
+    }
+    truths = evidence["abnormal"] > 0
+
+    def areas(weights: Floats) -> dict[str, Floats]:
+        ranked = {name: metrics.ranking(score, truths, weights) for name, score in scores.items()}
+        return {name: metrics.auroc(curve) for name, curve in ranked.items()}
+
+    return estimates(areas, patients, resamples=500, generator=np.random.default_rng(1))
+
+
+BESIDES = {"denoise": above_filters, "anomaly": unlearned_scores}
 
 
 def taught_on_real(spec: RunSpec, cohort: Cohort) -> Estimate:

@@ -16,6 +16,7 @@ from common.accounting import planned
 from common.cohort import Cohort
 from common.errors import ConfigError
 from common.spec import DpSgd, parse_run_text, read_run_file
+from common.tasks import reconstruction
 from common.tasks.estimates import Estimate
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -80,6 +81,22 @@ def test_the_gain_over_a_median_filter_is_the_difference_of_both(
     for column, name in enumerate(tasks.REFERENCES):
         own, other = kept["psnr"].mean(), kept["references"][:, column, 0].mean()
         assert found[name].value == pytest.approx(own - other, abs=1e-4)
+
+
+def test_each_half_of_the_anomaly_score_has_the_area_that_pairs_of_images_give(
+    tasks: Any, monkeypatch: pytest.MonkeyPatch, data: Path, tmp_path: Path
+) -> None:
+    changes = TINY | {"model.width": "8"}
+    made = tasks.Trial("tiny", "tasks/anomalies", "pneumonia", 10, "Anomalies", changes)
+    folder = tasks.run(made, 7, tmp_path / "work", data=data, rounds=1)
+    kept = np.load(folder / "evaluation.npz")
+    ratios = list(reconstruction._RATIOS)
+    transform = kept["references"][:, -len(ratios) + ratios.index(16), 0]
+    ill = kept["abnormal"] > 0
+    for name, score in (("squared error alone", kept["mse"]), ("its PSNR", transform)):
+        pairs = np.sign(score[ill][:, None] - score[~ill])
+        (found,) = [value for title, value in tasks.figures(folder).items() if name in title]
+        assert found.value == pytest.approx((pairs.mean() + 1) / 2)
 
 
 def test_a_run_whose_file_has_changed_is_run_anew(
@@ -180,8 +197,9 @@ def test_scaled_noise_is_that_of_a_real_site_of_so_many_patients(
     )
 
 
+@pytest.mark.parametrize(("name", "rows"), [("hippocampus", 4), ("hippocampus-3d", 2)])
 def test_two_volumes_of_one_patient_are_on_one_side_of_the_split(
-    tasks: Any, tmp_path: Path
+    tasks: Any, name: str, rows: int, tmp_path: Path
 ) -> None:
     (tmp_path / "hippocampus").mkdir()
     generator = np.random.default_rng(1)
@@ -190,15 +208,14 @@ def test_two_volumes_of_one_patient_are_on_one_side_of_the_split(
             for what in ("images", "labels"):
                 values = generator.integers(0, 3, (2, 8, 8)).astype(np.float32)
                 volume = nibabel.Nifti1Image(values, np.eye(4))
-                name = f"{what}/hippocampus_{number:03}.nii.gz"
                 nibabel.save(volume, tmp_path / "volume.nii.gz")
-                archive.write(tmp_path / "volume.nii.gz", name)
-    text = (BENCHMARKS / "tasks" / "hippocampus.toml").read_text()
-    cohort = Cohort.open(tasks.cohort_of("hippocampus", tmp_path / "work", tmp_path, text))
+                archive.write(tmp_path / "volume.nii.gz", f"{what}/hippocampus_{number:03}.nii.gz")
+    text = (BENCHMARKS / "tasks" / f"{name}.toml").read_text()
+    cohort = Cohort.open(tasks.cohort_of(name, tmp_path / "work", tmp_path, text))
 
     splits = [set(cohort.splits[cohort.rows_of(n)]) for n in range(len(cohort.patients))]
     assert len(cohort.patients) == 20
-    assert all(len(cohort.rows_of(n)) == 4 for n in range(20))
+    assert all(len(cohort.rows_of(n)) == rows for n in range(20))
     assert all(len(split) == 1 for split in splits)
     of = [split.pop() for split in splits]
     assert [of.count(name) for name in ("train", "validation", "test")] == [14, 2, 4]
