@@ -2,10 +2,12 @@
 
 Each patient is represented by one image, drawn at random, so that a patient's part in the table
 is a function of that patient's record alone (docs/privacy.md 2). A cohort without held-out patients
-releases noise, like any other (docs/privacy.md 5), and one batch goes through the network even for
-nobody: what fails, fails for every cohort. Every batch has one size, whoever is in it: a kernel
-rounds otherwise for another size, and could carry another patient over the edge of a bin. The size
-follows from spec and machine.
+releases noise, like any other (docs/privacy.md 5), and one image goes through the network even for
+nobody: what fails, fails for every cohort.
+
+Each patient goes through it alone. Beside others, a kernel rounds by the size of the batch and by
+the place in it, both of which a patient's absence changes; and weights can be made so that the last
+bit of everybody else lies on the edge of a bin.
 """
 
 from __future__ import annotations
@@ -30,7 +32,6 @@ from common.tasks import counts
 from common.tasks.classification import Classification
 from common.tasks.preprocess import normalise
 
-_MOST_IMAGES = 64
 _COPIES = 6  # float32 tensors of a row around the network: as it is read, padded, normalised
 
 
@@ -74,7 +75,7 @@ def memory_of(spec: RunSpec) -> dict[str, int]:
 
 @lru_cache(maxsize=32)
 def row_bytes(spec: RunSpec) -> int:
-    """What one more image or study of a batch takes in a prediction; no data is needed for it.
+    """What the prediction of an image or a study takes; no data is needed to know it.
 
     Raises:
         ModelError: as `models.build`.
@@ -91,12 +92,6 @@ def row_bytes(spec: RunSpec) -> int:
     return math.ceil(OF_KERNELS * (two - one)) + 4 * around
 
 
-def batch_size(spec: RunSpec, compute: Compute) -> int:
-    """How many images or studies are predicted at once: of spec and machine alone."""
-    fitting = compute.gradient_memory // row_bytes(spec)
-    return max(1, min(_MOST_IMAGES // spec.input.places, fitting))
-
-
 @torch.no_grad()
 def _predictions(
     spec: RunSpec, weights: Arrays, cohort: Cohort, keystream: Keystream, compute: Compute
@@ -109,18 +104,15 @@ def _predictions(
     for name, parameter in network.named_parameters():
         parameter.copy_(torch.from_numpy(np.array(weights[name])))
     network.to(compute.device).eval()
-    task, classes, size = Classification(spec), len(spec.task.classes), batch_size(spec, compute)
+    task, classes = Classification(spec), len(spec.task.classes)
     found = np.empty((len(rows), classes), dtype=np.float32)
-    for start in range(0, max(1, len(rows)), size):
-        part = rows[start : start + size]
-        seen = normalise(torch.from_numpy(cohort.images(part)).to(compute.device), spec.input)
-        predicted = task.probabilities(network(_whole_batch(seen, size)))[: len(part)]
-        found[start : start + size] = predicted.float().cpu().numpy()
+
+    def predicted(images: NDArray[np.float32]) -> Tensor:
+        seen = normalise(torch.from_numpy(images).to(compute.device), spec.input)
+        return task.probabilities(network(seen)).float().cpu()
+
+    for place in range(len(rows)):
+        found[place] = predicted(cohort.images(rows[place : place + 1]))[0].numpy()
+    if not len(rows):
+        predicted(np.zeros((1, *cohort.images(rows).shape[1:]), dtype=np.float32))
     return found, cohort.labels[rows]
-
-
-def _whole_batch(images: Tensor, size: int) -> Tensor:
-    """(size, C, H, W): the images, then zeros."""
-    padded = images.new_zeros((size, *images.shape[1:]))
-    padded[: len(images)] = images
-    return padded
