@@ -168,7 +168,7 @@ def rows_for(spec: RunSpec, cohort: Cohort) -> Cohort:
     listed = seen_by(spec, cohort)
     if left := len(cohort) - len(listed):
         log.warning(
-            "%d of %d images are of none of %s; the run does not see them, nor %d patients",
+            "%d of %d images are of none of %s, and not seen; patients who have no other: %d",
             left,
             len(cohort),
             ", ".join(seen.modalities),

@@ -2,7 +2,8 @@
 
 As in `test_sensitivity`: one step of the real trainer with and without one patient, who stands
 last; everyone is sampled and the noise is zero, so what differs is that patient. The encoder sees
-several rows of a patient, the layers after it one: both have to come out as that patient's.
+several rows of a patient, the layers after it one: both have to come out as that patient's. Of a
+run of modalities each encoder sees its own, and of a patient without one it learns nothing.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ from common.tasks import task_for
 
 PLACES = 3
 IMAGES = (3, 1, 2, 0, 3)  # of each patient's study; one has none at all
+ABSENT = ((), (1,), (0,), (0, 1), ())  # which modalities each patient has not, where there are two
+TWO = ("CT", "MR")
 PATIENTS = len(IMAGES)
 POISONED = 2
 TOLERANCE = 1e-5  # of C, for float32
@@ -83,22 +86,26 @@ def make_bench(  # noqa: PLR0913, PLR0917 - it is put together from these
         poison: float | None = None,
         largest_weight: float | None = None,
         kind: str = "binary",
+        modalities: Sequence[str] = (),
+        places: int = PLACES,
     ) -> Bench:
         classes = ["a", "b"] if kind == "binary" else ["a", "b", "c"]
         spec = make_spec(
             task={"kind": kind, "classes": classes},
             model={"name": model, "width": 4},
-            input={"height": 16, "width": 16, "images": PLACES},
+            input={"height": 16, "width": 16, "images": places, "modalities": list(modalities)},
             augmentation={"rotate": 20.0, "multiplicity": copies},
             local={"batch_size": PATIENTS},
             privacy={"clip_norm": clip_norm},
         )
         rng = np.random.default_rng(11)
-        images = rng.random((PATIENTS, PLACES, *spec.input.shape), dtype=np.float32)
+        images = rng.random((PATIENTS, *spec.input.row_shape), dtype=np.float32)
         if poison is not None:
-            images[POISONED, 1, 0, 8, 8] = poison
-        for study, count in zip(images, IMAGES, strict=True):
-            study[count:] = np.nan
+            images[POISONED, -2 if places > 1 else -1, 0, 8, 8] = poison
+        for study, count, absent in zip(images, IMAGES, ABSENT, strict=True):
+            study[count if not modalities else spec.input.places :] = np.nan
+            for modality in absent if modalities else ():
+                study[modality * places : (modality + 1) * places] = np.nan
         labels = np.arange(PATIENTS) % len(classes)
         if kind == "multilabel":
             labels = rng.integers(0, 2, (PATIENTS, 3)).astype(np.float32)
@@ -109,7 +116,8 @@ def make_bench(  # noqa: PLR0913, PLR0917 - it is put together from these
                 for name, array in weights.items()
             }
         cohort = in_memory(images, labels)
-        trainer = make_trainer(spec, cohort, PATIENTS, physical_images=physical * copies * PLACES)
+        at_once = physical * copies * spec.input.places
+        trainer = make_trainer(spec, cohort, PATIENTS, physical_images=at_once)
         return Bench(spec, cohort, trainer, weights, (watch_steps, quiet_keystream))
 
     return make
@@ -161,6 +169,38 @@ def test_attention_that_mixes_patients_is_found(make_bench, monkeypatch):
     assert moved.max() > 1.01
 
 
+@pytest.mark.parametrize(("model", "places"), [("small-cnn", 1), ("small-cnn", 2), ("vit", 1)])
+def test_no_patient_of_two_modalities_moves_the_sum_by_more_than_c(make_bench, model, places):
+    bench = make_bench(model, modalities=TWO, places=places, clip_norm=1e-3, copies=2)
+    moved = bench.moves()
+    assert (moved <= 1 + TOLERANCE).all()
+    assert (moved > 0.99).all()  # everyone is clipped, who has neither as well
+    assert (make_bench(model, modalities=TWO, places=places).moves() <= 1 + TOLERANCE).all()
+
+
+@pytest.mark.parametrize("places", [1, 2])
+def test_nor_with_an_infinite_pixel_or_hostile_weights(make_bench, places):
+    poisoned = make_bench(modalities=TWO, places=places, poison=np.inf, clip_norm=1e-3).moves()
+    assert poisoned[POISONED] == 0
+    assert (poisoned <= 1 + TOLERANCE).all()
+    assert np.delete(poisoned, POISONED).min() > 0.99
+    hostile = make_bench(modalities=TWO, places=places, largest_weight=1e3)
+    assert (hostile.moves() <= 1 + EDGES).all()
+
+
+def filled_from_the_batch(self: networks.One, images: Tensor) -> tuple[Tensor, Tensor]:
+    """The planted fault: who has no MR is given the mean of those who have."""
+    known, features = networks.encoded(self.encoder, images)
+    mean = (features * known[..., None]).sum(0) / known.sum().clamp_min(1)
+    return torch.where(known, features[:, 0], mean), known.to(features.dtype)
+
+
+def test_an_absent_modality_that_is_filled_from_others_is_found(make_bench, monkeypatch):
+    monkeypatch.setattr(networks.One, "pooled", filled_from_the_batch)
+    moved = make_bench(modalities=TWO, places=1, clip_norm=1e-3, physical=PATIENTS).moves()
+    assert moved.max() > 1.01
+
+
 # --- what the sum is -----------------------------------------------------------------------------
 
 
@@ -172,7 +212,9 @@ def one_patient_at_a_time(bench: Bench, inputs: Tensor) -> Vector:
     parameters, total = list(network.parameters()), np.zeros(0)
     for patient, copies in enumerate(inputs.chunk(PATIENTS)):
         label = torch.as_tensor(bench.cohort.labels[patient])[None]
-        whole = copies[:, : max(1, IMAGES[patient])]
+        whole = copies
+        if not bench.spec.input.modalities:
+            whole = copies[:, : max(1, IMAGES[patient])]
         losses = [task.losses(network(study[None]), label)[0] for study in whole]
         slopes = torch.autograd.grad(torch.stack(losses).mean(), parameters)
         gradient = torch.cat([slope.flatten() for slope in slopes]).double().numpy()
@@ -197,6 +239,25 @@ def apart(seen_by_the_network: Any) -> Callable[[Bench], float]:
 @pytest.mark.parametrize(("model", "copies"), [*((m, 1) for m in MODELS), ("small-cnn", 3)])
 def test_the_sum_is_that_of_patients_taken_one_at_a_time(make_bench, apart, model, copies):
     assert apart(make_bench(model, copies=copies)) < TOLERANCE
+
+
+@pytest.mark.parametrize(("places", "copies"), [(1, 1), (2, 1), (2, 3)])
+def test_so_is_the_sum_of_patients_of_two_modalities(make_bench, apart, places, copies):
+    assert apart(make_bench(modalities=TWO, places=places, copies=copies)) < TOLERANCE
+
+
+def test_an_encoder_learns_exactly_nothing_from_patients_without_its_modality(make_bench):
+    """Patient 1 has no MR, patient 2 no CT: what is summed of either is one encoder's alone."""
+    bench = make_bench(modalities=TWO, places=2)
+    sizes = {name: array.size for name, array in bench.weights.items()}
+    ends = np.cumsum(list(sizes.values()))
+    for patient, absent in ((1, 1), (2, 0), (0, None)):
+        parts = dict(zip(sizes, np.split(bench.sum_of([patient]), ends[:-1]), strict=True))
+        moved = [
+            max(np.abs(part).max() for name, part in parts.items() if name.startswith(f"each.{m}."))
+            for m in range(2)
+        ]
+        assert [value == 0 for value in moved] == [absent == 0, absent == 1]
 
 
 class OutOfOrder(StudyNetwork):
