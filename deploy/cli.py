@@ -208,7 +208,9 @@ def explain(
 
 
 class Terminated(SystemExit):
-    """SIGTERM: it unwinds the stack as Ctrl-C does, so that nothing started here stays behind."""
+    """SIGTERM, or a terminal that was closed: the stack unwinds as by Ctrl-C, so that nothing that
+    was started or half written here stays behind.
+    """
 
 
 def _terminate(number: int, _: FrameType | None) -> None:
@@ -218,6 +220,8 @@ def _terminate(number: int, _: FrameType | None) -> None:
 def main() -> None:
     """Run the command line; an error of ours is one message, not a stack."""
     signal.signal(signal.SIGTERM, _terminate)
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup's word holds
+        signal.signal(signal.SIGHUP, _terminate)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     try:
         app(prog_name="cloister")
