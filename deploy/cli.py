@@ -208,8 +208,9 @@ def explain(
 
 
 class Terminated(SystemExit):
-    """SIGTERM, or a terminal that was closed: the stack unwinds as by Ctrl-C, so that nothing that
-    was started or half written here stays behind.
+    """SIGTERM, or SIGHUP of a closed terminal.
+
+    It unwinds the stack as Ctrl-C does, so that nothing started or half written here stays behind.
     """
 
 
