@@ -210,6 +210,8 @@ class Cohort:
         modalities: (images,) such as ``CT``; empty where nothing named one.
     """
 
+    _seal: CohortSeal | None = None
+
     def __init__(
         self,
         path: Path,
@@ -329,9 +331,7 @@ class Cohort:
         Raises:
             CohortError: if a sealed image is not what was sealed for its row.
         """
-        stored = self._stored(self._rows[np.asarray(rows, dtype=np.int64)])
-        channels = self.shape[0]
-        return np.divide(stored[:, :channels], np.float32(PIXEL_MAX), dtype=np.float32)
+        return self._brightness(self._stored(self._rows[np.asarray(rows, dtype=np.int64)]))
 
     def drawn(self, rows: Rows, below: Draw) -> NDArray[np.int64]:
         """What `images` and `targets` take for `rows` where something is left to chance: nothing.
@@ -366,6 +366,13 @@ class Cohort:
         if self.kind == "none":
             return np.zeros((len(wanted), 0), dtype=np.float32)
         return np.asarray(self.labels[wanted])
+
+    def examples(self, rows: Rows) -> tuple[NDArray[np.float32], NDArray[Any]]:
+        """`images` and `targets` of the same rows; a sealed image is opened once for both."""
+        if self._seal is None or self.kind != "mask":
+            return self.images(rows), self.targets(rows)
+        stored = self._stored(self._rows[np.asarray(rows, dtype=np.int64)])
+        return self._brightness(stored), self._checked(stored[:, -1]).astype(np.int64)
 
     def present(self) -> NDArray[np.bool_]:
         """(images, classes): which classes each image has; all masks are read for it."""
@@ -410,11 +417,13 @@ class Cohort:
             )
         wanted = self._rows[np.asarray(rows, dtype=np.int64)]
         found = np.empty((len(wanted), self.meta.stored_shape[0], *sides), dtype=PIXEL)
+        last_row, planes = -1, found[:0]
         for number, (row, corner) in enumerate(zip(wanted, corners, strict=True)):
             within = tuple(slice(c, c + side) for c, side in zip(corner, sides, strict=True))
-            found[number] = self._planes(int(row))[:, *within]
-        images = np.divide(found[:, :-1], np.float32(PIXEL_MAX), dtype=np.float32)
-        return images, self._checked(found[:, -1]).astype(np.int64)
+            if row != last_row:  # a sealed volume is opened once for all parts in a row
+                last_row, planes = row, self._planes(int(row))
+            found[number] = planes[:, *within]
+        return self._brightness(found), self._checked(found[:, -1]).astype(np.int64)
 
     def rows_of(self, patient: int) -> NDArray[np.int64]:
         """Image numbers of patient number `patient`, ascending; never empty."""
@@ -503,6 +512,10 @@ class Cohort:
             opened = b"".join(self._opened(self._seal, row) for row in rows.tolist())
             found = np.frombuffer(opened, dtype=PIXEL)
         return found.reshape(len(rows), *self.meta.stored_shape)
+
+    def _brightness(self, stored: NDArray[np.uint16]) -> NDArray[np.float32]:
+        channels = self.shape[0]
+        return np.divide(stored[:, :channels], np.float32(PIXEL_MAX), dtype=np.float32)
 
     def _planes(self, row: int) -> NDArray[np.uint16]:
         """One stored image by its row in the file, of a plain cohort not read yet."""

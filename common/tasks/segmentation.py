@@ -114,12 +114,13 @@ class Segmentation(Task):
             return {"gallery_rows": rows} | {
                 key: np.stack([s[key] for s in shown]) for key in shown[0]
             }
-        images = torch.from_numpy(cohort.images(rows)).to(device)
+        seen, true = cohort.examples(rows)
+        images = torch.from_numpy(seen).to(device)
         found = self.through(network, images).argmax(dim=1)
         return {
             "gallery_rows": rows,
             "gallery_images": pictures.grey_levels(images.cpu().numpy()),
-            "gallery_true": cohort.targets(rows).astype(np.uint16),
+            "gallery_true": true.astype(np.uint16),
             "gallery_found": found.cpu().numpy().astype(np.uint16),
         }
 
@@ -127,7 +128,8 @@ class Segmentation(Task):
         self, network: nn.Module, cohort: Cohort, row: int, device: torch.device
     ) -> dict[str, NDArray[Any]]:
         """The slice of one volume that is shown, its number from 0."""
-        images, (true,) = torch.from_numpy(cohort.images([row])), cohort.targets([row])
+        seen, (true,) = cohort.examples([row])
+        images = torch.from_numpy(seen)
         found = self.through(network, images.to(device)).argmax(dim=1)[0].cpu().numpy()
         marked = true > 0 if true.any() else found > 0
         which = int(marked.sum(axis=(1, 2)).argmax()) if marked.any() else len(true) // 2

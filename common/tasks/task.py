@@ -74,9 +74,8 @@ class Task(ABC):
             copies: of each; a task that takes a part of an image takes another for each copy.
             generator: the source of randomness, on any device.
         """
-        images = torch.from_numpy(cohort.images(rows)).repeat_interleave(copies, dim=0)
-        targets = torch.from_numpy(cohort.targets(rows)).repeat_interleave(copies, dim=0)
-        return images, targets
+        images, targets = map(torch.from_numpy, cohort.examples(rows))
+        return images.repeat_interleave(copies, dim=0), targets.repeat_interleave(copies, dim=0)
 
     @abstractmethod
     def losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
@@ -145,8 +144,7 @@ class Task(ABC):
         """
         pieces = []
         for rows in batches(cohort):
-            images = torch.from_numpy(cohort.images(rows)).to(device)
-            targets = torch.from_numpy(cohort.targets(rows)).to(device)
+            images, targets = (torch.from_numpy(a).to(device) for a in cohort.examples(rows))
             outputs = self.through(network, images)
             pieces.append(self.measured(outputs.float(), images, targets))
         return {key: np.concatenate([piece[key] for piece in pieces]) for key in pieces[0]}

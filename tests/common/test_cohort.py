@@ -171,6 +171,39 @@ def test_a_mask_is_kept_behind_its_image(write: Write, key: bytes | None) -> Non
     cohort.verify()
 
 
+@pytest.mark.parametrize("key", [None, KEY], ids=["plain", "sealed"])
+def test_an_image_and_its_mask_are_opened_once(
+    write: Write, key: bytes | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[int] = []
+    open_image = CohortSeal.open_image
+
+    def count(seal: CohortSeal, row: int, *rest: Any) -> bytes:
+        opened.append(row)
+        return open_image(seal, row, *rest)
+
+    monkeypatch.setattr(CohortSeal, "open_image", count)
+    cohort = Cohort.open(write(["p2", "p1", "p2"], [0] * 3, meta=MASKS, key=key), key).subset([1])
+    images, masks = cohort.examples([1, 0, 1])
+    assert opened == ([] if key is None else [2, 0, 2])
+    np.testing.assert_array_equal(images, cohort.images([1, 0, 1]))
+    np.testing.assert_array_equal(masks, cohort.targets([1, 0, 1]))
+    assert images.dtype == np.float32
+    assert masks.dtype == np.int64
+
+
+@pytest.mark.parametrize("key", [None, KEY], ids=["plain", "sealed"])
+def test_a_mask_of_no_class_reaches_no_loss_beside_its_image_either(
+    write: Write, key: bytes | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cohort = Cohort.open(write(["a"], [0], meta=MASKS, key=key), key)
+    images, masks = cohort.examples([0])
+    stored = np.concatenate([images * 65535, masks[:, None] + 3], axis=1).astype(np.uint16)
+    monkeypatch.setattr(cohort, "_stored", lambda _: stored)
+    with pytest.raises(CohortError, match="expected one of 3 classes"):
+        cohort.examples([0])
+
+
 def test_a_changed_mask_is_seen_and_one_of_no_class_never_reaches_a_loss(write: Write) -> None:
     path = write(["a", "b"], [0, 0], meta=MASKS)
     data = bytearray((path / IMAGES_FILE).read_bytes())

@@ -406,6 +406,9 @@ class Boxed:
     def targets(self, rows: Any) -> np.ndarray:
         return np.asarray(IMAGES.numpy()[rows])
 
+    def examples(self, rows: Any) -> Any:
+        return self.images(rows), self.targets(rows)
+
 
 def test_what_is_shown_is_where_the_boxes_are(detection: Make):
     task = detection(evaluation={"gallery": 4})

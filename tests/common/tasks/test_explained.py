@@ -43,6 +43,9 @@ class Images:
     def targets(self, rows: Any) -> Any:
         return np.zeros((len(rows), *self.shape[1:]), dtype=np.int64)
 
+    def examples(self, rows: Any) -> Any:
+        return self.images(rows), self.targets(rows)
+
 
 def explained(task: Task, network: nn.Module, count: int = 12) -> Evidence:
     """What is kept of explanations alone."""

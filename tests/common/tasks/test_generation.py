@@ -71,6 +71,9 @@ class Images:
     def targets(self, rows: Any) -> Any:
         return self._labels[rows]
 
+    def examples(self, rows: Any) -> Any:
+        return self.images(rows), self.targets(rows)
+
 
 class Painter(nn.Module):
     """A generator that paints by class: a bright upper half, lower half, or neither, and noise.

@@ -90,6 +90,9 @@ class Images:
     def targets(self, rows: Any) -> Any:
         return self._targets[rows]
 
+    def examples(self, rows: Any) -> Any:
+        return self.images(rows), self.targets(rows)
+
 
 def seen(task: Reconstruction, network: nn.Module, images: Tensor, targets: Any = None) -> Any:
     """Evidence and figures of a network on `images`, each of its own patient."""

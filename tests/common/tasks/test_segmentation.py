@@ -329,6 +329,9 @@ class Masked:
     def targets(self, rows: Any) -> np.ndarray:
         return np.asarray(self._masks[rows])
 
+    def examples(self, rows: Any) -> Any:
+        return self.images(rows), self.targets(rows)
+
 
 def test_what_is_shown_is_what_was_found_and_is_spread_over_the_cohort(segmentation: Make):
     task = segmentation(loss={"name": "dice"}, evaluation={"gallery": 4})
@@ -455,7 +458,9 @@ def test_a_volume_is_seen_window_by_window_scored_in_its_units_and_shown_where_m
     assert gallery.captions[0].startswith("Volume 1, slice 6 of 16: Dice head 0.80, tail 1.00")
 
 
-def test_a_patch_is_a_part_of_its_own_volume_at_any_place(segmentation: Make, tmp_path: Any):
+def test_a_patch_is_a_part_of_its_own_volume_at_any_place(
+    segmentation: Make, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+):
     """From a cohort on disk; over many draws every place is met, and the mask is the patch's."""
     seen = VOLUMES | {"patch": [16, 31, 30]}
     task = segmentation(loss={"name": "dice"}, input=seen)
@@ -472,8 +477,15 @@ def test_a_patch_is_a_part_of_its_own_volume_at_any_place(segmentation: Make, tm
     cohort = Cohort.open(tmp_path / "c")
     cohort.verify()
 
-    rows = np.array([2, 0])
+    rows, opened, planes = np.array([2, 0]), list[int](), cohort._planes
+
+    def count(row: int) -> Any:
+        opened.append(row)
+        return planes(row)
+
+    monkeypatch.setattr(cohort, "_planes", count)
     images, targets = task.taken(cohort, rows, 40, generator())
+    assert opened == [2, 0]  # not once for each part: a sealed volume is opened whole
 
     assert images.shape == (80, 1, 16, 31, 30)
     places = set()
