@@ -179,7 +179,14 @@ class CentralEvaluator:
         self._spec = spec
         self._device = device
         self._task = task_for(spec)
-        parts = split_cohort(studies.seen_by(spec, cohort), spec)
+        seen = studies.seen_by(spec, cohort)
+        if len(cohort) and not len(seen):
+            known = ", ".join(sorted(set(cohort.modalities.tolist()))) or "none"
+            raise CohortError(
+                f"{cohort.path}: no image of {' or '.join(spec.input.modalities)} "
+                f"(input.modalities), they are of {known}; name another evaluation cohort"
+            )
+        parts = split_cohort(seen, spec)
         self.parts: Mapping[PartName, Cohort] = {
             name: studies.rows_for(spec, part) for name, part in parts.items()
         }

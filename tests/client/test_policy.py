@@ -224,6 +224,29 @@ def test_whatever_its_data_a_site_can_take_what_looks_at_no_target(
 
 
 @pytest.mark.parametrize(
+    ("known", "said"),
+    [
+        ([], "were not asked for when it was made, the run asks for CT, MR"),
+        (["US", "PT"], "are US, PT, the run asks for CT, MR"),
+        (["MR", "US"], ""),
+    ],
+)
+def test_a_run_of_modalities_is_taken_where_there_is_one_of_them(
+    make_policy, make_spec: Spec, known: list[str], said: str
+):
+    run = make_spec(input={"height": 16, "width": 16, "modalities": ["CT", "MR"]})
+    policy = make_policy(
+        data={"modalities": known, "preprocessing": run.input.preprocessing_digest}
+    )
+    if not said:
+        assert policy.judge(run, PARAMETERS)
+        return
+    assert f"this site's data: its images' modalities {said}" in (
+        refusal(policy.judge, run, PARAMETERS).detail
+    )
+
+
+@pytest.mark.parametrize(
     ("kind", "classes", "fewest"), [("mask", ["one"], 2), ("boxes", [], 1), ("binary", [], 2)]
 )
 def test_data_of_too_few_classes_are_none(make_policy, kind: str, classes: list[str], fewest: int):

@@ -97,8 +97,8 @@ def test_the_logits_are_those_of_the_formula(of_modalities) -> None:
 
 
 def test_each_modality_has_an_encoder_of_its_own(of_modalities) -> None:
+    assert isinstance(models.build(of_modalities()), ModalityNetwork)
     network: Any = models.build(of_modalities()).eval()
-    assert isinstance(network, ModalityNetwork)
     first, second = (pool.encoder[0].weight for pool in network.each)
     assert not torch.equal(first, second)
     shown = drawn(1)
