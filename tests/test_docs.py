@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
+from click.testing import CliRunner
 from pydantic import BaseModel
 from typer.main import get_command
-from typer.testing import CliRunner
 
 from common import spec as spec_module
 from common.models import shapes
@@ -74,6 +75,15 @@ def test_a_preset_is_a_run_that_its_task_s_page_leads_to(path: Path) -> None:
     assert path.name in (DOCS / "tasks" / f"{spec.task.name}.md").read_text()
 
 
+TREE = get_command(app)
+
+
+@cache
+def helps(*words: str) -> bool:
+    """Whether a command says what it is for, if it is asked."""
+    return CliRunner().invoke(TREE, [*words, "--help"]).exit_code == 0
+
+
 def commands(text: str) -> Iterator[list[str]]:
     for line in re.findall(r"^\$ (cloister .*)$", text, re.MULTILINE):
         yield re.sub(r"\s+#.*", "", line).split()[1:]
@@ -84,14 +94,14 @@ def test_every_command_on_the_page_exists(page: Path) -> None:
     """The words and options are the command line's; what they do is tested elsewhere."""
     for words in commands(page.read_text()):
         path: list[str] = []
-        command = get_command(app)
+        command: Any = TREE
         while hasattr(command, "commands") and words[len(path)] in command.commands:
             path.append(words[len(path)])
             command = command.commands[path[-1]]
         assert not hasattr(command, "commands"), words
         known = {option for parameter in command.params for option in parameter.opts}
         assert {word for word in words if word.startswith("--")} <= known, words
-        assert CliRunner().invoke(app, [*path, "--help"]).exit_code == 0
+        assert helps(*path)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -6,10 +6,12 @@ import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 import pytest
+import typer
 from pydicom import dcmread
 
 from client.intake.deid.profile import Profile
@@ -53,11 +55,15 @@ class Said(NamedTuple):
         return " ".join(f"{self.out} {self.err}".split())
 
 
+made_of = cache(typer.main.get_command)
+
+
 @pytest.fixture
 def cloister(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Callable[..., Said]:
     """`cloister("spec", "explain", path)`: the whole command line, in this process."""
+    monkeypatch.setattr(typer.main, "get_command", made_of)  # once, and not at every call
     monkeypatch.setenv("COLUMNS", "100")
     monkeypatch.setenv("NO_COLOR", "1")
 

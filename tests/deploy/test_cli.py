@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -184,37 +183,18 @@ def test_runs_that_cannot_be_written_are_said_without_a_stack(
 
 
 def test_a_process_of_its_own_ends_with_the_same_code_and_message(tmp_path: Path):
-    command = [sys.executable, "-c", "from deploy.cli import main; main()", "simulate", "no.toml"]
+    command = [
+        sys.executable,
+        "-c",
+        "from deploy.cli import main; main()",
+        "spec",
+        "explain",
+        "no.toml",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
     assert done.returncode == 2
     assert done.stdout == ""
     assert done.stderr.startswith("error: no.toml: cannot be read")
-
-
-ENDED_IN_THE_MIDDLE = """
-import os, signal
-from deploy import cli
-
-def app(**_):
-    try:
-        os.kill(os.getpid(), signal.{name})
-        print("goes on")
-    finally:
-        print("tidied")
-
-cli.app = app
-cli.main()
-"""
-
-
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
-def test_a_command_that_is_ended_or_whose_terminal_is_closed_tidies_first(name: str):
-    command = [sys.executable, "-c", ENDED_IN_THE_MIDDLE.format(name=name)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert (done.stdout, done.returncode) == ("tidied\n", 128 + signal.Signals[name]), done
-    if name == "SIGHUP":
-        done = subprocess.run(["nohup", *command], capture_output=True, text=True, check=False)
-        assert (done.stdout, done.returncode) == ("goes on\ntidied\n", 0), done
 
 
 # --- A whole run --------------------------------------------------------------------------------

@@ -40,17 +40,23 @@ AUTOMATIC = [('approval = "ask"', 'approval = "automatic"')]
 
 
 class Lost:
-    """A node that has trained one round of three before a copy of it was made, and one after."""
+    """A node that has trained one round of three before a copy of it was made, and one after.
+
+    Attributes:
+        last: the witness of its last entry, as the coordinator keeps it.
+    """
 
     def __init__(self, home: Path, spec: RunSpec, weights: Any) -> None:
         self.home, self.spec, self.weights = home, spec, weights
         self.copy = home.with_name("copy")
+        self.last = ""
+
+    def live(self) -> None:
         served = self.gate()
-        assert isinstance(served.invite(Invitation(spec)), NodeCard)
+        assert isinstance(served.invite(Invitation(self.spec)), NodeCard)
         assert isinstance(self.trained(1, served), Release)
-        shutil.copytree(home, self.copy)
+        shutil.copytree(self.home, self.copy)
         assert isinstance(self.trained(2, served), Release)
-        self.last = NodeFolder.open(home).ledger().witness  # as the coordinator keeps it
         del served
         gc.collect()  # the node has ended: no connection is left that writes when it is closed
 
@@ -85,11 +91,37 @@ class Lost:
         return folder.policy.budget.epsilon_of(book.divergence(folder.policy.budget.at_order))
 
 
+@pytest.fixture(scope="module")
+def lived(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where what `Lost` has lived through is kept, once the first of them has."""
+    return tmp_path_factory.mktemp("lost") / "lived"
+
+
 @pytest.fixture
-def lost(make_node: Any, node_run: Any, global_weights: Weights) -> Lost:
+def lost(
+    lived: Path, tmp_path: Path, make_node: Any, node_run: Any, global_weights: Weights
+) -> Lost:
     """`Lost`, before anything happened to it."""
     spec = node_run()
-    return Lost(make_node(AUTOMATIC), spec, global_weights(spec))
+    node = Lost(tmp_path / "north", spec, global_weights(spec))
+    if not lived.exists():
+        make_node(AUTOMATIC)
+        node.live()
+        shutil.copytree(tmp_path, lived)
+        says(lived, tmp_path, lived)
+    else:
+        shutil.copytree(lived, tmp_path, dirs_exist_ok=True)
+        says(tmp_path, lived, tmp_path)
+    ledger = NodeFolder.open(node.home).ledger()
+    node.last = ledger.witness
+    ledger.disconnect()
+    return node
+
+
+def says(folder: Path, old: Path, new: Path) -> None:
+    """Have the node in `folder` find its cohort in another folder than before."""
+    file = folder / "north" / "node.toml"
+    file.write_text(file.read_text().replace(str(old), str(new)))
 
 
 def missing(node: Lost) -> None:
