@@ -5,9 +5,13 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import secrets
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from common.errors import ConfigError, RunError
 
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EMFILE, errno.ENFILE}
 
@@ -40,6 +44,42 @@ def flush_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def refuse_what_is_there(out: Path) -> None:
+    """Raise ConfigError if `out` is there."""
+    if out.exists() or out.is_symlink():
+        raise ConfigError(
+            f"{out}: is there already; give a folder that is not: nothing is written over"
+        )
+
+
+@contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """A folder to write into, which becomes `out` when the block ends well, and else is gone.
+
+    Only its owner may read in it. What is killed outright leaves a hidden ``.….partial`` beside
+    `out`.
+
+    Raises:
+        ConfigError: if `out` is there, before or meanwhile.
+        RunError: if it cannot be written.
+    """
+    refuse_what_is_there(out)
+    work = out.with_name(f".{out.name}.{secrets.token_hex(4)}.partial")
+    try:
+        work.mkdir(parents=True, mode=0o700)
+        yield work
+        flush_folder(work)
+        refuse_what_is_there(out)  # a rename would take the place of an empty folder
+        work.rename(out)
+        flush_folder(out.parent)
+    except OSError as error:
+        raise RunError(
+            f"{out}: cannot be written ({error}); check the folder, its rights and its space"
+        ) from error
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
 
 
 def disk_refuses(error: BaseException) -> str:

@@ -107,7 +107,7 @@ def _opened(model: Path, node: Path | None, authority: Path | None, *, unsigned:
 def _check_room(out: Path) -> None:
     """Whether a folder can be made there, before anything is spent for what goes into it."""
     from common.errors import ConfigError
-    from server.export import refuse_what_is_there
+    from common.files import refuse_what_is_there
 
     refuse_what_is_there(out)
     try:

@@ -37,10 +37,11 @@ def generate(
 
     Example: `cloister generate runs/my-gan-20260101-120000-ab12 synthetic --images 2000`
     """
+    from common.files import refuse_what_is_there
     from deploy import synthetic
 
     generator = synthetic.load_generator(run)
-    synthetic.refuse_what_is_there(out)
+    refuse_what_is_there(out)
     key, cohort = sealing_key(node, cohort_key), None
     if against is not None:
         cohort = _trained_on(against, key, generator.task.spec)

@@ -80,7 +80,8 @@ def export(
 
     Example: `cloister export runs/chest-20260101-120000-ab12 chest.onnx --format onnx --sign`
     """
-    from server.export import Signing, refuse_what_is_there
+    from common.files import refuse_what_is_there
+    from server.export import Signing
     from server.export import export as exported
 
     refuse_what_is_there(out)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import secrets
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -81,7 +79,8 @@ def optimise(
     if structured and not prune:
         raise ConfigError("--structured: says what is pruned; give --prune as well")
     from common.cohort import Cohort
-    from server.export import Described, Signing, refuse_what_is_there
+    from common.files import refuse_what_is_there
+    from server.export import Described, Signing
     from server.optimise import optimise as optimised
 
     refuse_what_is_there(out)
@@ -116,22 +115,15 @@ def _evaluation_cohort(model: Path) -> Path:
 
 def _write(out: Path, made: Optimised, signing: Signing | None) -> None:
     """Everything into the new folder `out`, or nothing."""
-    from common.files import write_durably
+    from common.files import new_folder, write_durably
     from server.export import write_folder
 
-    work = out.with_name(f".{out.name}.{secrets.token_hex(4)}.partial")
-    try:
-        work.mkdir(parents=True, mode=0o700)
+    with new_folder(out) as work:
         if made.pruned is not None:
             write_folder(work / "pruned", "package", made.pruned, signing=signing)
         if made.quantised is not None:
             write_folder(work / "quantised", "onnx", made.quantised, signing=signing)
         write_durably(work / "optimise.json", made.table())
-        work.rename(out)
-    except OSError as error:
-        raise RunError(f"{out}: cannot be written ({error}); check its folder's space") from error
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
 
 
 def _print(made: Optimised, spec: RunSpec) -> None:

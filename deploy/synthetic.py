@@ -15,7 +15,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -33,8 +32,8 @@ from client.folder import cohort_digest
 from client.intake.builder import CohortBuilder, ImageRecord
 from client.synthetic import ABOUT, COHORT, PRIVATE, UNIT
 from common.cohort import PIXEL_MAX, CohortMeta
-from common.errors import ConfigError, RunError
-from common.files import write_durably
+from common.errors import RunError
+from common.files import new_folder, write_durably
 from common.package import Package
 from common.spec import RunSpec
 from common.tasks import task_for
@@ -89,34 +88,17 @@ def _protected(package: Package) -> bool:
     return said is True and package.spec.start is None
 
 
-def refuse_what_is_there(out: Path) -> None:
-    """Raise ConfigError if `out` is there."""
-    if out.exists():
-        raise ConfigError(
-            f"{out}: is there already; give a folder that is not: nothing is written over"
-        )
-
-
 def write(out: Path, generator: Generator, drawn: Drawn, seed: int) -> None:
     """Write pictures, labels, the cohort and what they are into the new folder `out`.
 
     It has its name when all of it is there; what ends the work before that leaves nothing.
 
     Raises:
+        ConfigError: if `out` is there.
         RunError: if it cannot be written.
     """
-    work = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(work, ignore_errors=True)
-    try:
-        work.mkdir(parents=True, mode=0o700)
+    with new_folder(out) as work:
         _write_parts(work, generator, drawn, seed)
-        work.rename(out)
-    except OSError as error:
-        raise RunError(
-            f"{out}: cannot be written ({error}); check the folder, its rights and its space"
-        ) from error
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
 
 
 def _write_parts(out: Path, generator: Generator, drawn: Drawn, seed: int) -> None:

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import json
 import pkgutil
-import secrets
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +19,7 @@ from common.calibration import Calibration, calibrate
 from common.certificates import Certificate, PrivateKey, Use
 from common.clock import Clock
 from common.errors import ConfigError, PackageError, RunError
-from common.files import write_durably
+from common.files import new_folder, refuse_what_is_there, write_durably
 from common.package import Checked, Kind, Manifest, Package, Signature
 from server.authority import TLS
 from server.card import to_markdown
@@ -206,14 +204,6 @@ def _refuse_personal(files: Mapping[str, bytes]) -> None:
         )
 
 
-def refuse_what_is_there(out: Path) -> None:
-    """Raise ConfigError if `out` is there."""
-    if out.exists() or out.is_symlink():
-        raise ConfigError(
-            f"{out}: is there already; give a folder that is not: nothing is written over"
-        )
-
-
 def write_folder(
     out: Path,
     kind: Kind,
@@ -240,9 +230,7 @@ def write_folder(
     if signing is not None:
         _refuse_personal(files)
     clock = clock or Clock()
-    work = out.with_name(f".{out.name}.{secrets.token_hex(4)}.partial")
-    try:
-        work.mkdir(parents=True, mode=0o700)
+    with new_folder(out) as work:
         for name, content in files.items():
             (work / name).parent.mkdir(parents=True, exist_ok=True)
             write_durably(work / name, content)
@@ -256,11 +244,4 @@ def write_folder(
         checked = package.check_folder(
             work, authority=authority, unsigned=signing is None, clock=clock
         )
-        work.rename(out)
-    except OSError as error:
-        raise RunError(
-            f"{out}: cannot be written ({error}); check the folder, its rights and its space"
-        ) from error
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
     return checked

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from common.files import flush_folder, locked, write_durably
+from common.errors import ConfigError, RunError
+from common.files import flush_folder, locked, new_folder, write_durably
 
 WRITER = """
 import sys
@@ -133,3 +134,56 @@ def test_a_folder_is_held_by_one_and_free_again_when_it_ends(tmp_path: Path):
         [sys.executable, "-c", HOLDER, str(tmp_path)], env=environment(), check=False
     )
     assert free.returncode == 0
+
+
+# --- A folder whole, or not at all ----------------------------------------------------------------
+
+
+def test_a_folder_has_its_name_when_all_of_it_is_there(tmp_path: Path):
+    out = tmp_path / "deep" / "out"
+    with new_folder(out) as work:
+        (work / "one").write_text("1")
+        assert not out.exists()
+        assert work.parent == out.parent
+    assert (out / "one").read_text() == "1"
+    assert out.stat().st_mode & 0o777 == 0o700
+    assert list(out.parent.iterdir()) == [out]
+
+
+@pytest.mark.parametrize("error", [ValueError("no"), KeyboardInterrupt()])
+def test_what_ends_the_work_leaves_nothing(tmp_path: Path, error: BaseException):
+    def fail() -> None:
+        with new_folder(tmp_path / "out") as work:
+            (work / "one").write_text("1")
+            raise error
+
+    with pytest.raises(type(error)):
+        fail()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_disk_that_refuses_is_named_with_the_folder(tmp_path: Path):
+    with (
+        pytest.raises(RunError, match=r"out: cannot be written \(full\)"),
+        new_folder(tmp_path / "out"),
+    ):
+        raise OSError("full")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("kind", ["folder", "file", "link"])
+@pytest.mark.parametrize("when", ["before", "meanwhile"])
+def test_nothing_is_written_over(tmp_path: Path, kind: str, when: str):
+    out = tmp_path / "out"
+
+    def make() -> None:
+        if kind == "link":
+            out.symlink_to(tmp_path / "nowhere")
+        else:
+            out.mkdir() if kind == "folder" else out.touch()
+
+    if when == "before":
+        make()
+    with pytest.raises(ConfigError, match="is there already"), new_folder(out):
+        make()  # of what was there before, this fails in another way
+    assert list(tmp_path.iterdir()) == [out]
