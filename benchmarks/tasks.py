@@ -144,13 +144,6 @@ TRIALS = {
         ),
         Trial("vit-eps8", "tasks/vit-eps8", "pneumonia", 1177, "Classification, vit"),
         Trial("alexnet-eps8", "tasks/alexnet-eps8", "pneumonia", 1177, "Classification, alexnet"),
-        Trial(
-            "efficientnet-eps8",
-            "tasks/efficientnet-eps8",
-            "pneumonia",
-            1177,
-            "Classification, efficientnet-b0",
-        ),
     )
 }
 
