@@ -117,16 +117,21 @@ class Credentials:
         return certificates.certificate_pem(self.bundle.certificate)
 
 
+class NotJoinedError(ConfigError):
+    """A node that has joined no federation."""
+
+
 def pinned_authority(home: Path) -> Certificate:
     """The authority that a node believes; its own certificate need not be in force any more.
 
     Raises:
-        ConfigError: if the node has joined no federation, or its bundle cannot be read.
+        ConfigError: if its bundle cannot be read.
         IdentityError: if the bundle is damaged.
+        NotJoinedError: if the node has joined no federation.
     """
     bundle = _Identity(home).bundle()
     if bundle is None:
-        raise ConfigError(
+        raise NotJoinedError(
             f"{home}: has joined no federation, so it knows none to believe; `cloister node join` "
             "does it"
         )

@@ -32,7 +32,7 @@ from typing import Annotated, Any, BinaryIO, Literal, Self, TypeVar
 import numpy as np
 import torch
 from pydantic import AwareDatetime, Field, ValidationError
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load
 from torch import nn
 
@@ -190,6 +190,20 @@ class Package:
         if hashlib.sha256(content).hexdigest() != self.model_sha256:
             raise PackageError(f"{path}: changed while it was being used; open it again")
         return content
+
+    def is_personal(self) -> bool:
+        """Whether it is of one site alone: by its card, or by the mark in the weights' own file.
+
+        Raises:
+            PackageError: if that file cannot be read.
+        """
+        path = self.path / MODEL
+        try:
+            with safe_open(path, "np") as file:
+                marks = file.metadata() or {}
+        except (OSError, SafetensorError) as error:
+            raise PackageError(f"{path}: no safetensors file ({error}); copy it anew") from None
+        return PERSONAL in self.card or PERSONAL in marks
 
     def network(self) -> nn.Module:
         """The network with its weights, in evaluation mode, on the CPU.

@@ -10,12 +10,17 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from deploy.cli_model import AuthorityOption, UnsignedOption, believed_authority
+from deploy.cli_model import (
+    AuthorityOption,
+    ExpectOption,
+    UnsignedOption,
+    opened_model,
+    who_signed,
+)
 from deploy.cli_take import CohortKeyFile, Node, sealing_key
 
 if TYPE_CHECKING:  # each command imports what it needs: --help answers at once
     from client.home import NodeHome
-    from common.package import Package
     from common.spec import RunSpec
     from deploy.fine_tune import FineTuned
 
@@ -59,6 +64,7 @@ def fine_tune(
     cohort_key: CohortKeyFile = None,
     authority: AuthorityOption = None,
     unsigned: UnsignedOption = False,
+    expect: ExpectOption = None,
 ) -> None:
     """Train a model further on this site's own patients: a model of the site's own.
 
@@ -81,7 +87,8 @@ def fine_tune(
     _check_room(out)
     if epsilon is not None and not private:
         raise ConfigError("--epsilon: is of --private; without it nothing is spent")
-    opened = _opened(model, node, authority, unsigned=unsigned)
+    opened = opened_model(model, node, authority, unsigned=unsigned, expect=expect)
+    console.print(f"It begins at a model {who_signed(opened)}", highlight=False, markup=False)
     wish = work.Wish(epochs, head_only, learning_rate, name)
     if private:
         home = _home(node, cohort)
@@ -94,14 +101,6 @@ def fine_tune(
             found = work.fine_tune(opened, own, wish)
         write_folder(out, "package", found.files)
     _show(found, opened.spec, out)
-
-
-def _opened(model: Path, node: Path | None, authority: Path | None, *, unsigned: bool) -> Package:
-    from common.package import Package
-
-    asked = authority is not None or (node is not None and not unsigned)
-    believed = believed_authority(node, authority) if asked else None
-    return Package.open(model, authority=believed, unsigned=unsigned)
 
 
 def _check_room(out: Path) -> None:

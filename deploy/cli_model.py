@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -15,7 +16,7 @@ from deploy.screen import printable
 
 if TYPE_CHECKING:  # each command imports what it needs: --help answers at once
     from common.certificates import Certificate
-    from common.package import Signer
+    from common.package import Package, Signer
 
 console = Console()
 
@@ -46,6 +47,23 @@ UnsignedOption = Annotated[
     bool, typer.Option("--unsigned", help="Take one that nobody has signed, as of a simulation.")
 ]
 
+
+def _sha256(value: str | None) -> str | None:
+    """`--expect` in small letters; an empty one, as of a variable that is not set, is refused."""
+    if value is None:
+        return None
+    if not re.fullmatch("[0-9a-f]{64}", found := value.strip().lower()):
+        raise typer.BadParameter(f"{printable(value)!r}: expected the 64 hex digits of a SHA-256")
+    return found
+
+
+ExpectOption = Annotated[
+    str | None,
+    typer.Option(
+        callback=_sha256,
+        help="The SHA-256 of model.safetensors that it has to have: one model alone.",
+    ),
+]
 StrangerOption = Annotated[
     bool, typer.Option("--unsigned", help="With --sign: sign a package that nobody has signed.")
 ]
@@ -99,10 +117,7 @@ def verify_model(
     node: NodeOption = None,
     authority: AuthorityOption = None,
     unsigned: UnsignedOption = False,
-    expect: Annotated[
-        str,
-        typer.Option(help="The SHA-256 of model.safetensors that it has to have: one model alone."),
-    ] = "",
+    expect: ExpectOption = None,
 ) -> None:
     """Check a model's folder: every file against the manifest, the manifest against its signature.
 
@@ -117,23 +132,69 @@ def verify_model(
     believed = believed_authority(node, authority)
     checked = check_folder(folder, authority=believed, unsigned=unsigned)
     if checked.manifest.kind != "package":
-        if expect:
+        if expect is not None:
             raise ConfigError(
-                f"--expect {printable(expect)}: is of packages; this is an export as "
-                f"{checked.manifest.kind}"
+                f"--expect {expect}: is of packages; this is an export as {checked.manifest.kind}"
             )
         _say(f"{folder} is whole: a model as {checked.manifest.kind}.")
     else:
         model = Package.open(folder, authority=believed, unsigned=unsigned)
-        if expect and model.model_sha256 != expect.strip().lower():
-            raise PackageError(
-                f"{folder}: its model is {model.model_sha256}, expected {printable(expect)}; it "
-                "may be an older one of the same federation: ask the coordinator"
-            )
+        _check_expected(model, expect)
         model.network()
         _say(f"{folder} is whole: the model of the run {model.spec.run_id or model.spec.name}.")
         _say(f"SHA-256 of its weights: {model.model_sha256}")
     _say(_signed_by(checked.signer))
+
+
+def opened_model(
+    path: Path,
+    node: Path | None,
+    authority: Path | None,
+    *,
+    unsigned: bool,
+    expect: str | None = None,
+) -> Package:
+    """A model that a hospital trusts: its federation is the one named, or else that of its node.
+
+    With `unsigned` one that nobody has signed is taken as well. A signature that is there is
+    checked all the same, but where the node has joined no federation.
+
+    Raises:
+        ConfigError: if the authority or the node's bundle cannot be read.
+        IdentityError: if the bundle is damaged, or a stranger signed the model.
+        PackageError: as `Package.open`, or it is not the one expected.
+    """
+    from client.credentials import NotJoinedError
+    from common.package import Package
+
+    try:
+        believed = believed_authority(None if authority else node, authority)
+    except NotJoinedError:
+        if not unsigned:
+            raise
+        believed = None  # a hospital that tries a model before it joins anybody
+    package = Package.open(path, authority=believed, unsigned=unsigned)
+    _check_expected(package, expect)
+    return package
+
+
+def _check_expected(package: Package, expect: str | None) -> None:
+    if expect is not None and package.model_sha256 != expect:
+        raise PackageError(
+            f"{package.path}: its model is {package.model_sha256}, expected {expect}; it may be an "
+            "older one of the same federation: ask the coordinator"
+        )
+
+
+def who_signed(package: Package) -> str:
+    """Who vouches for a model, or that nobody does."""
+    from common.package import SIGNATURE
+
+    if signer := package.signer:
+        return f"signed by {signer.coordinator} of the federation {signer.federation}"
+    if (package.path / SIGNATURE).exists():
+        return "its signature was not checked: no federation is known that could be believed"
+    return "signed by nobody: what it answers is only as good as where it comes from"
 
 
 def believed_authority(node: Path | None, authority: Path | None) -> Certificate | None:

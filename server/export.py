@@ -107,12 +107,14 @@ class Described:
 
         Raises:
             IdentityError: as `Package.open`, with the authority of `signing`.
-            PackageError: likewise; or nobody vouches for what is to be signed; or a run has no
-                model card.
+            PackageError: likewise; or nobody vouches for what is to be signed, or it is personal;
+                or a run has no model card.
             RunError: if a run's record cannot be read.
         """
         authority = signing.authority if signing else None
         found = Package.open(folder, authority=authority, unsigned=True, clock=clock)
+        if signing is not None:
+            _refuse_personal(folder, personal=found.is_personal())
         if signing is not None and not signing.unsigned:
             _check_ours(found)
         if not found.card:
@@ -196,11 +198,11 @@ def export(
     return write_folder(out, kind, files, signing=signing, clock=clock)
 
 
-def _refuse_personal(files: Mapping[str, bytes]) -> None:
-    if package.is_personal(files.get(package.CARD, b"{}")):
+def _refuse_personal(where: Path, *, personal: bool) -> None:
+    if personal:
         raise PackageError(
-            f"{package.CARD}: of a personal model, trained on the patients of one site for that "
-            "site; no federation signs it"
+            f"{where}: a personal model, trained on the patients of one site for that site; no "
+            "federation signs it"
         )
 
 
@@ -228,7 +230,7 @@ def write_folder(
     """
     refuse_what_is_there(out)
     if signing is not None:
-        _refuse_personal(files)
+        _refuse_personal(out, personal=package.is_personal(files.get(package.CARD, b"{}")))
     clock = clock or Clock()
     with new_folder(out) as work:
         for name, content in files.items():

@@ -280,7 +280,8 @@ class _Bench:
         """What a network with other weights is, and the files of its package."""
         result = CentralEvaluator(self._spec, self._cohort, device=_CPU).evaluate(network)
         arrays = {name: tensor.numpy() for name, tensor in network.state_dict().items()}
-        content = save(arrays, metadata={"spec": self._spec.canonical_json})
+        mark = {package.PERSONAL: said} if self._described.package.is_personal() else {}
+        content = save(arrays, metadata={"spec": self._spec.canonical_json} | mark)
         self._made["pruned"] = (content, zeros_of(network), result)
         self._timed["pruned"] = _run(Served(network, self._spec))
         made, sha256 = calibrate(self._spec, result.arrays()), _sha256(content)

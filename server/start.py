@@ -7,17 +7,15 @@ then on. The digest in the run's file vouches for them, here and whenever the ru
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load
 from torch import nn
 
 from common import models
 from common.errors import PackageError, RunError, SpecError
 from common.messages import LARGEST_WEIGHT, Arrays
-from common.package import MODEL, PERSONAL, Package
+from common.package import Package
 from common.spec import RunSpec
 
 START_FILE = "start.safetensors"
@@ -87,22 +85,13 @@ def starting_weights(spec: RunSpec, folder: Path, network: nn.Module) -> Arrays:
 
 
 def refuse_personal(package: Package) -> None:
-    """Refuse a model of one site alone, by its card or by the mark in the weights' own file.
+    """Refuse a model of one site alone.
 
     Raises:
         PackageError: if it is one, or its file cannot be read.
     """
-    if package.card.get(PERSONAL) is not None or PERSONAL in _marks(package):
+    if package.is_personal():
         raise PackageError(
             f"{package.path}: a personal model, trained on the patients of one site for that site; "
             "expected a federation's model, or one that was fine-tuned with --private"
         )
-
-
-def _marks(package: Package) -> Mapping[str, str]:
-    path = package.path / MODEL
-    try:
-        with safe_open(path, "np") as file:
-            return file.metadata() or {}
-    except (OSError, SafetensorError) as error:
-        raise PackageError(f"{path}: no safetensors file ({error}); copy it anew") from None

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from common.clock import Clock
+from common.errors import ConfigError, IdentityError
 from common.package import CARD, PERSONAL, Package
-from deploy.cli_model import believed_authority
+from deploy.cli_model import believed_authority, opened_model
 from deploy.fine_tune import MUST_NOT_LEAVE
 from server.authority import Authority, NewFederation, Signed
 
@@ -93,6 +94,19 @@ def test_a_model_of_a_sites_own_is_signed_by_no_command_and_says_that_it_must_st
         assert said.code == 0, said.err
         assert MUST_NOT_LEAVE in said.words
         shutil.rmtree(out)
+
+
+def test_what_a_node_believes_is_asked_even_where_an_unsigned_model_would_be_taken(
+    run: Path, tmp_path: Path
+):
+    bundle = tmp_path / "north" / "identity" / "bundle.json"
+    bundle.parent.mkdir(parents=True)
+    assert opened_model(run, tmp_path / "north", None, unsigned=True).signer is None
+    bundle.write_text("{}")
+    for mode in (0o644, 0o600):  # others can write in it; damaged
+        bundle.chmod(mode)
+        with pytest.raises((ConfigError, IdentityError), match=r"bundle\.json"):
+            opened_model(run, tmp_path / "north", None, unsigned=True)
 
 
 @pytest.mark.parametrize(

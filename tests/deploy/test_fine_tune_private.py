@@ -7,7 +7,8 @@ import shutil
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
-from typing import Any, NoReturn
+from types import SimpleNamespace
+from typing import Any, NoReturn, cast
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from common.package import CARD, MODEL, PERSONAL, SPEC, Package
 from deploy.fine_tune import NOT_PROTECTED
 from deploy.simulation import prepare, simulate
 from server import export
+from server.export import Signing
 from server.start import starting_model
 
 SPLITS = ["train"] * 16 + ["test"] * 8
@@ -226,13 +228,21 @@ def test_a_patient_of_both_parts_is_refused(make_home: Any, tune: Any):
 def test_without_it_the_weights_themselves_say_that_they_must_stay(
     model: Path, cloister: Any, make_spec: Any, tmp_path: Path
 ):
-    """A card is soon left behind; the file of the weights has the mark as well."""
-    ours, bare = tmp_path / "ours", tmp_path / "bare"
+    """A card is soon left behind; the file of the weights has the mark as well, pruned or not."""
+    ours, smaller = tmp_path / "ours", tmp_path / "smaller"
     said = cloister("node", "fine-tune", model, tmp_path / "south", ours, "--unsigned")
     assert said.code == 0, said.err
-    bare.mkdir()
-    for name in (SPEC, MODEL):
-        shutil.copy(ours / name, bare / name)
-    start = {"model_sha256": Package.open(bare, unsigned=True).model_sha256}
-    with pytest.raises(PackageError, match="a personal model"):
-        starting_model(make_spec(start=start), bare)
+    assert "signed by nobody" in said.words
+    pruned = ("--prune", 0.3, "--cohort", tmp_path / "evaluation")
+    assert cloister("optimise", ours, smaller, *pruned).code == 0
+    signing = cast(Signing, SimpleNamespace(authority=None, unsigned=True))
+    for folder in (ours, smaller / "pruned"):
+        bare = tmp_path / f"bare-{folder.name}"
+        bare.mkdir()
+        for name in (SPEC, MODEL):
+            shutil.copy(folder / name, bare / name)
+        start = {"model_sha256": Package.open(bare, unsigned=True).model_sha256}
+        with pytest.raises(PackageError, match="a personal model"):
+            starting_model(make_spec(start=start), bare)
+        with pytest.raises(PackageError, match="no federation signs it"):
+            export.export(bare, tmp_path / "out", "package", signing=signing)
