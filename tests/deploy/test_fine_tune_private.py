@@ -13,10 +13,12 @@ from typing import Any, NoReturn, cast
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from torch.optim import optimizer as torch_optimizer
 
 from client.folder import NodeFolder
 from client.node import alone
+from common import accounting
 from common.errors import PackageError
 from common.files import locked
 from common.package import CARD, MODEL, PERSONAL, SPEC, Package
@@ -118,24 +120,44 @@ def test_what_is_booked_is_what_is_drawn(approved: Path, tune: Any, tmp_path: Pa
     assert (mechanism.steps, mechanism.sampling_rate) == (len(noises), 4 / 40)
     drawn = np.concatenate(noises) / spec.privacy.clip_norm  # type: ignore[union-attr]
     assert drawn.std() == pytest.approx(mechanism.noise_multiplier, rel=0.03)
-    assert "Booked: epsilon 3.9" in said.words or "Booked: epsilon 4.0" in said.words
+    delta = spec.privacy.delta  # type: ignore[union-attr]
+    epsilon = accounting.epsilon([mechanism], delta)
+    assert 3.9 < epsilon <= 4.0  # what was asked for, and not what the model's own run had
+    assert f"Booked: epsilon {epsilon:.3f}" in said.words
+    privacy = Package.open(tmp_path / "ours", unsigned=True).card["privacy"]
+    assert (
+        f"further training is ({epsilon:.2f}, {delta:g})-differentially private under adding or "
+        "removing one patient's whole record" in privacy["claim"][-1]
+    )
 
 
 def test_nothing_of_the_held_out_patients_is_in_the_package(
     approved: Path, tune: Any, model: Path, tmp_path: Path
 ):
     """docs/privacy.md 13: exact figures and real numbers of patients are on the screen alone."""
+    card = json.loads((model / CARD).read_text())
+    of_its_weights_alone = {"calibration": {"why": "w", "test": None}, "smaller": {"said": ["s"]}}
+    counted = {"federated_evaluation": {"sites": {}, "patients": 3.0, "metrics": {}}}
+    (model / CARD).write_text(json.dumps(card | of_its_weights_alone | counted))
     said = tune(approved)
     assert "must not leave the site" in said.words
     assert "8 held-out patients" in said.words
     ours = Package.open(tmp_path / "ours", unsigned=True)
     assert ours.card["evaluation"] == {"validation": None, "test": None}
     assert PERSONAL not in ours.card
-    changed = {k for k in ours.card if ours.card[k] != Package.open(model, unsigned=True).card[k]}
+    assert not set(of_its_weights_alone) & set(ours.card)
+    begun = Package.open(model, unsigned=True)
+    changed = {k for k in ours.card if ours.card[k] != begun.card[k]}
     assert changed == {
         *("name", "run_id", "spec_sha256", "model", "data", "training", "privacy"),
-        *("evaluation", "limitations"),
+        *("evaluation", "federated_evaluation", "limitations"),
     }
+    assert ours.card["federated_evaluation"] is None
+    assert f"by one site, from the model {begun.model_sha256}" in ours.card["data"]["note"]
+    assert "is not in this card" in ours.card["limitations"][-1]
+    assert ours.card["training"]["rounds_planned"] == 1
+    with safe_open(tmp_path / "ours" / MODEL, "np") as file:  # type: ignore[no-untyped-call]
+        assert PERSONAL not in file.metadata()
     assert not {"images", "patients", "metrics"} & keys(ours.card["evaluation"])
     assert ours.card["privacy"]["protected"] is True
     assert "differentially private" in ours.card["privacy"]["claim"][-1]
