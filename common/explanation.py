@@ -78,8 +78,9 @@ class Explanation:
     """What one method says of N images.
 
     Attributes:
-        maps: (N, H, W), in units of the class's score; of Grad-CAM not below 0, of integrated
-            gradients with a sign: above 0 what speaks for the class, below it what speaks against.
+        maps: (N, H, W), of studies one for each of their images, in units of the class's score; of
+            Grad-CAM not below 0, of integrated gradients with a sign: above 0 what speaks for the
+            class, below it what speaks against.
         gains: (N,) how much higher the class's score is than that of a black image; None for
             Grad-CAM, which explains no difference.
         errors: (N,) the sum of a map less that gain, which would be 0 if it were complete.
@@ -126,13 +127,15 @@ def explain(
 ) -> dict[str, Explanation]:
     """Explain one class of each image; the network is as it was afterwards.
 
-    An image's map is a function of that image, its class and the network. One image is in the
+    An image's map is a function of that image, its class and the network; of a run of studies a
+    study's maps are of all its images, for they move each other's. One image or study is in the
     network at a time, in as many copies as memory for `_AT_ONCE` pixels takes.
 
     Args:
         network: of the run, on any device.
         spec: the run.
-        images: (N, C, H, W) brightness in 0..1.
+        images: (N, C, H, W) brightness in 0..1; of a run of studies (N, K, C, H, W) for N studies
+            of K images each.
         classes: N class numbers, of ``spec.task.classes``.
         methods: of `methods_of`; all of them if not given.
 
@@ -189,6 +192,7 @@ def dependence(
     spec: RunSpec,
     images: NDArray[np.floating],
     classes: Sequence[int] | NDArray[np.integer],
+    first: int = 0,
 ) -> dict[str, Similarity]:
     """Compare explanations with those of networks that have learned nothing, by method.
 
@@ -200,13 +204,14 @@ def dependence(
         spec: the run.
         images: as `explain`.
         classes: as `explain`.
+        first: number of the first draw of weights, for who explains images in several calls.
 
     Raises:
         ModelError: as `explain`.
     """
     pixels, numbers = _checked(spec, images, classes)
     others: dict[str, list[Maps]] = {name: [] for name in explained}
-    for row, (image, number) in enumerate(zip(pixels, numbers, strict=True)):
+    for row, (image, number) in enumerate(zip(pixels, numbers, strict=True), start=first):
         network = _unlearned(spec, row)
         made = explain(network, spec, image[None], [number], tuple(explained))
         for name, maps in others.items():
@@ -261,8 +266,8 @@ def _grad_cam(network: nn.Module, spec: RunSpec, images: Maps, classes: list[int
         seen, _ = _seen(network, spec, image)
         score = _score(network, number, seen)
         coarse = method(score, layer).attribute(seen, relu_attributions=True)
-        fine = functional.interpolate(coarse.detach(), image.shape[1:], mode="bilinear")
-        maps.append(fine[0, 0].cpu().numpy())
+        fine = functional.interpolate(coarse.detach(), image.shape[-2:], mode="bilinear")
+        maps.append(fine[:, 0].cpu().numpy())
     return Explanation(np.array(maps, dtype=np.float32).reshape(-1, *spec.input.sides))
 
 
@@ -271,19 +276,20 @@ def _integrated(network: nn.Module, spec: RunSpec, images: Maps, classes: list[i
     for image, number in zip(images, classes, strict=True):
         seen, black = _seen(network, spec, image)
         score = _score(network, number, seen)
-        maps.append(_along(score, seen.detach(), black).sum(dim=1)[0].cpu().numpy())
+        maps.append(_along(score, seen.detach(), black).sum(dim=-3)[0].cpu().numpy())
         with torch.no_grad():
             gains.append(float(score(seen) - score(black)))
     found = np.array(maps, dtype=np.float32).reshape(-1, *spec.input.sides)
     gained = np.array(gains, dtype=np.float32)
-    errors = found.sum(axis=(1, 2), dtype=np.float64).astype(np.float32) - gained
+    sums = np.array([each.sum(dtype=np.float64) for each in maps], dtype=np.float32)
+    errors = sums - gained
     return Explanation(found, gained, errors)
 
 
 def _along(score: Any, seen: Tensor, black: Tensor) -> Tensor:
-    """(1, C, H, W) the integral of the slopes along the way from black, stretch by stretch."""
+    """Of the shape of `seen`, the integral of the slopes along the way from black, in stretches."""
     method, way = _captum("IntegratedGradients")(score), seen - black
-    at_once = max(1, min(_STEPS, _AT_ONCE // way[0, 0].numel()))
+    at_once = max(1, min(_STEPS, _AT_ONCE * way.shape[-3] // way[0].numel()))
     total = torch.zeros_like(way)
     for start, end in pairwise(_STRETCHES):
         to, since = (black + part * way for part in (end, start))
@@ -299,7 +305,7 @@ def _captum(name: str) -> Any:
 
 
 def _seen(network: nn.Module, spec: RunSpec, image: Maps) -> tuple[Tensor, Tensor]:
-    """(1, C, H, W) of an image as the network sees it, and of a black one."""
+    """(1, C, H, W) of an image as the network sees it, and of a black one; of a study alike."""
     device = next(network.parameters()).device
     pixels = torch.from_numpy(image)[None].to(device)
     seen = normalise(pixels, spec.input).requires_grad_()
@@ -308,6 +314,8 @@ def _seen(network: nn.Module, spec: RunSpec, image: Maps) -> tuple[Tensor, Tenso
 
 def _score(network: nn.Module, number: int, explained: Tensor) -> Any:
     """From what the network sees, (B, C, H, W), to the class's score of each image, (B,).
+
+    Of a run of studies the network sees (B, K, C, H, W).
 
     Args:
         network: the run's.
@@ -342,7 +350,8 @@ def _layer_of(network: nn.Module, spec: RunSpec) -> nn.Module | None:
     hooks = [m.register_forward_hook(note) for m in network.modules() if m is not network]
     try:
         with _at_rest(network), torch.no_grad():
-            network(_seen(network, spec, np.zeros(spec.input.shape, dtype=np.float32))[0])
+            one = (1,) * spec.input.of_studies + spec.input.shape
+            network(_seen(network, spec, np.zeros(one, dtype=np.float32))[0])
     finally:
         for hook in hooks:
             hook.remove()
@@ -411,8 +420,8 @@ def _why_not(spec: RunSpec) -> str:
         what = f"gives {gives!r}"
     elif len(spec.input.shape) != 3:
         what = "takes volumes"
-    elif spec.input.images > 1:
-        what = "takes several images of a study"
+    elif spec.input.modalities:
+        what = "takes images of several modalities"
     else:
         return ""
     return (
@@ -426,10 +435,14 @@ def _checked(
 ) -> tuple[Maps, list[int]]:
     """The images as float32, and the classes as numbers, if they fit the run."""
     pixels, numbers = np.asarray(images, dtype=np.float32), [int(number) for number in classes]
-    if pixels.shape != (len(numbers), *spec.input.shape) or not np.isfinite(pixels).all():
+    studies = spec.input.of_studies
+    each = pixels.shape[2:] if studies else pixels.shape[1:]
+    counted = len(pixels) == len(numbers) and 0 not in pixels.shape[1:]
+    if not counted or each != spec.input.shape or not np.isfinite(pixels).all():
+        what = "N studies of K images" if studies else "N images"
         raise ModelError(
             f"images of shape {pixels.shape} with {len(numbers)} classes: expected one class for "
-            f"each of N images of shape {spec.input.shape}, of finite numbers in 0..1"
+            f"each of {what} of shape {spec.input.shape}, of finite numbers in 0..1"
         )
     for number in numbers:
         if not 0 <= number < len(spec.task.classes):

@@ -12,7 +12,13 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from deploy.cli_model import AuthorityOption, UnsignedOption, believed_authority
+from deploy.cli_model import (
+    AuthorityOption,
+    ExpectOption,
+    UnsignedOption,
+    opened_model,
+    who_signed,
+)
 from deploy.cli_take import CohortKeyFile, Node, ProfileFile, Workers, sealing_key, text_of
 from deploy.intake_words import console, progress_bar
 from deploy.screen import printable
@@ -22,9 +28,7 @@ if TYPE_CHECKING:  # each command imports what it needs: --help answers at once
     from client.intake.source import NotUsed
     from client.prediction.answering import Model
     from client.prediction.predict import Addition, Order, Summary
-    from common.certificates import Certificate
     from common.cohort import Cohort
-    from common.package import Package
 
 _REASONS_SHOWN, _WARNINGS_SHOWN = 25, 2
 
@@ -35,9 +39,6 @@ Studies = Annotated[
 Out = Annotated[Path, typer.Argument(help="A folder that is not there yet.")]
 Sr = Annotated[bool, typer.Option("--sr", help="A structured report of each study.")]
 Seg = Annotated[bool, typer.Option("--seg", help="Masks of each series as DICOM segmentations.")]
-Expect = Annotated[
-    str, typer.Option(help="The SHA-256 of model.safetensors that it has to have: one model alone.")
-]
 Explain = Annotated[bool, typer.Option("--explain", help="A picture of what moved each answer.")]
 
 
@@ -53,7 +54,7 @@ def predict(
     profile: ProfileFile = None,
     authority: AuthorityOption = None,
     unsigned: UnsignedOption = False,
-    expect: Expect = "",
+    expect: ExpectOption = None,
     cohort_key: CohortKeyFile = None,
     workers: Workers = 0,
 ) -> None:
@@ -64,13 +65,16 @@ def predict(
     of the run's file), cannot be decoded, or is no image of a scanner is refused by name, and costs
     no other image its answer.
 
-    `OUT` holds `predictions.csv` (a line an image), `studies.csv`, `refused.csv`, and all of it as
-    `predictions.json`. **They name patients by their true identifiers**, so that the hospital can
-    act on them: they are readable by their owner alone, and must stay within its walls.
+    `OUT` holds `predictions.csv` (a line an image or volume), `studies.csv`, `refused.csv`, and all
+    of it as `predictions.json`. **They name patients by their true identifiers**, so that the
+    hospital can act on them: they are readable by their owner alone, and must stay within its
+    walls.
 
     `--sr` writes a DICOM structured report of each study (unverified), `--seg` masks as DICOM
     segmentations in the source's own pixels, `--explain` a picture of each image with what moved
     its answer: some hundred passes of the network each.
+
+    If it is ended in the middle, give the same command again: it goes on where it was.
 
     A model is taken if its federation has signed it: `--node` knows the federation that the node
     has joined, `--authority` names one. What a simulation made is signed by nobody: `--unsigned`.
@@ -79,33 +83,18 @@ def predict(
 
     Example: `cloister predict chest.package /archive/today answers --node north --sr`
     """
+    from client.prediction.answering import Model
     from client.prediction.output import check_target
 
     check_target(out)
-    opened = _opened(model, node, authority, unsigned=unsigned, expect=expect)
+    package = opened_model(model, node, authority, unsigned=unsigned, expect=expect)
+    opened = Model(package)
     made = _additions(opened, sr=sr, seg=seg)
     order = _order(opened, studies, out, explain=explain)
     order = replace(order, profile=_profile(node, profile), workers=workers, additions=made)
     cohort = _cohort(studies, node, cohort_key)
     _print_model(opened)
-    _conclude(_shown(order, cohort), out)
-
-
-def _opened(
-    model: Path, node: Path | None, authority: Path | None, *, unsigned: bool, expect: str
-) -> Model:
-    from client.prediction.answering import Model
-    from common.errors import PackageError
-    from common.package import Package
-
-    believed = _authority(node, authority, unsigned=unsigned)
-    package = Package.open(model, authority=believed, unsigned=unsigned)
-    if expect and package.model_sha256 != expect.strip().lower():
-        raise PackageError(
-            f"{model}: its model is {package.model_sha256}, expected {printable(expect)}; it may "
-            "be an older one of the same federation: ask the coordinator"
-        )
-    return Model(package)
+    _conclude(_shown(order, cohort), out, _thing(opened))
 
 
 def _order(model: Model, studies: Path, out: Path, *, explain: bool) -> Order:
@@ -132,14 +121,28 @@ def _shown(order: Order, cohort: Cohort | None) -> Summary:
     from client.prediction.predict import predict as answer
     from client.prediction.predict import predict_cohort
 
-    with progress_bar() as bar:
-        steps = ("Looking", "Answering") if cohort is None else ("Answering",)
-        tasks = {what: bar.add_task(what, total=None) for what in steps}
+    try:
+        with progress_bar() as bar:
+            steps = ("Looking", "Answering") if cohort is None else ("Answering",)
+            tasks = {what: bar.add_task(what, total=None) for what in steps}
 
-        def show(what: str, done: int, total: int) -> None:
-            bar.update(tasks[what], completed=done, total=total)
+            def show(what: str, done: int, total: int) -> None:
+                bar.update(tasks[what], completed=done, total=total)
 
-        return answer(order, show) if cohort is None else predict_cohort(order, cohort, show)
+            return answer(order, show) if cohort is None else predict_cohort(order, cohort, show)
+    except KeyboardInterrupt:
+        _print_waiting(order.target)
+        raise
+
+
+def _print_waiting(target: Path) -> None:
+    """Say how to go on with what was interrupted, if anything was answered."""
+    from client.prediction.output import working_folder
+
+    place = working_folder(target)
+    if place.exists():
+        said = f"interrupted; the same command goes on. What was answered waits in {place}"
+        console.print(f"{said}, and names patients", highlight=False, markup=False, soft_wrap=True)
 
 
 def _additions(model: Model, *, sr: bool, seg: bool) -> tuple[Addition, ...]:
@@ -153,20 +156,6 @@ def _additions(model: Model, *, sr: bool, seg: bool) -> tuple[Addition, ...]:
     if seg and package.spec.task.kind != "mask":
         raise ConfigError(f"--seg: the model's task is {package.spec.task.name}, it has no masks")
     return (*[Reports(package)] * sr, *[Segmentations(package)] * seg)
-
-
-def _authority(node: Path | None, authority: Path | None, *, unsigned: bool) -> Certificate | None:
-    """The federation that is believed: the one named, or else the one that the node has joined."""
-    from common.errors import ConfigError
-
-    if authority is not None:
-        return believed_authority(None, authority)
-    try:
-        return believed_authority(node, None)
-    except ConfigError:
-        if unsigned:
-            return None  # a hospital that tries a model before it joins anybody
-        raise
 
 
 def _profile(node: Path | None, profile: Path | None) -> Profile:
@@ -187,10 +176,10 @@ def _profile(node: Path | None, profile: Path | None) -> Profile:
 
 def _print_model(model: Model) -> None:
     """Whose model it is, and what must be borne in mind of it."""
-    from client.prediction.predict import head_of
+    from client.prediction.tables import head_of
 
     package = model.package
-    said = f"Model {package.spec.name}, {_signed(package)}"
+    said = f"Model {package.spec.name}, {who_signed(package)}"
     console.print(escape(said), highlight=False, soft_wrap=True)
     for warning in head_of(model)["warnings"][:_WARNINGS_SHOWN]:
         console.print(f"[bold yellow]{escape(printable(warning))}", highlight=False)
@@ -198,15 +187,12 @@ def _print_model(model: Model) -> None:
         console.print("Its probabilities are not calibrated.", highlight=False)
 
 
-def _signed(package: Package) -> str:
-    """Who vouches for a model."""
-    from common.package import SIGNATURE
+def _thing(model: Model) -> str:
+    """What is counted."""
+    from client.prediction.rows import asked_of
 
-    if signer := package.signer:
-        return f"signed by {signer.coordinator} of the federation {signer.federation}"
-    if (package.path / SIGNATURE).exists():
-        return "its signature was not checked: no federation is known that could be believed"
-    return "signed by nobody: what it answers is only as good as where it comes from"
+    seen = {"volume": "volumes", "study": "images seen"}
+    return seen.get(asked_of(model.package.spec), "images")
 
 
 def _print_reasons(title: str, refused: Sequence[NotUsed], where: Path) -> None:
@@ -222,13 +208,15 @@ def _print_reasons(title: str, refused: Sequence[NotUsed], where: Path) -> None:
         console.print(table)
 
 
-def _conclude(summary: Summary, out: Path) -> None:
+def _conclude(summary: Summary, out: Path, thing: str) -> None:
     """Show what became of the studies; it is a failure if none was answered."""
     _print_reasons("Refused", summary.refused, out / "refused.csv")
     _print_reasons("Could not be made", summary.not_made, out / "not_made.csv")
     table = Table(title="Answered", title_justify="left", show_header=False)
-    table.add_row("images", str(summary.images))
+    table.add_row(thing, str(summary.images))
     table.add_row("of studies", str(summary.studies))
+    if summary.before:
+        table.add_row("of these by an earlier start", str(summary.before))
     for name, count in summary.decisions.most_common():
         table.add_row(f"decided for {escape(name)}", str(count))
     console.print(table)

@@ -90,9 +90,7 @@ def to_grid(volume: Laid, settings: Input, rule: Literal["linear", "nearest"]) -
     spacing = settings.spacing or volume.spacing
     on_spacing = _respaced(volume, spacing, rule)
     sides = settings.sides
-    if settings.fit != "crop" and any(
-        have > room for have, room in zip(on_spacing.shape, sides, strict=True)
-    ):
+    if settings.fit != "crop" and is_cut(volume, settings):
         have, room = (" x ".join(map(str, shape)) for shape in (on_spacing.shape, sides))
         raise IntakeError(
             f"it has {have} voxels of {' x '.join(f'{step:g}' for step in spacing)} mm, and the "
@@ -102,6 +100,13 @@ def to_grid(volume: Laid, settings: Input, rule: Literal["linear", "nearest"]) -
     pairs = [_placed(have, room) for have, room in zip(on_spacing.shape, sides, strict=True)]
     grid[tuple(there for _, there in pairs)] = on_spacing[tuple(here for here, _ in pairs)]
     return grid
+
+
+def is_cut(volume: Laid, settings: Input) -> bool:
+    """Whether a volume has more than the run's grid holds."""
+    spacing = settings.spacing or volume.spacing
+    axes = zip(volume.values.shape, volume.spacing, spacing, settings.sides, strict=True)
+    return any(length_at(have, new / old) > room for have, old, new, room in axes)
 
 
 def from_grid(grid: NDArray[Any], volume: Laid, settings: Input) -> None:

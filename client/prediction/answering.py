@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, cast
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from common.calibration import Calibration
 from common.cohort import PIXEL_MAX
 from common.errors import PackageError
 from common.package import Package
+from common.studies import spaced
 from common.tasks import task_for
 from common.tasks.answers import Answer
 from common.tasks.preprocess import normalise
@@ -25,16 +26,30 @@ _BATCH_PIXELS = 1 << 21
 _MOST_IMAGES = 64
 
 
+Likeness = dict[str, Any]
+"""Of one image: its ``patient``, and by method how like its map is to that of random weights."""
+
+
 class Drawn(NamedTuple):
-    """What moved an answer: a PNG, the class that it explains, and the methods from left on."""
+    """What moved an answer: a PNG, the class that it explains, and the methods from left on.
+
+    Of the first images ``likeness`` says how much of it was learned.
+    """
 
     png: bytes
     explains: str
     methods: tuple[str, ...]
+    likeness: Likeness | None = None
 
 
 class Pictures(Protocol):
-    """Makes what moved answers."""
+    """Makes what moved answers.
+
+    Attributes:
+        compared: how many images have a likeness by now.
+    """
+
+    compared: int
 
     def __call__(
         self, images: NDArray[np.float32], answers: Sequence[Answer], patients: Sequence[str]
@@ -44,7 +59,12 @@ class Pictures(Protocol):
         None for what cannot be explained; that costs no answer.
         """
 
-    def examined(self) -> Mapping[str, Any]:
+    def of_study(
+        self, images: NDArray[np.float32], answer: Answer, patient: str
+    ) -> Sequence[Drawn | None]:
+        """As a call, for the images of a study that are in one decision, which is `answer`."""
+
+    def examined(self, likeness: Sequence[Likeness]) -> Mapping[str, Any]:
         """What is said of the methods themselves, once all is answered; by method."""
 
 
@@ -54,6 +74,22 @@ class Answered(NamedTuple):
     answer: Answer
     calibrated: NDArray[np.float64] | None
     picture: Drawn | None
+
+
+class Decided(NamedTuple):
+    """A decision from several images of a study.
+
+    Attributes:
+        answered: the decision; it has no picture.
+        seen: numbers of the images that are in it.
+        weights: (seen,) what the network's attention gave each; they add up to 1.
+        pictures: of each what moved the decision; None for none.
+    """
+
+    answered: Answered
+    seen: tuple[int, ...]
+    weights: NDArray[np.float32]
+    pictures: tuple[Drawn | None, ...]
 
 
 @dataclass
@@ -70,10 +106,13 @@ class Model:
     package: Package
 
     def __post_init__(self) -> None:
-        self.task: Task = task_for(self.package.spec)
+        spec = self.package.spec
+        self.task: Task = task_for(spec)
         reason = self.task.without_answers()
-        if self.package.spec.input.images > 1:
-            reason = "it takes several images of a study at once"
+        if spec.input.modalities or spec.input.together != "study":
+            reason = (
+                "it takes images of several modalities, or of all studies of a patient, at once"
+            )
         if reason:
             raise PackageError(f"{self.package.path}: {reason}; it cannot be used by predict")
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -95,8 +134,10 @@ class Model:
             seen: of each image whose it is, and its pixels as a cohort stores them.
             pictures: makes what moved an answer; None for none.
         """
-        size = int(np.prod(self.package.spec.input.shape))
-        most = max(1, min(_MOST_IMAGES, _BATCH_PIXELS // size))
+        shape = self.package.spec.input.shape
+        most = max(1, min(_MOST_IMAGES, _BATCH_PIXELS // int(np.prod(shape))))
+        if self.package.spec.input.depth is not None:
+            most = 1  # of a volume the network holds each layer in three dimensions
         images = iter(seen)
         while batch := list(itertools.islice(images, most)):
             names, pixels = zip(*batch, strict=True)
@@ -104,15 +145,42 @@ class Model:
             answered = self._batch(np.stack(pixels), pictures, patients)
             yield from zip(names, answered, strict=True)
 
+    def decision(
+        self, pixels: NDArray[np.uint16], patient: str, pictures: Pictures | None = None
+    ) -> Decided:
+        """The one answer of a study; of too many images it sees some, evenly spaced.
+
+        Args:
+            pixels: (N, channels, height, width) of its images, as a cohort stores them.
+            patient: whose it is.
+            pictures: makes what moved the answer; None for none.
+        """
+        seen = self.package.spec.input
+        chosen = spaced(len(pixels), seen.images)
+        images = np.divide(pixels[chosen], np.float32(PIXEL_MAX), dtype=np.float32)
+        placed = np.full((1, seen.images, *seen.shape), np.nan, dtype=np.float32)
+        placed[0, : len(chosen)] = images
+        inputs = torch.from_numpy(placed).to(self.device)
+        with torch.no_grad():
+            outputs, weights = cast(Any, self.network).attended(normalise(inputs, seen))
+            (answer,) = self.task.answers(outputs.float(), inputs)
+        drawn: Sequence[Drawn | None] = [None] * len(chosen)
+        if pictures is not None and answer.finite:
+            drawn = pictures.of_study(images, answer, patient)
+        return Decided(
+            Answered(answer, self._calibrated(answer), None),
+            tuple(chosen.tolist()),
+            weights[0, : len(chosen)].float().cpu().numpy(),
+            tuple(drawn),
+        )
+
     def _batch(
         self, pixels: NDArray[np.uint16], pictures: Pictures | None, patients: Sequence[str]
     ) -> list[Answered]:
         images = np.divide(pixels, np.float32(PIXEL_MAX), dtype=np.float32)
         inputs = torch.from_numpy(images).to(self.device)
-        rows = normalise(inputs, self.package.spec.input)
         with torch.no_grad():
-            outputs = self.network(rows).float()
-            answers = self.task.answers(outputs, inputs)
+            answers = self.task.answers(self.task.through(self.network, inputs).float(), inputs)
         drawn = None if pictures is None else pictures(images, answers, patients)
         return [
             Answered(answer, self._calibrated(answer), None if drawn is None else drawn[row])

@@ -15,9 +15,10 @@ import hashlib
 import io
 import itertools
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property, partial
 from importlib.metadata import version
 from typing import Any
 
@@ -32,12 +33,13 @@ from pydicom.sr.coding import Code
 from pydicom.uid import ExplicitVRLittleEndian
 
 from client.intake.deidentify import text_of
+from client.intake.frames import Plane
 from client.intake.items import Item
 from client.intake.part10 import DicomFile, Limits
 from client.intake.quiet import quiet
 from client.prediction.geometry import mask_to_source
-from client.prediction.predict import NotMade, Told, not_made
-from client.prediction.reading import check_same
+from client.prediction.predict import NotMade, Told, ToldStudy, not_made
+from client.prediction.reading import Named, check_same
 from client.prediction.rows import WARNING, Row, decided_by
 from common.errors import IntakeError
 from common.package import Package
@@ -59,6 +61,12 @@ _SERIES = {"sr": 9901, "seg": 9902}
 _DATE, _TIME = re.compile(r"\d{8}"), re.compile(r"\d{2}(\d{2}(\d{2}(\.\d{1,6})?)?)?")
 _FORMS = {"PatientBirthDate": _DATE, "StudyDate": _DATE, "StudyTime": _TIME}
 _PLACE = ("FrameOfReferenceUID", "ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing")
+_SIZES = (
+    ("pixels", "pix", "Pixels", Code("{pixels}", "UCUM", "pixels")),
+    ("voxels", "vox", "Voxels", Code("{voxels}", "UCUM", "voxels")),
+    ("area_mm2", "area", "Area", codes.UCUM.SquareMillimeter),
+    ("volume_mm3", "volume", "Volume", codes.UCUM.CubicMillimeter),
+)
 _PATIENT = (
     "PatientName",
     "PatientID",
@@ -79,7 +87,6 @@ class _Objects:
 
     package: Package
     limits: Limits = field(default_factory=Limits)
-    _numbers: Iterator[int] = field(default_factory=lambda: itertools.count(1))
 
     @property
     def spec(self) -> RunSpec:
@@ -147,19 +154,18 @@ class _Objects:
 class Reports(_Objects):
     """A structured report of each study, ``sr/N.dcm``."""
 
-    name = "structured report"
+    name, kind = "structured report", "sr"
 
-    def of_study(
-        self, items: Mapping[str, Item], images: Sequence[Told], refused: int
-    ) -> Iterator[tuple[str, bytes]]:
+    def of_study(self, study: ToldStudy) -> Iterator[bytes]:
         """The report of one study."""
-        count = len(_objects_of(images))
-        part = f"answered {count} of {count + refused} objects of the study"
-        first = images[0].seen.named
+        objects = _objects_of(study.images)
+        count = len(objects)
+        part = f"answered {count} of {count + study.refused} objects of the study"
+        first = objects[0]
         with quiet():
-            source = self._source(self.header(items[first.place], first.sha256))
-            evidence = [self._evidence(source, told) for told in _objects_of(images)]
-            groups = [group for told in images for group in self._groups(told, part)]
+            source = self._source(self.header(study.items[first.place], first.sha256))
+            evidence = [self._evidence(source, named) for named in objects]
+            groups = list(self._groups(study, part))
             report = hdsr.MeasurementReport(
                 observation_context=hdsr.ObservationContext(observer_device_context=self._device),
                 procedure_reported=codes.SCT.ImagingProcedure,
@@ -179,7 +185,7 @@ class Reports(_Objects):
                 is_verified=False,
             )
             document.SeriesDescription = self.description
-            yield f"sr/{next(self._numbers)}.dcm", _bytes_of(document)
+            yield _bytes_of(document)
 
     @property
     def _device(self) -> hdsr.ObserverContext:
@@ -209,37 +215,48 @@ class Reports(_Objects):
             setattr(source, keyword, header.get(keyword, ""))
         return source
 
-    def _evidence(self, source: Dataset, told: Told) -> Dataset:
-        one, named = Dataset(), told.seen.named
+    def _evidence(self, source: Dataset, named: Named) -> Dataset:
+        one = Dataset()
         one.update(source)
         one.SOPClassUID, one.SOPInstanceUID = named.sop_class, named.instance
         one.StudyInstanceUID, one.SeriesInstanceUID = named.study, named.series
         return one
 
-    def _groups(self, told: Told, part: str) -> Iterator[_Group]:
-        boxes = told.row.get("boxes")
-        groups: Iterable[_Group] = [self._image(told)]
-        if boxes:
-            groups = (self._box(told, number, box) for number, box in enumerate(boxes))
-        for group in groups:
-            said = "; ".join([WARNING, part, *told.row["caveats"]])
-            group[0].ContentSequence.append(
-                hdsr.TextContentItem(codes.DCM.Comment, said, hdsr.RelationshipTypeValues.CONTAINS)
-            )
-            yield group
+    def _groups(self, study: ToldStudy, part: str) -> Iterator[_Group]:
+        """Of a model of studies one group; else one an image or volume, or of each a box."""
+        if self.spec.input.of_studies:
+            seen = [told for told in study.images if told.row["seen"]]
+            yield self._said(self._measured("study", study.row, seen), part, study.row)
+            return
+        for told in study.images:
+            boxes = told.row.get("boxes")
+            groups: Iterable[_Group]
+            if boxes:
+                groups = (self._box(told, number, box) for number, box in enumerate(boxes))
+            else:
+                groups = [self._measured(f"image {told.row['number']}", told.row, [told])]
+            for group in groups:
+                yield self._said(group, part, told.row)
 
-    def _image(self, told: Told) -> hdsr.MeasurementsAndQualitativeEvaluations:
-        named = told.seen.named
+    @staticmethod
+    def _said(group: _Group, part: str, row: Row) -> _Group:
+        """With the warning, and all that whoever reads a group must bear in mind."""
+        said = "; ".join([WARNING, part, *row["caveats"]])
+        group[0].ContentSequence.append(
+            hdsr.TextContentItem(codes.DCM.Comment, said, hdsr.RelationshipTypeValues.CONTAINS)
+        )
+        return group
+
+    def _measured(
+        self, name: str, row: Row, of: Sequence[Told]
+    ) -> hdsr.MeasurementsAndQualitativeEvaluations:
+        """All that a row says, of these images or volumes."""
         return hdsr.MeasurementsAndQualitativeEvaluations(
-            tracking_identifier=_tracking(f"image {told.row['number']}"),
+            tracking_identifier=_tracking(name),
             algorithm_id=self._algorithm,
-            measurements=list(self._measurements(told.row)),
-            qualitative_evaluations=list(self._decisions(told.row)),
-            source_images=[
-                hdsr.SourceImageForMeasurementGroup(
-                    UID(named.sop_class), UID(named.instance), _frames_of(told)
-                )
-            ],
+            measurements=list(self._measurements(row)),
+            qualitative_evaluations=list(self._decisions(row)),
+            source_images=[source for told in of for source in _sources_of(told)],
         )
 
     def _measurements(self, row: Row) -> Iterator[hdsr.Measurement]:
@@ -249,13 +266,10 @@ class Reports(_Objects):
             for name, value in (row.get(key) or {}).items():
                 code = self.code(key[:3], f"{title}: {name}", name)
                 yield hdsr.Measurement(code, value, units[key])
-        for name, value in row.get("pixels", {}).items():
-            code = self.code("pix", f"Pixels: {name}", name)
-            yield hdsr.Measurement(code, value, Code("{pixels}", "UCUM", "pixels"))
-        for name, value in row.get("area_mm2", {}).items():
-            if value is not None:
-                code = self.code("area", f"Area: {name}", name)
-                yield hdsr.Measurement(code, value, codes.UCUM.SquareMillimeter)
+        for key, short, title, unit in _SIZES:
+            for name, value in row.get(key, {}).items():
+                if value is not None:
+                    yield hdsr.Measurement(self.code(short, f"{title}: {name}", name), value, unit)
         if "anomaly_score" in row:
             code = self.code("anomaly", "Anomaly score")
             yield hdsr.Measurement(code, row["anomaly_score"], codes.UCUM.NoUnits)
@@ -294,43 +308,94 @@ class Reports(_Objects):
 
 
 @dataclass(frozen=True)
+class _Piece:
+    """One frame of a source and its mask, which is made when it is asked for: it may be large."""
+
+    named: Named
+    frame: int
+    count: int
+    size: tuple[int, int]
+    plane: Plane | None
+    mask: Callable[[], Mask]
+
+    @property
+    def where(self) -> tuple[str | float, ...]:
+        """All of where it lies but its position; nothing where that is not known."""
+        if self.plane is None:
+            return ()
+        plane = self.plane
+        numbers = np.concatenate([plane.across, plane.down, plane.spacing]).round(_SAME)
+        return plane.reference, *(numbers + 0.0).tolist()
+
+    @property
+    def together(self) -> tuple[object, ...]:
+        """What all frames of one segmentation have in common."""
+        many = self.count > 1
+        apart = (self.named.instance,) if many else self.where
+        return self.named.series, self.size, self.named.sop_class, many, apart
+
+
+@dataclass(frozen=True)
 class Segmentations(_Objects):
     """The masks of each series, ``seg/N.dcm``; none where nothing was found."""
 
-    name = "segmentation"
+    name, kind = "segmentation", "seg"
 
-    def of_study(
-        self, items: Mapping[str, Item], images: Sequence[Told], _refused: int
-    ) -> Iterator[tuple[str, bytes] | NotMade]:
+    def of_study(self, study: ToldStudy) -> Iterator[bytes | NotMade]:
         """One object a series, or several of a long one; of a multi-frame source one each.
 
         That there can be none of one series costs no other series its own.
         """
-        found = [told for told in images if told.answered.answer.mask is not None]
-        for part in _parts_of(found):
+        pieces = [piece for told in study.images for piece in self._pieces(told)]
+        for part in _parts_of(pieces):
             try:
-                content = self._content(items, part)
+                content = self._content(study.items, part)
             except Exception as error:  # noqa: BLE001
                 # highdicom raises whatever a header that does not fit drives it to.
-                what = f"{self.name} of series {part[0].seen.named.series}"
-                yield not_made(what, part[0].seen.named, error)
+                what = f"{self.name} of series {part[0].named.series}"
+                yield not_made(what, part[0].named, error)
                 continue
             if content:
-                yield f"seg/{next(self._numbers)}.dcm", content
+                yield content
 
-    def _content(self, items: Mapping[str, Item], part: Sequence[Told]) -> bytes:
+    def _pieces(self, told: Told) -> Iterator[_Piece]:
+        """The masks of an image, or of each slice of a volume in the order of its sources."""
+        seen, mask = told.seen, told.answered.answer.mask
+        if mask is None:
+            return
+        settings, kind, scan = self.spec.input, self._type, seen.scan
+        if scan is None:
+
+            def of_image() -> Mask:
+                return mask_to_source(mask, seen.size, settings).astype(kind)
+
+            yield _Piece(
+                seen.named, seen.frame.number, seen.count, seen.size, seen.frame.plane, of_image
+            )
+            return
+
+        @cache
+        def of_volume() -> Mask:
+            return scan.back(mask, settings).astype(kind)
+
+        frames = Counter(source.at for source in scan.sources)
+        for number, (at, frame, plane) in enumerate(scan.sources):
+            yield _Piece(
+                seen.objects[at],
+                frame,
+                frames[at],
+                seen.size,
+                plane,
+                partial(_nth, of_volume, number),
+            )
+
+    def _content(self, items: Mapping[str, Item], part: Sequence[_Piece]) -> bytes:
         """Of one segmentation; empty where nothing was found."""
-        masks = [self._mask(told) for told in part]
+        masks = [piece.mask() for piece in part]
         if not any(mask.any() for mask in masks):
             return b""
         with quiet():
             return _bytes_of(self._segmentation(items, part, masks))
-
-    def _mask(self, told: Told) -> Mask:
-        mask = told.answered.answer.mask
-        if mask is None:
-            raise IntakeError("it has no mask")
-        return mask_to_source(mask, told.seen.size, self.spec.input).astype(self._type)
 
     @property
     def _type(self) -> type[np.uint8] | type[np.uint16]:
@@ -339,21 +404,21 @@ class Segmentations(_Objects):
     def _segmentation(
         self,
         items: Mapping[str, Item],
-        part: Sequence[Told],
+        part: Sequence[_Piece],
         masks: list[Mask],
     ) -> Dataset:
-        named = [told.seen.named for told in _objects_of(part)]
+        named = dict.fromkeys(piece.named for piece in part)
         sources = [self.header(items[one.place], one.sha256) for one in named]
-        if len({_where(told) for told in part}) > 1:
+        if len({piece.where for piece in part}) > 1:
             raise IntakeError("its frames differ in direction or pixel spacing")
-        if part[0].seen.frame.plane is None:
+        if part[0].plane is None:
             for source, keyword in itertools.product(sources, _PLACE):
                 source.pop(keyword, None)
         stack = np.stack(masks)
-        if part[0].seen.count > 1:
-            stack = np.zeros((part[0].seen.count, *masks[0].shape), dtype=self._type)
-            for told, mask in zip(part, masks, strict=True):
-                stack[told.seen.frame.number] = mask
+        if part[0].count > 1:
+            stack = np.zeros((part[0].count, *masks[0].shape), dtype=self._type)
+            for piece, mask in zip(part, masks, strict=True):
+                stack[piece.frame] = mask
         made = hdseg.Segmentation(
             source_images=sources,
             pixel_array=stack,
@@ -371,7 +436,7 @@ class Segmentations(_Objects):
             content_description=WARNING,
         )
         made.SeriesDescription = self.description
-        if part[0].seen.frame.plane is None:
+        if part[0].plane is None:
             made.PatientOrientation = ""  # of type 2C where no orientation is known (PS3.3 C.7.6.1)
         return made
 
@@ -397,36 +462,42 @@ class Segmentations(_Objects):
         ]
 
 
-def _parts_of(images: Sequence[Told]) -> Iterator[list[Told]]:
-    """Images that go into one segmentation: of one series and geometry, and not too many.
+def _parts_of(pieces: Sequence[_Piece]) -> Iterator[list[_Piece]]:
+    """Frames that go into one segmentation: of one series and geometry, and not too many.
 
     A segmentation has one pixel spacing, one direction and one frame of reference for all.
     """
 
-    def together(told: Told) -> tuple[object, ...]:
-        named, many = told.seen.named, told.seen.count > 1
-        apart = (named.instance,) if many else _where(told)
-        return named.series, told.seen.size, named.sop_class, many, apart
+    def together(piece: _Piece) -> tuple[object, ...]:
+        return piece.together
 
-    for _, group in itertools.groupby(sorted(images, key=together), key=together):
+    for _, group in itertools.groupby(sorted(pieces, key=together), key=together):
         part = list(group)
-        most = max(1, _MOST_PIXELS // max(1, part[0].seen.size[0] * part[0].seen.size[1]))
-        step = len(part) if part[0].seen.count > 1 else most
+        most = max(1, _MOST_PIXELS // max(1, part[0].size[0] * part[0].size[1]))
+        step = len(part) if part[0].count > 1 else most
         yield from (part[start : start + step] for start in range(0, len(part), step))
 
 
-def _where(told: Told) -> tuple[str | float, ...]:
-    """All of where an image lies but its position; nothing where that is not known."""
-    plane = told.seen.frame.plane
-    if plane is None:
-        return ()
-    numbers = np.concatenate([plane.across, plane.down, plane.spacing]).round(_SAME)
-    return plane.reference, *(numbers + 0.0).tolist()
+def _nth(volume: Callable[[], Mask], number: int) -> Mask:
+    one: Mask = volume()[number]
+    return one
 
 
-def _objects_of(images: Sequence[Told]) -> list[Told]:
-    """One image of each object, in order."""
-    return list({told.seen.named.instance: told for told in reversed(images)}.values())[::-1]
+def _objects_of(images: Sequence[Told]) -> list[Named]:
+    """The objects of images and volumes, each once, in order."""
+    every = (named for told in images for named in told.seen.objects or (told.seen.named,))
+    return list({named.instance: named for named in every}.values())
+
+
+def _sources_of(told: Told) -> list[hdsr.SourceImageForMeasurementGroup]:
+    """What an image or a volume is in the PACS."""
+    seen = told.seen
+    return [
+        hdsr.SourceImageForMeasurementGroup(
+            UID(named.sop_class), UID(named.instance), _frames_of(told)
+        )
+        for named in seen.objects or (seen.named,)
+    ]
 
 
 def _frames_of(told: Told) -> list[int] | None:

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from client.prediction.answering import Drawn, Model
+from client.prediction.answering import Drawn, Likeness, Model
 from common import explanation
 from common.errors import ConfigError, ModelError
-from common.explanation import Explanation, decided, explain, explains, scaled
+from common.explanation import Explanation, Similarity, decided, explain, explains, scaled
 from common.tasks import pictures
 from common.tasks.answers import Answer
 
@@ -23,25 +23,19 @@ _NOT_COMPARED = "not known: it could not be compared with that of random weights
 _EXAMINED = 8  # images whose maps are compared with those of random weights
 
 
-class _Kept(NamedTuple):
-    """An image whose maps are compared with those of random weights."""
-
-    image: NDArray[np.float32]
-    number: int
-    patient: str
-    found: dict[str, Explanation]
-
-
 class Explainer:
     """Explains a model's answers: of each the class that it says most for.
+
+    Attributes:
+        compared: how many images have been compared with what random weights give.
 
     Raises:
         ConfigError: if nothing explains what the model's network gives.
     """
 
     def __init__(self, model: Model) -> None:
+        self.compared = 0
         self._model, self._spec = model, model.package.spec
-        self._kept: list[_Kept] = []
         if not explains(self._spec):
             raise ConfigError(
                 f"--explain: answers of {self._spec.task.name} by {self._spec.model.name} on such "
@@ -53,57 +47,81 @@ class Explainer:
     ) -> list[Drawn | None]:
         """See `client.prediction.answering.Pictures`."""
         return [
-            self._tried(image, answer, patient) if answer.finite else None
+            self._tried(image[None], answer, patient)[0] if answer.finite else None
             for image, answer, patient in zip(images, answers, patients, strict=True)
         ]
 
-    def examined(self) -> Mapping[str, Any]:
+    def of_study(
+        self, images: NDArray[np.float32], answer: Answer, patient: str
+    ) -> list[Drawn | None]:
+        """See `client.prediction.answering.Pictures`."""
+        return self._tried(images, answer, patient)
+
+    def examined(self, likeness: Sequence[Likeness]) -> Mapping[str, Any]:
         """By method, whether its maps depend on what was learned, on the first images.
 
         The intervals are over patients, of whom several images may be.
         """
-        if not self._kept:
-            return {}
-        try:
-            return self._compared()
-        except _FAILURES:
-            return {method: {"map": _NOT_COMPARED} for method in self._kept[0].found}
-
-    def _compared(self) -> dict[str, Any]:
-        images, classes = np.stack([k.image for k in self._kept]), [k.number for k in self._kept]
-        people = np.unique([k.patient for k in self._kept], return_inverse=True)[1]
-        count = int(people.max()) + 1
-        found = {
-            method: Explanation(np.concatenate([k.found[method].maps for k in self._kept]))
-            for method in self._kept[0].found
-        }
+        methods = list(dict.fromkeys(method for one in likeness for method in one["methods"]))
+        if any(like is None for one in likeness for like in one["methods"].values()):
+            return {method: {"map": _NOT_COMPARED} for method in methods}
+        people = np.unique([one["patient"] for one in likeness], return_inverse=True)[1]
+        count = int(people.max(initial=-1)) + 1
         said = {}
-        for method, like in explanation.dependence(found, self._spec, images, classes).items():
-            figures = explanation.estimated(like, self._spec, people)
+        for method in methods:
+            pairs = np.array([one["methods"][method] for one in likeness], dtype=np.float32)
+            figures = explanation.estimated(Similarity(*pairs.T), self._spec, people)
             said[method] = {
                 "map": explanation.verdict(figures["rank"], count),
-                "images": len(images),
+                "images": len(likeness),
                 "patients": count,
                 "rank_correlation_with_random_weights": figures["rank"].to_json(),
                 "ssim_with_random_weights": figures["ssim"].to_json(),
             }
         return said
 
-    def _tried(self, image: NDArray[np.float32], answer: Answer, patient: str) -> Drawn | None:
+    def _tried(
+        self, images: NDArray[np.float32], answer: Answer, patient: str
+    ) -> list[Drawn | None]:
         try:
-            return self._drawn(image, answer, patient)
+            return [*self._drawn(images, answer, patient)]
         except _FAILURES:
-            return None
+            return [None] * len(images)
 
-    def _drawn(self, image: NDArray[np.float32], answer: Answer, patient: str) -> Drawn:
+    def _drawn(self, images: NDArray[np.float32], answer: Answer, patient: str) -> Iterator[Drawn]:
+        """Of one image, or of the images of a study that is explained as one."""
         number = decided(answer, self._spec)
-        found = explain(self._model.network, self._spec, image[None], [number])
-        if len(self._kept) < _EXAMINED:
-            self._kept.append(_Kept(image, number, patient, found))
-        (levels,) = pictures.grey_levels(image[None])
-        maps = [pictures.overlaid(levels, scaled(each.maps)[0]) for each in found.values()]
-        picture = pictures.beside([pictures.canvas(levels), *maps])
-        return Drawn(_png(picture), self._spec.task.classes[number], tuple(found))
+        asked = images[None] if self._spec.input.of_studies else images
+        found = explain(self._model.network, self._spec, asked, [number])
+        likeness = self._likeness(asked, number, found, patient)
+        maps = {method: scaled(each.maps) for method, each in found.items()}
+        for place, levels in enumerate(pictures.grey_levels(images)):
+            overlaid = [pictures.overlaid(levels, each[place]) for each in maps.values()]
+            picture = pictures.beside([pictures.canvas(levels), *overlaid])
+            like = likeness[place] if place < len(likeness) else None
+            yield Drawn(_png(picture), self._spec.task.classes[number], tuple(found), like)
+
+    def _likeness(
+        self,
+        asked: NDArray[np.float32],
+        number: int,
+        found: Mapping[str, Explanation],
+        patient: str,
+    ) -> list[Likeness]:
+        """Of each image, as long as there are too few; None by a method where it is not known."""
+        if self.compared >= _EXAMINED:
+            return []
+        count = len(next(iter(found.values())).maps)
+        methods: list[dict[str, list[float] | None]] = [dict.fromkeys(found) for _ in range(count)]
+        try:
+            like = explanation.dependence(found, self._spec, asked, [number], self.compared)
+        except _FAILURES:
+            like = {}
+        for method, (ranks, ssims) in like.items():
+            for each, rank, ssim in zip(methods, ranks, ssims, strict=True):
+                each[method] = [float(rank), float(ssim)]
+        self.compared += count
+        return [{"patient": patient, "methods": each} for each in methods]
 
 
 def _png(picture: NDArray[np.uint8]) -> bytes:

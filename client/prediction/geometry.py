@@ -1,12 +1,71 @@
-"""From the run's geometry back to the source's: the inverse of `client.intake.pixels`."""
+"""From the run's geometry back to the source's: the way back of the intake's pixels and grids."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
+from client.intake.frames import Plane
+from client.intake.grids import from_grid, laid_volume
 from client.intake.pixels import Placement, placement
+from client.intake.volumes import Volume
 from common.spec import Input
+
+
+class Source(NamedTuple):
+    """Where a slice of a volume comes from: object and frame, from 0, and where that lies."""
+
+    at: int
+    frame: int
+    plane: Plane
+
+
+@dataclass(frozen=True, eq=False)
+class Scan:
+    """A volume as it was taken, without its values.
+
+    Attributes:
+        shape: slices, rows and columns.
+        spacing: between them, in mm.
+        orientation: as that of a `Volume`.
+        origin: as that of a `Volume`.
+        sources: of each slice, in their order in space.
+    """
+
+    shape: tuple[int, int, int]
+    spacing: tuple[float, float, float]
+    orientation: NDArray[np.float64]
+    origin: NDArray[np.float64]
+    sources: tuple[Source, ...]
+
+    @classmethod
+    def of(cls, volume: Volume, given: Sequence[Source]) -> Self:
+        """Of a volume and the sources of its slices, in the order in which it was given them."""
+        slices, rows, columns = volume.values.shape
+        sources = tuple(given[number] for number in volume.order)
+        geometry = (volume.spacing, volume.orientation, volume.origin)
+        return cls((slices, rows, columns), *geometry, sources)
+
+    def back(self, mask: NDArray[np.uint16], settings: Input) -> NDArray[np.uint16]:
+        """Class numbers of its voxels, each that of the run's voxel that is nearest.
+
+        What was cut off has not been seen, and is background (0).
+
+        Args:
+            mask: (depth, height, width) of the run.
+            settings: the run's `Input`.
+
+        Returns:
+            (slices, rows, columns).
+        """
+        found = np.zeros(self.shape, dtype=np.uint16)
+        volume = Volume(found, self.spacing, self.orientation, self.origin)
+        from_grid(mask, laid_volume(volume, settings.direction or "axial"), settings)
+        return found
 
 
 def mask_to_source(

@@ -1,16 +1,18 @@
-"""A trained model on new studies: what they are, what it says of each image, what is written.
+"""A trained model on new studies: what they are, what it says of them, what is written.
 
     look      every object says what it is; what the model is not meant for is refused by name
     read      the rest is decoded study by study over all cores, as the intake does it
-    answer    batch by batch, in that order; rows go to the disk as they come
-    finish    the folder takes its name
+    answer    study by study, so that an answer does not depend on whose images lie beside them
+    commit    all that is said of a study goes to the disk at once, and is never asked again
+    finish    tables are made, and the folder takes its name
 
-A refused object costs itself and no other. Memory holds what objects there are, and the images
-and answers of one study.
+A refused object costs itself and no other, but its own volume. Memory holds what objects there
+are, and the answers of one study.
 """
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import os
@@ -18,7 +20,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -32,8 +34,8 @@ from client.intake.items import Item, listed
 from client.intake.keys import SiteKey
 from client.intake.pool import Bounds, Pool, WorkerLostError
 from client.intake.source import NotUsed
-from client.prediction.answering import Answered, Drawn, Model, Pictures
-from client.prediction.output import FORMAT, Results, check_target
+from client.prediction.answering import Answered, Drawn, Likeness, Model, Pictures
+from client.prediction.output import Entry, Results, check_target
 from client.prediction.reading import (
     NO_BODY_PART,
     NO_MODALITY,
@@ -43,18 +45,21 @@ from client.prediction.reading import (
     Named,
     Prepare,
     Prepared,
+    PreparedSeries,
+    PrepareSeries,
     StudyReader,
     reason_of,
 )
-from client.prediction.rows import HOW, WARNING, Row, Rows, Seen, Study, decided_by
+from client.prediction.rows import NOTHING, Row, Rows, Seen, Study, asked_of
+from client.prediction.tables import columns_of, every_line, head_of, warnings_of
 from common.cohort import PIXEL_MAX, Cohort
 from common.errors import CohortError, ConfigError, IntakeError, PackageError
 from common.files import disk_refuses
 from common.package import Package
 from common.spec import Input, Use
 
-Question = Look | Prepare
-Reply = Looked | Prepared
+Question = Look | Prepare | PrepareSeries
+Reply = Looked | Prepared | PreparedSeries
 Progress = Callable[[str, int, int], None]
 """Told what is being done, how much of it is done, and of how much."""
 
@@ -66,13 +71,11 @@ UNEXPLAINED = "what moved its answer could not be drawn"
 NOT_WRITTEN = "what is said of it holds a number that is none"
 NOT_MADE = "it could not be made"
 NOT_NUMBERS = "the network's outputs are not numbers"
+NOT_WHOLE = "an object of its series is not answered, and a volume is used whole"
+LATE = "its study was answered before it came, or before it was changed: ask for it apart"
+UNREAD = "{} objects of the source could not be read: slices of this volume may be among them"
 PSEUDONYMS = "Pseudonyms of a cohort; its images have no true identifiers."
 _AT_ONCE = 256
-NO_CARD = "The model came without a card: for what it was made, and how well it does, is not said."
-IDENTITIES = (
-    "True identifiers of patients. This folder is readable by its owner alone and must stay "
-    "within the hospital."
-)
 
 
 class Mapper(Protocol):
@@ -116,27 +119,38 @@ def not_made(what: str, named: Named, error: Exception) -> NotMade:
     return NotMade(what, named, f"{NOT_MADE}: {reason}")
 
 
+class ToldStudy(NamedTuple):
+    """One study that was answered: its images or volumes, its own row, and what was not answered.
+
+    Attributes:
+        items: find each object by its place.
+        refused: how many of its objects were not answered.
+    """
+
+    images: Sequence[Told]
+    row: Row
+    refused: int
+    items: Mapping[str, Item]
+
+
 class Addition(Protocol):
     """Something more that is made of a study.
 
     Attributes:
         name: such as ``structured report``.
+        kind: the folder of its files, which have a number each.
     """
 
     @property
     def name(self) -> str:
         """See `Addition`."""
 
-    def of_study(
-        self, items: Mapping[str, Item], images: Sequence[Told], refused: int
-    ) -> Iterator[tuple[str, bytes] | NotMade]:
-        """Files by name, and what could not be made.
+    @property
+    def kind(self) -> str:
+        """See `Addition`."""
 
-        Args:
-            items: finds each image's object by its place.
-            images: of the study, that were answered.
-            refused: how many of its objects were not.
-        """
+    def of_study(self, study: ToldStudy) -> Iterator[bytes | NotMade]:
+        """Files, and what could not be made."""
 
 
 @dataclass(frozen=True)
@@ -176,18 +190,30 @@ class Summary:
     """What became of a source.
 
     Attributes:
-        images: that were answered.
+        images: that were answered, or volumes; of a model of studies those that were seen.
         studies: with at least one such image.
+        before: of these, the studies that an earlier start had answered.
         refused: what was not, and why.
         not_made: reports and segmentations that could not be made, and why.
-        decisions: how many images each class was decided for.
+        decisions: how many images, or studies, each class was decided for.
     """
 
     images: int = 0
     studies: int = 0
+    before: int = 0
     refused: list[NotUsed] = field(default_factory=list)
     not_made: list[NotUsed] = field(default_factory=list)
     decisions: Counter[str] = field(default_factory=Counter)
+
+    def add(self, entry: Entry) -> None:
+        """Count what is said of one study."""
+        self.images += sum(row.get("seen", True) for row in entry.rows["images"])
+        self.studies += len(entry.rows["studies"])
+        self.refused += [NotUsed(row["file"], row["reason"]) for row in entry.rows["refused"]]
+        self.not_made += [NotUsed(row["what"], row["reason"]) for row in entry.rows["not_made"]]
+        for row in (*entry.rows["images"], *entry.rows["studies"]):
+            decided = row.get("model_decision", ())
+            self.decisions.update([decided] if isinstance(decided, str) else decided)
 
 
 def predict(order: Order, progress: Progress | None = None, pool: Workers = Pool) -> Summary:
@@ -203,16 +229,15 @@ def predict(order: Order, progress: Progress | None = None, pool: Workers = Pool
     check_card(order.model.package)
     listing = listed(order.source)
     workers = order.workers or len(os.sched_getaffinity(0))
-    columns = columns_of(order.model)
     with (
-        Results.at(order.target, columns, every_line(order.model)) as results,
+        _results(order, order.source) as results,
         pool(order.reader, workers, order.bounds) as readers,
     ):
         work = _Prediction(order, results, progress or _silent)
         for gone in listing.unusable:
             work.refuse(Named(gone.what), gone.reason)
         work.objects(listing.items, readers)
-        results.finish(_head_of(order))
+        work.finish({})
     return work.summary
 
 
@@ -235,20 +260,40 @@ def predict_cohort(order: Order, cohort: Cohort, progress: Progress | None = Non
     if order.additions:
         names = " and ".join(f"a {addition.name}" for addition in order.additions)
         raise ConfigError(f"{cohort.path}: {names} needs DICOM files, and this is a cohort")
-    columns = columns_of(order.model)
-    with Results.at(order.target, columns, every_line(order.model)) as results:
+    with _results(order, cohort.path) as results:
         work = _Prediction(order, results, progress or _silent)
         work.cohort(cohort)
-        results.finish(_head_of(order) | {"identities": PSEUDONYMS})
+        work.finish({"identities": PSEUDONYMS})
     return work.summary
 
 
+def _results(order: Order, source: Path) -> AbstractContextManager[Results]:
+    model = order.model
+    return Results.at(order.target, asked(order, source), columns_of(model), every_line(model))
+
+
+def asked(order: Order, source: Path) -> dict[str, str]:
+    """All that an answer depends on, in words, so that no folder has answers to two questions."""
+    package = order.model.package
+    made = ["tables", *(one.name for one in order.additions)]
+    calibration = "" if package.calibration is None else package.calibration.model_dump_json()
+    card = json.dumps(dict(package.card), sort_keys=True)
+    return {
+        "the version of Cloister": version("cloister"),
+        "the model": package.model_sha256,
+        "its run's file": package.spec.digest,
+        "its card and calibration": _digest(card + calibration),
+        "the profile": _digest(order.profile.model_dump_json()),
+        "what is made": " and ".join([*made, *["explanation"] * (order.pictures is not None)]),
+        "the source": str(source.resolve()),
+    }
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def _silent(_what: str, _done: int, _total: int) -> None: ...
-
-
-def _head_of(order: Order) -> dict[str, Any]:
-    head = head_of(order.model)
-    return head if order.pictures is None else head | {"explained": order.pictures.examined()}
 
 
 def check_card(package: Package) -> None:
@@ -283,59 +328,85 @@ class _Prediction:
         self._results = results
         self._progress = progress
         self._rows = Rows(order.model.package.spec)
+        self._asked = asked_of(order.model.package.spec)
+        self._likeness: list[Likeness] = []
+        self._images = 0
+        self._refused: list[Row] = []
         self._lost: Counter[str] = Counter()
         self._gaps: set[str] = set()
+        self._unread = 0
+        for entry in results.entries():
+            self._count(entry)
+        self.summary.before = self.summary.studies
 
     def objects(self, items: Sequence[Item], readers: Mapper) -> None:
         """Look, then answer study by study."""
         by_place = {item.place: item for item in items}
         wanted = self._wanted(self._looked(items, readers))
-        self._answer(self._images(wanted, by_place, readers), by_place)
+        self._orders: defaultdict[str, set[str]] = defaultdict(set)
+        for named in wanted:
+            self._orders[named.study].add(named.accession)
+        units = self._units([named for named in wanted if self._is_new(named)])
+        done = len(wanted) - sum(map(len, units))
+        replies = readers.map(self._question(unit, by_place) for unit in units)
+        pairs = zip(units, replies, strict=True)
+        for study, read in itertools.groupby(pairs, key=lambda pair: pair[0][0].study):
+            entry = Entry(study)
+            self._study(entry, self._seen(entry, read, done, len(wanted)), by_place)
+            done += len(entry.objects)
+        self._progress("Answering", len(wanted), len(wanted))
 
     def cohort(self, cohort: Cohort) -> None:
         """Answer a cohort's images study by study."""
-        self._answer(self._stored(cohort), {})
+        done = 0
+        for _, rows in itertools.groupby(
+            np.argsort(cohort.study_index, kind="stable").tolist(),
+            key=lambda row: int(cohort.study_index[row]),
+        ):
+            mine = list(rows)
+            entry = Entry(_study_name(cohort, mine[0]))
+            if entry.study not in self._results.answered:
+                self._study(entry, self._stored(entry, cohort, mine), {})
+            done += len(mine)
+            self._progress("Answering", done, len(cohort))
 
-    def _answer(self, seen: Iterator[tuple[Seen, Any]], by_place: Mapping[str, Item]) -> None:
-        answered = self._order.model.answers(seen, self._order.pictures)
-        studies = itertools.groupby(answered, key=lambda one: one[0].named.study)
-        for _, images in studies:
-            self._study(images, by_place)
+    def finish(self, head: Mapping[str, Any]) -> None:
+        """Put the folder together."""
+        said = head_of(self._order.model) | dict(head)
+        if self._order.pictures is not None:
+            said["explained"] = self._order.pictures.examined(self._likeness)
+        self._results.finish(said, self._refused)
 
-    def refuse(self, named: Named, reason: str) -> None:
-        """Write down that an object is not answered."""
-        self.summary.refused.append(NotUsed(named.place, reason))
+    def refuse(self, named: Named, reason: str, entry: Entry | None = None) -> None:
+        """Write down that an object is not answered.
+
+        Args:
+            named: which.
+            reason: why.
+            entry: of its study; None if it was refused before its study was asked about.
+        """
+        if entry is None and _key(named) in self._results.answered.get(named.study, ()):
+            return  # an earlier start has answered it, or said why not
         if reason != COPY:
             self._lost[named.study] += 1
             self._gaps.add(named.series)
-        self._results.add(
-            "refused",
-            {
-                "file": named.place,
-                "patient_id": named.patient,
-                "issuer": named.issuer,
-                "study_instance_uid": named.study,
-                "series_instance_uid": named.series,
-                "sop_instance_uid": named.instance,
-                "reason": reason,
-            },
-        )
+        row = {
+            "file": named.place,
+            "patient_id": named.patient,
+            "issuer": named.issuer,
+            "study_instance_uid": named.study,
+            "series_instance_uid": named.series,
+            "sop_instance_uid": named.instance,
+            "reason": reason,
+        }
+        if entry is None:
+            self._unread += not named.series
+            self._refused.append(row)
+            self.summary.refused.append(NotUsed(named.place, reason))
+        else:
+            entry.add("refused", row)
 
-    def _stored(self, cohort: Cohort) -> Iterator[tuple[Seen, Any]]:
-        """A cohort's images, in the order of its studies."""
-        said = _of_cohort(self._rows.spec.use)
-        order = np.argsort(cohort.study_index, kind="stable")
-        for start in range(0, len(order), _AT_ONCE):
-            rows = order[start : start + _AT_ONCE]
-            self._progress("Answering", start, len(order))
-            stored = np.rint(cohort.images(rows) * PIXEL_MAX).astype(np.uint16)
-            for row, pixels in zip(rows.tolist(), stored, strict=True):
-                name = f"image {row + 1}"
-                patient = cohort.patients[cohort.patient_index[row]]
-                study = f"study {cohort.study_index[row] + 1}"
-                named = Named(name, patient=patient, study=study, instance=name)
-                yield Seen(named, Frame(0, pixels, None, said), pixels.shape[1:]), pixels
-        self._progress("Answering", len(order), len(order))
+    # --- Which objects ------------------------------------------------------------------------
 
     def _looked(self, items: Sequence[Item], readers: Mapper) -> Iterator[Named]:
         """What can be answered, as far as its header says."""
@@ -362,7 +433,10 @@ class _Prediction:
                 self.refuse(named, AMBIGUOUS if differ else COPY)
             if not differ:
                 wanted.append(first)
-        return sorted(self._of_one_patient(wanted), key=lambda named: named.order)
+        wanted = list(self._of_one_patient(wanted))
+        if self._asked == "volume":
+            wanted = list(self._whole(wanted))
+        return sorted(wanted, key=lambda named: named.order)
 
     def _of_one_patient(self, found: Sequence[Named]) -> Iterator[Named]:
         """The objects of studies that are of one patient, as a study has to be (PS3.3 A.1.2)."""
@@ -375,80 +449,201 @@ class _Prediction:
             else:
                 yield named
 
-    def _images(
-        self, wanted: Sequence[Named], items: Mapping[str, Item], readers: Mapper
+    def _whole(self, found: Sequence[Named]) -> Iterator[Named]:
+        """The objects of series of which none was refused: a volume that lost its end looks whole.
+
+        A series is a volume of one study.
+        """
+        studies: defaultdict[str, set[str]] = defaultdict(set)
+        for named in found:
+            studies[named.series].add(named.study)
+        torn = self._gaps | {series for series, of in studies.items() if len(of) > 1}
+        for named in found:
+            if named.series in torn:
+                self.refuse(named, NOT_WHOLE)
+            else:
+                yield named
+
+    def _is_new(self, named: Named) -> bool:
+        """Whether no earlier start has answered its study; what has come to one is refused."""
+        known = self._results.answered.get(named.study)
+        if known is not None and _key(named) not in known:
+            self.refuse(named, LATE)
+        return known is None
+
+    def _units(self, wanted: Sequence[Named]) -> list[list[Named]]:
+        """What is read together: an object, or of a model of volumes a series."""
+        if self._asked != "volume":
+            return [[named] for named in wanted]
+        groups = itertools.groupby(wanted, key=lambda named: named.series)
+        return [list(group) for _, group in groups]
+
+    def _question(self, unit: Sequence[Named], items: Mapping[str, Item]) -> Question:
+        each = tuple(Prepare(items[named.place], named.sha256) for named in unit)
+        return PrepareSeries(each) if self._asked == "volume" else each[0]
+
+    # --- Their images -------------------------------------------------------------------------
+
+    def _seen(
+        self, entry: Entry, read: Iterable[tuple[list[Named], Any]], done: int, total: int
     ) -> Iterator[tuple[Seen, Any]]:
-        """The images of these objects, in order; what cannot be read is refused on the way."""
-        orders: defaultdict[str, set[str]] = defaultdict(set)
-        for named in wanted:
-            orders[named.study].add(named.accession)
-        tasks = (Prepare(items[named.place], named.sha256) for named in wanted)
-        replies = readers.map(tasks)
-        for done, (named, reply) in enumerate(zip(wanted, replies, strict=True), start=1):
-            self._progress("Answering", done, len(wanted))
+        """The images or volumes of a study; what cannot be read is refused on the way."""
+        said = (TWO_ORDERS,) if len(self._orders[entry.study]) > 1 else ()
+        for unit, reply in read:
+            entry.objects += map(_key, unit)
+            self._progress("Answering", done + len(entry.objects), total)
             if isinstance(reply, Prepared) and not reply.reason:
-                said = (TWO_ORDERS,) if len(orders[named.study]) > 1 else ()
                 for frame in reply.frames:
                     told = replace(frame, caveats=(*frame.caveats, *said))
-                    yield Seen(named, told, reply.size, reply.count), frame.pixels
+                    yield Seen(unit[0], told, reply.size, reply.count), frame.pixels
+            elif isinstance(reply, PreparedSeries) and reply.pixels is not None:
+                yield self._volume(unit, reply, said), reply.pixels
             else:
-                self.refuse(named, reply.reason if isinstance(reply, Prepared) else str(reply))
+                self._refuse_unit(entry, unit, reply)
 
-    def _study(self, images: Iterable[tuple[Seen, Answered]], items: Mapping[str, Item]) -> None:
-        """Write what is said of one study."""
+    def _volume(self, unit: list[Named], reply: PreparedSeries, said: tuple[str, ...]) -> Seen:
+        """A series that was read, and what must be borne in mind of it."""
+        caveats = [*reply.caveats, *said]
+        if self._unread:
+            caveats.append(UNREAD.format(self._unread))
+        scan = reply.scan
+        size = (0, 0) if scan is None else scan.shape[1:]
+        frame = Frame(0, NOTHING, None, tuple(caveats))
+        return Seen(unit[0], frame, size, 1, tuple(unit), scan)
+
+    def _refuse_unit(self, entry: Entry, unit: list[Named], reply: Any) -> None:
+        """Refuse what could not be read, and the rest of its series with it."""
+        reason = str(reply) if isinstance(reply, WorkerLostError) else reply.reason
+        at = reply.at if isinstance(reply, PreparedSeries) else None
+        for number, named in enumerate(unit):
+            alone = at is None or number == at
+            self.refuse(named, reason if alone else NOT_WHOLE, entry)
+
+    def _stored(
+        self, entry: Entry, cohort: Cohort, rows: Sequence[int]
+    ) -> Iterator[tuple[Seen, Any]]:
+        """A study's images in a cohort."""
+        said = _of_cohort(self._rows.spec.use)
+        step = 1 if self._asked == "volume" else _AT_ONCE
+        for start in range(0, len(rows), step):
+            some = rows[start : start + step]
+            stored = np.rint(cohort.images(np.array(some)) * PIXEL_MAX).astype(np.uint16)
+            for row, pixels in zip(some, stored, strict=True):
+                name = f"image {row + 1}"
+                patient = cohort.patients[cohort.patient_index[row]]
+                study = _study_name(cohort, row)
+                named = Named(name, patient=patient, study=study, instance=name)
+                entry.objects.append(_key(named))
+                yield Seen(named, Frame(0, NOTHING, None, said), pixels.shape[-2:]), pixels
+
+    # --- Their answers ------------------------------------------------------------------------
+
+    def _study(
+        self, entry: Entry, seen: Iterator[tuple[Seen, Any]], items: Mapping[str, Item]
+    ) -> None:
+        """Answer one study, and write all that is said of it."""
+        answer = self._one_decision if self._asked == "study" else self._each
+        study, told = answer(entry, seen)
+        if study is not None:
+            study.refused, study.gaps = self._lost[entry.study], self._gaps
+            row = study.row()
+            if entry.add("studies", row):
+                self._add(entry, ToldStudy(told, row, study.refused, items))
+            else:
+                self.refuse(replace(study.named, place=f"study {entry.study}"), NOT_WRITTEN, entry)
+        self._results.commit(entry)
+        self._count(entry)
+
+    def _each(
+        self, entry: Entry, seen: Iterator[tuple[Seen, Any]]
+    ) -> tuple[Study | None, list[Told]]:
+        """Answer the images or volumes of a study one by one."""
         study: Study | None = None
         kept: list[Told] = []
-        for seen, answered in images:
+        for one, answered in self._order.model.answers(seen, self._order.pictures):
             if not answered.answer.finite:
-                self.refuse(seen.named, NOT_NUMBERS)
+                self._refuse_seen([one], NOT_NUMBERS, entry)
                 continue
-            study = study or Study(self._rows.spec, seen.named)
-            row = self._rows.of_image(
-                self.summary.images + 1, seen, answered.answer, answered.calibrated
-            )
+            number = self._images + len(entry.rows["images"]) + 1
+            row = self._rows.of_image(number, one, answered.answer, answered.calibrated)
             row |= self._pictured(row, answered.picture)
-            if not self._write(study, seen, row, answered.picture):
-                self.refuse(seen.named, NOT_WRITTEN)
+            if not entry.add("images", row):
+                self._refuse_seen([one], NOT_WRITTEN, entry)
                 continue
+            self._draw(entry, row, answered.picture)
+            study = study or Study(self._rows.spec, one.named)
+            study.add(one, row)
             if self._order.additions:
-                kept.append(Told(seen.without_pixels, answered._replace(picture=None), row))
-        if study is None or not study.images:
-            return
-        self.summary.studies += 1
-        study.refused, study.gaps = self._lost.pop(study.named.study, 0), self._gaps
-        self._add(study, items, kept)
-        if not self._results.add("studies", study.row()):
-            self.refuse(replace(study.named, place=f"study {study.named.study}"), NOT_WRITTEN)
+                kept.append(Told(one.without_pixels, answered._replace(picture=None), row))
+        return study, kept
 
-    def _add(self, study: Study, items: Mapping[str, Item], kept: Sequence[Told]) -> None:
+    def _one_decision(
+        self, entry: Entry, seen: Iterator[tuple[Seen, Any]]
+    ) -> tuple[Study | None, list[Told]]:
+        """Answer a study by one decision from its images."""
+        of, pixels = self._collected(entry, seen)
+        if not of:
+            return None, []
+        pictures = self._order.pictures
+        decided = self._order.model.decision(np.stack(pixels), of[0].named.patient, pictures)
+        answer, calibrated, _ = decided.answered
+        if not answer.finite:
+            self._refuse_seen(of, NOT_NUMBERS, entry)
+            return None, []
+        study = Study(self._rows.spec, of[0].named)
+        study.decided = self._rows.of_study(answer, calibrated)
+        weights = dict(zip(decided.seen, decided.weights.tolist(), strict=True))
+        drawn = dict(zip(decided.seen, decided.pictures, strict=True))
+        kept = []
+        for place, one in enumerate(of):
+            number = self._images + len(entry.rows["images"]) + 1
+            row = self._rows.of_part(number, one, weights.get(place))
+            if place in weights:
+                row |= self._pictured(row, drawn[place])
+            entry.add("images", row)
+            self._draw(entry, row, drawn.get(place))
+            study.add(one, row)
+            kept.append(Told(one.without_pixels, decided.answered, row))
+        return study, kept
+
+    def _collected(
+        self, entry: Entry, seen: Iterator[tuple[Seen, Any]]
+    ) -> tuple[list[Seen], list[Any]]:
+        """All images of a study; none, and they are refused, if they are too many to be held."""
+        of: list[Seen] = []
+        pixels: list[Any] = []
+        room = self._order.reader.limits.stored_bytes
+        for one, stored in seen:
+            of.append(one.without_pixels)
+            room -= stored.nbytes
+            if room >= 0:
+                pixels.append(stored)
+        if room >= 0:
+            return of, pixels
+        self._refuse_seen(of, f"its study has {len(of)} images, more than are held at once", entry)
+        return [], []
+
+    def _refuse_seen(self, of: Iterable[Seen], reason: str, entry: Entry) -> None:
+        """Refuse the objects of images that were read."""
+        for named in dict.fromkeys(named for one in of for named in one.objects or (one.named,)):
+            self.refuse(named, reason, entry)
+
+    def _add(self, entry: Entry, study: ToldStudy) -> None:
         """Make what is made of a study besides; that it cannot be made costs no answer."""
         for addition in self._order.additions:
             try:
-                for made in addition.of_study(items, kept, study.refused):
+                for made in addition.of_study(study):
                     if isinstance(made, NotMade):
-                        self._not_made(made)
+                        _enter(entry, made)
                     else:
-                        self._results.write(*made)
+                        number = self._results.number(addition.kind)
+                        self._results.write(f"{addition.kind}/{number}.dcm", made)
             except Exception as error:
                 # A header that is good enough to be decoded may still be no good to be written.
                 if disk_refuses(error):
                     raise
-                what = f"{addition.name} of study {study.named.study}"
-                self._not_made(not_made(what, study.named, error))
-
-    def _not_made(self, lost: NotMade) -> None:
-        """Write down what is missing; its images are answered all the same."""
-        self.summary.not_made.append(NotUsed(lost.what, lost.reason))
-        self._results.add(
-            "not_made",
-            {
-                "what": lost.what,
-                "patient_id": lost.named.patient,
-                "issuer": lost.named.issuer,
-                "study_instance_uid": lost.named.study,
-                "reason": lost.reason,
-            },
-        )
+                what = f"{addition.name} of study {entry.study}"
+                _enter(entry, not_made(what, study.images[0].seen.named, error))
 
     def _pictured(self, row: Row, picture: Drawn | None) -> Row:
         """What a row says of its picture, which is named by the row's number alone."""
@@ -461,17 +656,44 @@ class _Prediction:
             "explained_by": list(picture.methods),
         }
 
-    def _write(self, study: Study, seen: Seen, row: Row, picture: Drawn | None) -> bool:
-        """Write an image's row and picture, and count it in; False if it is no row."""
-        if not self._results.add("images", row):
-            return False
-        if picture is not None:
-            self._results.write(row["explanation"], picture.png)
-        self.summary.images += 1
-        decided = row.get("model_decision", ())
-        self.summary.decisions.update([decided] if isinstance(decided, str) else decided)
-        study.add(seen, row)
-        return True
+    def _draw(self, entry: Entry, row: Row, picture: Drawn | None) -> None:
+        """Write the picture of a row that is entered."""
+        if picture is None:
+            return
+        self._results.write(row["explanation"], picture.png)
+        if picture.likeness is not None:
+            entry.likeness.append(picture.likeness)
+
+    def _count(self, entry: Entry) -> None:
+        """Count an entry in that lies on the disk."""
+        self.summary.add(entry)
+        self._images += len(entry.rows["images"])
+        self._likeness += entry.likeness
+        if self._order.pictures is not None:
+            self._order.pictures.compared = len(self._likeness)
+
+
+def _key(named: Named) -> str:
+    """What tells an object from any other, and from itself before it was changed."""
+    return f"{named.sha256} {named.place}"
+
+
+def _study_name(cohort: Cohort, row: int) -> str:
+    return f"study {cohort.study_index[row] + 1}"
+
+
+def _enter(entry: Entry, lost: NotMade) -> None:
+    """Write down what is missing; its images are answered all the same."""
+    entry.add(
+        "not_made",
+        {
+            "what": lost.what,
+            "patient_id": lost.named.patient,
+            "issuer": lost.named.issuer,
+            "study_instance_uid": lost.named.study,
+            "reason": lost.reason,
+        },
+    )
 
 
 def _of_cohort(use: Use) -> tuple[str, ...]:
@@ -484,121 +706,3 @@ def _of_cohort(use: Use) -> tuple[str, ...]:
         meant = meant or "sides of its own"
         said.append(f"the model is meant for {meant}; whether this is one, a cohort does not say")
     return tuple(said)
-
-
-_WHO = ("patient_id", "issuer", "accession_number", "study_instance_uid")
-_IMAGE = (
-    "number",
-    *_WHO,
-    "series_instance_uid",
-    "sop_instance_uid",
-    "frame",
-    "modality",
-    "rows",
-    "columns",
-)
-_LAST = ("model_sha256", "warning")
-_REFUSED = (
-    "file",
-    "patient_id",
-    "issuer",
-    "study_instance_uid",
-    "series_instance_uid",
-    "sop_instance_uid",
-    "reason",
-)
-
-
-def every_line(model: Model) -> dict[str, str]:
-    """What each line of an answer says, for lines are copied out of their table."""
-    return {"model_sha256": model.package.model_sha256, "warning": WARNING}
-
-
-def columns_of(model: Model) -> dict[str, tuple[str, ...]]:
-    """The columns of each CSV, which follow from the model alone."""
-    task = model.package.spec.task
-    image, study = _columns_by_kind(model)
-    named = [
-        tuple(
-            f"{key} {{{name}}}" if by_class else key
-            for key, by_class in columns
-            for name in (_classes_of(task.kind, task.classes, key) if by_class else ("",))
-        )
-        for columns in (image, study)
-    ]
-    return {
-        "images": (*_IMAGE, *named[0], "caveats", "file", "file_sha256", *_LAST),
-        "studies": (*_WHO, "images", "refused", *named[1], "caveats", *_LAST),
-        "refused": _REFUSED,
-        "not_made": ("what", "patient_id", "issuer", "study_instance_uid", "reason"),
-    }
-
-
-def _classes_of(kind: str, classes: tuple[str, ...], key: str) -> tuple[str, ...]:
-    return classes[1:] if kind == "mask" else classes
-
-
-def _columns_by_kind(
-    model: Model,
-) -> tuple[tuple[tuple[str, bool], ...], tuple[tuple[str, bool], ...]]:
-    """Of an image and of a study: the columns, and whether there is one for each class."""
-    kind = model.package.spec.task.kind
-    if kind == "mask":
-        return (("pixels", True), ("area_mm2", True)), (("pixels", True),)
-    if kind == "boxes":
-        return (("boxes", False),), (("boxes", True), ("largest_score", True))
-    if kind == "none":
-        scores = (("mean_anomaly_score", False), ("largest_anomaly_score", False))
-        return (("anomaly_score", False),), scores
-    keys = ["raw_probability"] + ["probability"] * (model.calibration is not None)
-    image = (("model_decision", False), *((key, True) for key in reversed(keys)))
-    study = tuple((f"{how}_{key}", True) for key in reversed(keys) for how in ("mean", "largest"))
-    return image, study
-
-
-def warnings_of(package: Package) -> list[str]:
-    """What must be borne in mind of a model: our own words first, then its card's.
-
-    Raises:
-        PackageError: if the card does not say it in text.
-    """
-    card = package.card
-    if not card:
-        return [WARNING, NO_CARD]
-    said = [card.get(key, "") for key in ("not_for_clinical_use", "intended_use")]
-    limitations = card.get("limitations", [])
-    texts = [*said, *limitations] if isinstance(limitations, list) else [None]
-    if not all(isinstance(text, str) for text in texts):
-        raise PackageError(
-            f"{package.path}: what its card says of its use and limitations is no text; expected "
-            "one as `cloister export` writes it"
-        )
-    return [WARNING, *filter(None, texts)]
-
-
-def head_of(model: Model) -> dict[str, Any]:
-    """What ``predictions.json`` says before the rows."""
-    package = model.package
-    spec, signer = package.spec, package.signer
-    return {
-        "format": FORMAT,
-        "made": datetime.now(UTC).isoformat(timespec="seconds"),
-        "identities": IDENTITIES,
-        "model": {
-            "name": spec.name,
-            "run_id": spec.run_id,
-            "network": spec.model.name,
-            "task": spec.task.name,
-            "kind": spec.task.kind,
-            "classes": list(spec.task.classes),
-            "model_sha256": package.model_sha256,
-            "spec_sha256": spec.digest,
-            "preprocessing_sha256": spec.input.preprocessing_digest,
-            "decision": decided_by(spec),
-            "signed_by": signer and f"{signer.coordinator} of {signer.federation}",
-            "calibration": package.calibration and package.calibration.model_dump(mode="json"),
-            "intended_inputs": spec.use.model_dump(mode="json"),
-        },
-        "warnings": warnings_of(package),
-        "aggregation": HOW,
-    }

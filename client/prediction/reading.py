@@ -1,4 +1,6 @@
-"""New studies, object by object: first what each says it is, then its images as a cohort has them.
+"""New studies: first what each object says it is, then its images as a cohort has them.
+
+Images are read object by object; of a run of volumes all objects of a series are one task.
 
 Both happen in the intake's worker processes, and by the intake's own functions: the header goes
 through the hospital's profile, text in the pixels is blanked, and brightness and shape follow the
@@ -22,15 +24,20 @@ from client.intake.deid.burned_in import risk_of
 from client.intake.deid.classes import SECONDARY_CAPTURE, check_class
 from client.intake.deid.seam import CleanFile, Deidentifier
 from client.intake.deidentify import counted, quoted, text_of
-from client.intake.dicom import frames_of
+from client.intake.dicom import NO_PICTURES, frames_of
 from client.intake.display import PHOTOMETRICS, brightness
 from client.intake.frames import Plane, plane_of
+from client.intake.grids import brightness_to_grid, is_cut, laid_volume
 from client.intake.items import Item
 from client.intake.part10 import DicomFile, Directory, FrameDecoder, Geometry, Limits
 from client.intake.pixels import placement, to_shape
 from client.intake.quiet import quiet
+from client.intake.scans import ScanFrame, brightness_of, frame_of_scan
+from client.intake.volumes import volume_of
+from client.prediction.anatomy import body_parts
+from client.prediction.geometry import Scan, Source
 from common.errors import IntakeError
-from common.spec import Input, Use
+from common.spec import MOST_VOXELS, Input, Use
 
 _UID = re.compile(r"[0-9]{1,64}(\.[0-9]{1,64})*")
 _LONGEST_UID = 64
@@ -39,6 +46,7 @@ _LAST, _DIGITS = 2**31 - 1, 10
 _LEAST_SPACING, _MOST_SPACING, _FARTHEST = 1e-4, 1e4, 1e6  # mm
 NOWHERE = "where it lies cannot be: areas and volumes are not known"
 _SEEN_AS_CUT = 0.5  # pixels: less is rounding
+BLANKED = "what looks like text was blanked in some of its slices"
 CUT_OFF = "what does not fit the model's input was cut off, and was not seen"
 CHANGED = "it was changed while it was being read"
 NO_MODALITY = "the model does not say for which modalities it is meant"
@@ -115,6 +123,23 @@ class Prepared:
     count: int = 0
 
 
+@dataclass(frozen=True, eq=False)
+class PreparedSeries:
+    """The one volume of a series, or why there is none.
+
+    Attributes:
+        at: which object is at fault; None if it is the series as a whole.
+        pixels: (channels, depth, height, width) of the run, 0..65535.
+        scan: where its voxels lie; its sources number the objects as they were asked for.
+    """
+
+    reason: str = ""
+    at: int | None = None
+    pixels: NDArray[np.uint16] | None = None
+    scan: Scan | None = None
+    caveats: tuple[str, ...] = ()
+
+
 @dataclass(frozen=True)
 class Look:
     """A question to `StudyReader`: what is this?"""
@@ -131,8 +156,23 @@ class Prepare:
 
 
 @dataclass(frozen=True)
+class PrepareSeries:
+    """A question to `StudyReader`: the volume that these objects are together."""
+
+    objects: tuple[Prepare, ...]
+
+
+class _FaultyError(IntakeError):
+    """What is wrong with one object of a series."""
+
+    def __init__(self, reason: str, at: int) -> None:
+        super().__init__(reason)
+        self.at = at
+
+
+@dataclass(frozen=True)
 class StudyReader:
-    """Reads one object at a time; works in any process, and raises nothing.
+    """Reads an object or a series at a time; works in any process, and raises nothing.
 
     Args:
         settings: the run's `Input`.
@@ -146,9 +186,11 @@ class StudyReader:
     deidentify: Deidentifier
     limits: Limits = field(default_factory=Limits)
 
-    def __call__(self, task: Look | Prepare) -> Looked | Prepared:
+    def __call__(self, task: Look | Prepare | PrepareSeries) -> Looked | Prepared | PreparedSeries:
         """Answer a question; all that is wrong with an object is in the answer."""
-        return self._look(task.item) if isinstance(task, Look) else self._prepare(task)
+        if isinstance(task, Look):
+            return self._look(task.item)
+        return self._prepare(task) if isinstance(task, Prepare) else self._prepare_series(task)
 
     def _look(self, item: Item) -> Looked:
         named = Named(item.place)
@@ -172,6 +214,8 @@ class StudyReader:
             IntakeError: with the reason.
         """
         header = file.header
+        if kind := NO_PICTURES.get(text_of(header, "SOPClassUID")):
+            raise IntakeError(f"it is {kind}, no picture of a patient")
         check_class(header)
         if text_of(header, "SOPClassUID") in SECONDARY_CAPTURE:
             raise IntakeError("it is a secondary capture, no image as a scanner makes it")
@@ -210,6 +254,60 @@ class StudyReader:
         )
         return Prepared("", (geometry.rows, geometry.columns), frames, geometry.frames)
 
+    def _prepare_series(self, task: PrepareSeries) -> PreparedSeries:
+        try:
+            with quiet():
+                return self._prepared_series(task)
+        except _FaultyError as error:
+            return PreparedSeries(str(error), error.at)
+        except Exception as error:  # noqa: BLE001
+            # What comes together from many headers may be anything at all.
+            return PreparedSeries(reason_of(error))
+
+    def _prepared_series(self, task: PrepareSeries) -> PreparedSeries:
+        """As the intake makes a volume of a series (`client.intake.annotated`)."""
+        frames: list[ScanFrame] = []
+        sources: list[Source] = []
+        said: dict[str, None] = {}
+        for at, one in enumerate(task.objects):
+            try:
+                with one.item.open(self.limits.read_bytes) as stream:
+                    check_same(stream, one.sha256)
+                    file = DicomFile.parse(stream, self.limits)
+                    self._take(file, at, frames, sources, said)
+            except Exception as error:
+                raise _FaultyError(reason_of(error), at) from error
+        volume = volume_of([frame.slice for frame in frames])
+        direction = self.settings.direction or "axial"
+        bright = laid_volume(brightness_of(volume, frames, self.settings.window), direction)
+        if self.settings.fit == "crop" and is_cut(bright, self.settings):
+            said[CUT_OFF] = None
+        pixels = brightness_to_grid(bright, self.settings)
+        return PreparedSeries("", None, pixels, Scan.of(volume, sources), tuple(said))
+
+    def _take(
+        self,
+        file: DicomFile,
+        at: int,
+        frames: list[ScanFrame],
+        sources: list[Source],
+        said: dict[str, None],
+    ) -> None:
+        """Enter the frames of object number `at`, and what must be borne in mind of it."""
+        element, geometry = file.pixel_element(), file.geometry(self.limits)
+        if (len(frames) + geometry.frames) * geometry.rows * geometry.columns > MOST_VOXELS:
+            raise IntakeError(f"its series has more than {MOST_VOXELS} voxels, which are not held")
+        decode, clean = FrameDecoder(file, element, geometry), self.deidentify(file.header)
+        said |= dict.fromkeys(caveats_of(self.use, file.header))
+        for number in range(geometry.frames):
+            stored = decode(number)
+            shown = brightness(stored, clean.header, number, self.settings.window)
+            kept = clean.frame(number, shown)
+            if kept.boxes:
+                said[BLANKED] = None
+            frames.append(frame_of_scan(clean.header, number, stored, kept, self.settings.window))
+            sources.append(Source(at, number, plane_of(file.header, number)))
+
     def _cut_off(self, geometry: Geometry) -> bool:
         """Whether the run's fit leaves out part of the image."""
         box = placement(geometry.rows, geometry.columns, self.settings).box
@@ -245,16 +343,15 @@ def check_use(use: Use, header: Dataset, geometry: Geometry) -> None:
     Raises:
         IntakeError: with what was seen, and what is declared.
     """
-    for what, keyword, declared in (
-        ("modality", "Modality", use.modalities),
-        ("body part", "BodyPartExamined", use.body_parts),
-    ):
-        seen = text_of(header, keyword).upper()
-        if declared and seen not in declared:
-            raise IntakeError(
-                f"its {what} is {quoted(seen) if seen else 'not given'}; the model is meant for "
-                f"{', '.join(declared)}"
-            )
+    modality = text_of(header, "Modality").upper()
+    seen = (
+        ("modality", (modality,) if modality else (), use.modalities),
+        ("body part", body_parts(header), use.body_parts),
+    )
+    for what, named, declared in seen:
+        if declared and not set(named) & set(declared):
+            told = ", ".join(map(quoted, named)) or "not given"
+            raise IntakeError(f"its {what} is {told}; the model is meant for {', '.join(declared)}")
     sides = (geometry.rows, geometry.columns)
     shown = f"it has {counted(sides[0])} x {counted(sides[1])} pixels; the model is meant for"
     if use.smallest_side is not None and min(sides) < use.smallest_side:

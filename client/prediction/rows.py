@@ -1,7 +1,8 @@
-"""What the files say of one image and of one study, as plain data.
+"""What the files say of one image, volume and study, as plain data.
 
-A study's probabilities are the mean and the largest over its answered images. A study has no
-decision: the threshold on the model's card is one for images.
+Of a model of single images a study's probabilities are the mean and the largest over its answered
+images. It has no decision: the threshold on the model's card is one for images. Of a model of
+several images of a study the study has the one decision, and its images what they weighed in it.
 """
 
 from __future__ import annotations
@@ -16,22 +17,39 @@ import numpy as np
 from numpy.typing import NDArray
 
 from client.intake.frames import Plane
-from client.prediction.geometry import boxes_to_source, mask_to_source
+from client.prediction.geometry import Scan, boxes_to_source, mask_to_source
 from client.prediction.reading import Frame, Named
+from common.errors import ModelError
 from common.spec import RunSpec
 from common.tasks.answers import Answer
 
-HOW = (
-    "Of a study: the mean and the largest of its images' probabilities, boxes and pixels summed, "
-    "the mean and the largest anomaly score. A study has no decision of its own."
-)
+HOW = {
+    "image": (
+        "Of a study: the mean and the largest of its images' probabilities, boxes and pixels "
+        "summed, the mean and the largest anomaly score. A study has no decision of its own."
+    ),
+    "study": (
+        "A study is one decision, from those of its images that are marked as seen; attention is "
+        "what each weighed in it. An image has no decision of its own."
+    ),
+    "volume": (
+        "Each series of parallel slices is one volume; voxels are those of the slices as they were "
+        "taken. A study has its series' volumes, and no sum of them: they may show the same."
+    ),
+}
 WARNING = "Not for clinical use; made by a model, verified by nobody"
+NOT_ALL = "{} of its objects were not answered, and could not move the decision"
 _SUREST = 1e-6  # what is printed of a probability is never that it cannot be otherwise
 _PARALLEL = 1e-3
 _REGULAR = 0.1
 _DIGITS = 6
-_NOTHING = np.zeros((0, 0, 0), dtype=np.uint16)
+NOTHING = np.zeros((0, 0, 0), dtype=np.uint16)
 Row = dict[str, Any]
+
+
+def asked_of(spec: RunSpec) -> str:
+    """What one answer of a model is about: a key of `HOW`."""
+    return "volume" if spec.input.depth is not None else spec.input.row_name
 
 
 def decided_by(spec: RunSpec) -> str:
@@ -48,24 +66,28 @@ def decided_by(spec: RunSpec) -> str:
 
 @dataclass(frozen=True, eq=False)
 class Seen:
-    """One image that was answered.
+    """One image or volume that was answered.
 
     Attributes:
-        named: whose it is.
-        frame: of its object.
+        named: whose it is; of a volume its first object.
+        frame: of its object; of a volume its grid.
         size: rows and columns of the source.
         count: frames of its object.
+        objects: of a volume, as its scan numbers them.
+        scan: where a volume's voxels lie; None of an image, and of a cohort, which does not say.
     """
 
     named: Named
     frame: Frame
     size: tuple[int, int]
     count: int = 1
+    objects: tuple[Named, ...] = ()
+    scan: Scan | None = None
 
     @property
     def without_pixels(self) -> Seen:
         """The same, for what is made of a whole study."""
-        return replace(self, frame=replace(self.frame, pixels=_NOTHING))
+        return replace(self, frame=replace(self.frame, pixels=NOTHING))
 
 
 @dataclass(frozen=True)
@@ -77,7 +99,27 @@ class Rows:
     def of_image(
         self, number: int, seen: Seen, answer: Answer, calibrated: NDArray[np.float64] | None
     ) -> Row:
-        """The row of image `number`."""
+        """The row of image or volume `number`."""
+        return self._placed(number, seen, self._said(seen, answer, calibrated))
+
+    def of_part(self, number: int, seen: Seen, weight: float | None) -> Row:
+        """The row of image `number` of a study that has one decision.
+
+        Args:
+            number: of the image.
+            seen: it.
+            weight: what it weighed in the decision; None if it was not seen.
+        """
+        said = {"seen": weight is not None, "attention": None if weight is None else _short(weight)}
+        return self._placed(number, seen, said)
+
+    def of_study(self, answer: Answer, calibrated: NDArray[np.float64] | None) -> Row:
+        """What is said of a study by its one decision."""
+        if answer.probabilities is None:
+            raise ModelError(f"an answer of {self.spec.task.name} is none of a study")
+        return self._probabilities(answer.probabilities, calibrated)
+
+    def _placed(self, number: int, seen: Seen, said: Row) -> Row:
         named = seen.named
         row: Row = {
             "number": number,
@@ -88,20 +130,21 @@ class Rows:
             "accession_number": named.accession,
             "study_instance_uid": named.study,
             "series_instance_uid": named.series,
-            "sop_instance_uid": named.instance,
-            "frame": seen.frame.number + 1,
-            "frames": seen.count,
-            "modality": named.modality,
-            "rows": seen.size[0],
-            "columns": seen.size[1],
         }
-        return row | self._said(seen, answer, calibrated) | {"caveats": list(seen.frame.caveats)}
+        if self.spec.input.depth is None:
+            of = {"sop_instance_uid": named.instance, "frame": seen.frame.number + 1}
+            row |= of | {"frames": seen.count}
+        else:
+            row["slices"] = None if seen.scan is None else seen.scan.shape[0]
+        row |= {"modality": named.modality, "rows": seen.size[0], "columns": seen.size[1]}
+        return row | said | {"caveats": list(seen.frame.caveats)}
 
     def _said(self, seen: Seen, answer: Answer, calibrated: NDArray[np.float64] | None) -> Row:
         if answer.probabilities is not None:
             return self._probabilities(answer.probabilities, calibrated)
         if answer.mask is not None:
-            return self._mask(seen, answer.mask)
+            volume = self.spec.input.depth is not None
+            return (self._voxels if volume else self._mask)(seen, answer.mask)
         if answer.boxes is not None:
             return {"boxes": self._boxes(seen, answer.boxes)}
         return {"anomaly_score": answer.anomaly}
@@ -135,6 +178,19 @@ class Rows:
         areas = {n: None if each is None else _finite(c * each) for n, c in pixels.items()}
         return {"pixels": pixels, "area_mm2": areas}
 
+    def _voxels(self, seen: Seen, mask: NDArray[np.uint16]) -> Row:
+        """Of a volume, in voxels as it was taken; of a cohort's, in those of the run's grid."""
+        classes, settings, scan = self.spec.task.classes, self.spec.input, seen.scan
+        spacing = (settings.spacing or (math.nan,)) if scan is None else scan.spacing
+        found = mask if scan is None else scan.back(mask, settings)
+        counts = np.bincount(found.ravel(), minlength=len(classes))
+        voxels = {name: int(counts[number]) for number, name in enumerate(classes) if number}
+        each = math.prod(spacing)
+        return {
+            "voxels": voxels,
+            "volume_mm3": {name: _finite(count * each) for name, count in voxels.items()},
+        }
+
     def _boxes(self, seen: Seen, boxes: NDArray[np.float32]) -> list[Row]:
         there = boxes_to_source(boxes[:, :4], seen.size, self.spec.input)
         return [
@@ -155,6 +211,7 @@ class Study:
     Attributes:
         refused: how many of its objects were not answered.
         gaps: series of which one was not answered: they have no volume.
+        decided: what is said of it by one decision, where it has one.
     """
 
     spec: RunSpec
@@ -162,11 +219,14 @@ class Study:
     images: int = 0
     refused: int = 0
     gaps: Set[str] = frozenset()
+    decided: Row = field(default_factory=dict)
     _caveats: dict[str, None] = field(default_factory=dict)
     _values: dict[tuple[str, str], list[float]] = field(default_factory=lambda: defaultdict(list))
     _slices: dict[str, list[tuple[Plane | None, Mapping[str, float | None]]]] = field(
         default_factory=lambda: defaultdict(list)
     )
+
+    _volumes: dict[str, Mapping[str, float | None]] = field(default_factory=dict)
 
     def add(self, seen: Seen, row: Row) -> None:
         """Count one of its images in."""
@@ -182,11 +242,16 @@ class Study:
                 self._values["score", name].append(max(scores, default=0.0))
         if "anomaly_score" in row:
             self._values["anomaly_score", ""].append(row["anomaly_score"])
+        if "voxels" in row:
+            self._volumes[row["series_instance_uid"]] = row["volume_mm3"]
         if "area_mm2" in row:
             self._slices[seen.named.series].append((seen.frame.plane, row["area_mm2"]))
 
     def row(self) -> Row:
         """What is said of it."""
+        caveats = [*self._caveats]
+        if self.decided and self.refused:
+            caveats.append(NOT_ALL.format(self.refused))
         return {
             "patient_id": self.named.patient,
             "issuer": self.named.issuer,
@@ -195,10 +260,13 @@ class Study:
             "images": self.images,
             "refused": self.refused,
             **dict(self._said()),
-            "caveats": list(self._caveats),
+            **self.decided,
+            "caveats": caveats,
         }
 
     def _said(self) -> Iterator[tuple[str, Any]]:
+        if self._volumes:
+            yield "volume_mm3", self._volumes
         for key in ("raw_probability", "probability"):
             if self._of(key):
                 yield f"mean_{key}", self._each(key, np.mean)

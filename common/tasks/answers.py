@@ -15,7 +15,8 @@ class Answer:
     Attributes:
         finite: whether the network's outputs were numbers; if not, there is nothing else.
         probabilities: (classes,) float32, not calibrated; binary: 1 - p, then p.
-        mask: (height, width) uint16, the number of each pixel's class.
+        mask: (height, width) uint16, of a volume (depth, height, width): the number of each
+            pixel's class.
         boxes: (boxes, 6) float32, the most certain first: left, top, right and bottom in parts of
             the sides, the class, and the certainty; those above the run's threshold.
         anomaly: how badly the image was given back, for one of what needs no training

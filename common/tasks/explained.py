@@ -47,7 +47,8 @@ def evidence(
         by method ``_maps``, ``_rank`` and ``_ssim``, for integrated gradients ``_gains`` and
         ``_errors`` as well (`common.explanation`).
     """
-    if task.without_answers() or not explanation.explains(task.spec):
+    seen = task.spec.input
+    if task.without_answers() or seen.of_studies or not explanation.explains(task.spec):
         return {}
     try:
         return _evidence(task, network, cohort, device)
@@ -148,9 +149,8 @@ def _gallery(found: Mapping[str, NDArray[Any]], said: Mapping[str, str], spec: R
         " ".join(
             [
                 *warnings,
-                f"From left to right: the image, {', '.join(titles)}. Orange speaks for the class, "
-                "blue against it; each map has its own scale. A map shows where an answer comes "
-                "from, not that it is right.",
+                "Orange speaks for the class, blue against it; each map has its own scale. A map "
+                "shows where an answer comes from, not that it is right.",
             ]
         ),
     )

@@ -169,11 +169,11 @@ class Segmentation(Task):
         return {"probabilities": functional.softmax(outputs, dim=1)}
 
     def without_answers(self) -> str:
-        """Why such a model says nothing of single images."""
-        return "" if self.spec.input.depth is None else "it takes volumes, and no single images"
+        """Nothing: every image and volume has its mask."""
+        return ""
 
     def answers(self, outputs: Tensor, images: Tensor) -> Sequence[Answer]:
-        """The mask of each image."""
+        """The mask of each image, or volume."""
         finite = outputs.flatten(1).isfinite().all(dim=1).tolist()
         masks = outputs.argmax(dim=1).cpu().numpy().astype(np.uint16)
         return [Answer(ok, mask=mask) for ok, mask in zip(finite, masks, strict=True)]

@@ -461,9 +461,39 @@ def test_what_cannot_be_explained_is_refused_by_name(make_spec):
             call()
 
 
-def test_several_images_of_a_study_are_not_explained(make_spec):
-    spec = make_spec(input={"images": 3})
-    with pytest.raises(ModelError, match=r"small-cnn.*takes several images of a study"):
+def test_images_of_a_study_are_explained_together(make_spec):
+    """A map an image; the sum of all is what the decision gains over a study of black images."""
+    spec = make_spec(input={"images": 4})
+    torch.manual_seed(2)
+    network, images = models.build(spec).eval(), drawn(spec)
+    found = explanation.explain(network, spec, images[None], [1])
+    assert set(found) == set(METHODS)
+    whole = found[INTEGRATED_GRADIENTS]
+    assert whole.gains is not None
+    assert whole.errors is not None
+    with torch.no_grad():
+        of, black = (network(seen(spec, each[None])) for each in (images, np.zeros_like(images)))
+    gain = float((of - black)[0, 0])
+    assert whole.gains.tolist() == pytest.approx([gain], abs=1e-5)
+    assert whole.errors.tolist() == pytest.approx([float(whole.maps.sum()) - gain], abs=1e-4)
+    assert abs(float(whole.errors[0])) < 0.25 * abs(gain)
+    turned = explanation.explain(network, spec, images[None, ::-1].copy(), [1])
+    for method in METHODS:
+        maps = found[method].maps
+        assert maps.shape == (3, *spec.input.sides)
+        assert np.abs(maps).max(axis=(1, 2)).min() > 0
+        np.testing.assert_allclose(turned[method].maps[::-1], maps, atol=1e-4)
+    alone = explanation.explain(network, spec, images[None, :1], [1])
+    assert np.abs(alone[INTEGRATED_GRADIENTS].maps[0] - whole.maps[0]).max() > 1e-3
+    like = explanation.dependence(found, spec, images[None], [1])
+    assert all(each.rank.shape == (3,) for each in like.values())
+    with pytest.raises(ModelError, match="N studies of K images"):
+        explanation.explain(network, spec, images, [1, 1, 1])
+
+
+def test_images_of_several_modalities_are_not_explained(make_spec):
+    spec = make_spec(input={"images": 3, "modalities": ["CT", "MR"]})
+    with pytest.raises(ModelError, match=r"small-cnn.*takes images of several modalities"):
         explanation.methods_of(models.build(spec), spec)
 
 

@@ -113,6 +113,11 @@ def test_one_model_alone_can_be_asked_for(cloister: Cloister, run: Path, source:
     assert said.code == 2
     assert f"its model is {digest}" in said.err.replace("\n", "")
     assert not (run.parent / "out").exists()
+    for slip in ("", " ", digest[:-1]):  # "$SHA256" of a variable that is not set
+        said = cloister(*asked, slip)
+        assert said.code == 2
+        assert "64 hex digits" in said.err
+    assert not (run.parent / "out").exists()
     assert cloister(*asked, digest.upper()).code == 0
 
 
