@@ -43,7 +43,7 @@ from client.intake.pixels import Floats, mask_to_shape, to_shape
 from client.intake.quiet import quiet
 from client.intake.scans import ScanFrame, brightness_of, frame_of_scan
 from client.intake.segments import classes_of
-from client.intake.series import DOUBTFUL, RefusedItem, SeriesItem
+from client.intake.series import DOUBTFUL, TAKEN_EMPTY, RefusedItem, SeriesItem
 from client.intake.shots import shot
 from client.intake.source import Kept
 from client.intake.volumes import volume_of
@@ -249,14 +249,33 @@ class _Series(ExitStack):
                 )
             said |= classes
             found.append(masks.numbered(numbers))
+        if found:
+            self._check_classes(said)
+        return found
+
+    def _check_classes(self, said: set[int]) -> None:
+        """Every class has a segment, unless a person said what it means if it has none."""
         named = enumerate(self._spec.task.classes)
         missing = [name for number, name in named if number and number not in said]
-        if found and missing and self._reader.marking.undescribed == "refuse":
+        if not missing:
+            return
+        nobody = f"no segmentation of it has a segment of the class {missing[0]!r}"
+        if self._reader.marking.undescribed == "refuse":
             raise IntakeError(
-                f"no segmentation of it has a segment of the class {missing[0]!r}, so nobody said "
-                "that nothing of it is there; --without-class empty would take it so"
+                f"{nobody}, so nobody said that nothing of it is there; --without-class empty "
+                "would take it so"
             )
-        return found
+        self._check_doubts(DOUBTFUL[1], nobody)
+        self._account.counts[TAKEN_EMPTY, "SegmentSequence"] += len(missing)
+
+    def _check_doubts(self, refused: str, nobody: str) -> None:
+        """What nobody marked is empty only if no object of the source may have marked it."""
+        if doubts := self._item.doubts:
+            raise IntakeError(
+                f"{refused}: {nobody}, and {doubts} objects of the source may be one that does: "
+                "they could not be read or placed, and are listed with their reasons; mend them, "
+                "or take them out of the source"
+            )
 
     def _check_whole(self, segmentation: Dataset, headers: Sequence[Dataset]) -> None:
         """A volume has all images that it was drawn upon: one that lost its end looks whole."""
@@ -269,21 +288,18 @@ class _Series(ExitStack):
 
     def _check_marked(self, headers: Sequence[Dataset], masks: Sequence[Masks]) -> None:
         """Every image has a word of a segmentation, unless a person said what it means if not."""
-        empty, doubts = self._reader.marking.unmarked == "empty", self._item.doubts
+        empty = self._reader.marking.unmarked == "empty"
         if not masks and not empty:
             raise IntakeError(f"no segmentation speaks of it; {_EMPTY}")
         marked = {place.instance for one in masks for place in one.places}
         missing = sum(text_of(header, "SOPInstanceUID") not in marked for header in headers)
-        if missing and empty and doubts:
-            raise IntakeError(
-                f"{DOUBTFUL}: no segmentation speaks of {missing} of its {len(headers)} images, "
-                f"and {doubts} objects of the source may be one: they could not be read or placed, "
-                "and are listed with their reasons; mend them, or take them out of the source"
-            )
-        if missing and not empty:
-            raise IntakeError(
-                f"no segmentation speaks of {missing} of its {len(headers)} images; {_EMPTY}"
-            )
+        if not missing:
+            return
+        nobody = f"no segmentation speaks of {missing} of its {len(headers)} images"
+        if not empty:
+            raise IntakeError(f"{nobody}; {_EMPTY}")
+        self._check_doubts(DOUBTFUL[0], nobody)
+        self._account.counts[TAKEN_EMPTY, "SOPInstanceUID"] += missing
 
     def _labels(self, place: Place, masks: Sequence[Masks], shape: tuple[int, ...]) -> Labels:
         """The classes of one frame's pixels."""

@@ -22,7 +22,7 @@ import json
 import os
 import secrets
 import sqlite3
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from enum import StrEnum
@@ -37,7 +37,7 @@ from client.intake.deid.walk import Account
 from client.intake.dicom import NO_LABEL, FileResult
 from client.intake.items import Item
 from client.intake.keys import SiteKey
-from client.intake.series import DOUBTFUL, SeriesItem
+from client.intake.series import DOUBTFUL, TAKEN_EMPTY, SeriesItem
 from common.errors import CohortError, ConfigError
 from common.files import flush_folder, write_durably
 from common.sealed import Seal
@@ -130,6 +130,11 @@ class Row:
 CHANGED = (
     "it has changed since it was taken in (files came, went or were written anew), and the cohort "
     "has it as it was: reject it, or take the source in under another cohort's name"
+)
+_DOUBTED = (
+    "it was taken in as if nothing were where nobody marked anything, and an object has come that "
+    "may be its segmentation: it could not be read or placed, and is listed with its reason; mend "
+    "it, or take it out of the source, or reject this series"
 )
 _GONE = "it is no longer in the source"
 _ENTRY = "number, id, state, reason, content, boxes, label, decision"
@@ -280,35 +285,46 @@ class Desk:
     def _reopen_changed(self, present: Mapping[int, Item]) -> None:
         """What was refused may have been copied in part then, or mended since.
 
-        A series that was kept stays as it was taken in, and it is told that it has changed.
+        A series that was kept stays as it was taken in; that it has changed is told, and that what
+        was taken for empty is so no more for certain.
         """
         asked = (
-            "SELECT number, state, stamp, reason FROM item "
+            "SELECT number, state, stamp, reason, account IN "
+            "(SELECT number FROM account WHERE counts LIKE ?) FROM item "
             "WHERE state IN ('open', 'aside', 'refused', 'kept')"
         )
-        for number, state, stamp, reason in self._database.execute(asked).fetchall():
+        said = (f'%"{TAKEN_EMPTY}"%',)
+        for number, state, stamp, reason, empty in self._database.execute(asked, said).fetchall():
             item = present.get(number)
             if state == State.KEPT and not isinstance(item, SeriesItem):
                 continue
-            now = self.key.pseudonym("content", item.stamp) if item else stamp
+            now = self._stamp_of(item) if item else stamp
+            doubts = item.doubts if isinstance(item, SeriesItem) else 0
             if state == State.KEPT:
-                self._put(number, State.KEPT, CHANGED if now != stamp else "")
+                told = CHANGED if now != stamp else _DOUBTED if doubts and empty else ""
+                self._put(number, State.KEPT, told)
                 continue
-            settled = isinstance(item, SeriesItem) and not item.doubts
-            if settled and reason.startswith(DOUBTFUL):
+            if isinstance(item, SeriesItem) and not doubts and reason.startswith(DOUBTFUL):
                 self._put(number, State.OPEN)
             if now != stamp:
-                self._database.execute("UPDATE item SET stamp = ? WHERE number = ?", (now, number))
+                self._set_stamp(number, now)
                 if state == State.REFUSED:
                     self._put(number, State.OPEN)
 
-    def reopen_decided(self, present: Collection[int]) -> None:
+    def _stamp_of(self, item: Item) -> str:
+        return self.key.pseudonym("content", item.stamp)
+
+    def _set_stamp(self, number: int, stamp: str) -> None:
+        self._database.execute("UPDATE item SET stamp = ? WHERE number = ?", (stamp, number))
+
+    def reopen_decided(self, present: Mapping[int, Item]) -> None:
         """Act on what was decided since: released objects are read again, rejected ones taken out.
 
         The images of both are no longer the cohort's.
 
         Args:
-            present: the objects that are in the source now; others cannot be read again.
+            present: every item that is in the source now, by the number of its object; others
+                cannot be read again.
         """
         with self._transaction():
             for number, item in self._database.execute(
@@ -319,6 +335,7 @@ class Desk:
                     self._put(item, State.REJECTED, "a person rejected it")
                 elif item in present:
                     self._put(item, State.OPEN)
+                    self._set_stamp(item, self._stamp_of(present[item]))
                 else:
                     self._put(item, State.GONE, _GONE)
                 self._database.execute(

@@ -4,12 +4,13 @@ Every object is looked at once, header alone, in the processes that read later. 
 series become one item with the segmentations that speak of it; all else is told with its reason.
 A segmentation names its images by their UIDs, or its series, or it names none and lies in the
 frame of reference of one series alone. One that names a series and cannot be used costs the series:
-without it, what it marks would pass for background.
+without it, what it marks would pass for background. One that names what is not there may be of
+images whose UIDs were changed since: it puts those of its frame of reference in doubt, or all.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, BinaryIO, NamedTuple
@@ -41,7 +42,9 @@ _DROPPED = (
     "it is listed with its reason: mend it, or take it out of the source"
 )
 _DIRECTORY = "a DICOMDIR"
-DOUBTFUL = "--without-mask empty is refused"
+DOUBTFUL = ("--without-mask empty is refused", "--without-class empty is refused")
+TAKEN_EMPTY = "masks: taken as empty"
+"""What an account calls the images, and the classes, of which no segmentation spoke."""
 
 
 class SeriesItem(NamedTuple):
@@ -53,8 +56,9 @@ class SeriesItem(NamedTuple):
         segmentations: that speak of it.
         uid: its Series Instance UID, unverified.
         fault: why it cannot be used, whatever its own objects are; empty if it can.
-        doubts: objects of the source that may be segmentations of any series: what could not be
-            read, or named no series and lay upon no single one.
+        doubts: objects of the source that may be segmentations of it, for all that is known: what
+            could not be read, and what could not be put to all that it names, where it lies in
+            this series' frame of reference, or in that of none.
     """
 
     place: str
@@ -110,19 +114,20 @@ class Described:
         series: its Series Instance UID.
         instance: its own UID.
         reference: of its frame of reference.
-        names: of a segmentation, the UIDs of images and series that it refers to.
+        names: of a segmentation, the UIDs that it refers to: of each series with its images, and
+            of images that it lists under none.
         is_mask: whether it is a segmentation.
         content: SHA-256 of a segmentation.
         names_patient: whether it is DICOM with a patient identifier.
         reason: why it is neither an image nor a segmentation; empty if it is one.
-        doubtful: whether it may be a segmentation for all that is known.
+        doubtful: whether it may be a segmentation of any series for all that is known.
         failure: as that of a `FileResult`.
     """
 
     series: str = ""
     instance: str = ""
     reference: str = ""
-    names: frozenset[str] = frozenset()
+    names: tuple[frozenset[str], ...] = ()
     is_mask: bool = False
     content: str = ""
     names_patient: bool = False
@@ -165,19 +170,29 @@ def _described(header: Dataset) -> Described:
         series,
         instance,
         text_of(header, "FrameOfReferenceUID"),
-        frozenset(_named(header)) - {""} if is_mask else frozenset(),
+        _named(header) if is_mask else (),
         is_mask,
         names_patient=named,
         reason=known and f"{known}; masks are found by these",
     )
 
 
-def _named(header: Dataset) -> Iterator[str]:
-    """UIDs of images and series that a segmentation refers to (PS3.3 C.12.1, C.7.6.16.2.6)."""
-    for series in items_of(header, "ReferencedSeriesSequence"):
-        yield text_of(series, "SeriesInstanceUID")
-        for image in items_of(series, "ReferencedInstanceSequence"):
-            yield text_of(image, "ReferencedSOPInstanceUID")
+def _named(header: Dataset) -> tuple[frozenset[str], ...]:
+    """See `Described.names` (PS3.3 C.12.1)."""
+    listed = [
+        frozenset(
+            text_of(image, "ReferencedSOPInstanceUID")
+            for image in items_of(series, "ReferencedInstanceSequence")
+        )
+        | {text_of(series, "SeriesInstanceUID")}
+        for series in items_of(header, "ReferencedSeriesSequence")
+    ]
+    others = frozenset(_drawn_upon(header)).difference(*listed)
+    return tuple(filter(None, (names - {""} for names in (*listed, others))))
+
+
+def _drawn_upon(header: Dataset) -> Iterator[str]:
+    """UIDs of the images that its frames were drawn upon (PS3.3 C.7.6.16.2.6)."""
     groups = (
         *items_of(header, "SharedFunctionalGroupsSequence"),
         *items_of(header, "PerFrameFunctionalGroupsSequence"),
@@ -223,6 +238,7 @@ class _Groups:
 
     doubts: int
     refused: list[RefusedItem] = field(default_factory=list)
+    _doubts_of: Counter[str] = field(default_factory=Counter)
     _images: dict[str, list[Item]] = field(default_factory=lambda: defaultdict(list))
     _masks: list[tuple[Item, Described]] = field(default_factory=list)
     _seen: set[tuple[str, str]] = field(default_factory=set)
@@ -265,15 +281,23 @@ class _Groups:
             if content:
                 faults |= dict.fromkeys(found | others, _OTHER)
             first[said.instance or item.place] = said.content, found | others
-            if len(found) == 1 and not said.reason:
+            placed = len(found) == 1 and not said.reason
+            if not all(map(self._named, said.names)) or not (said.names or placed):
+                self._doubt(said)
+            if placed:
                 masks[next(iter(found))].append(item)
                 continue
-            self.refuse(item, replace(said, doubtful=not said.names), self._why(said, found))
+            self.refuse(item, said, self._why(said, found))
             if said.names:
                 faults |= {uid: faults.get(uid, _DROPPED) for uid in found}
         return [
             SeriesItem(
-                of[0].place, tuple(of), tuple(masks[uid]), uid, faults.get(uid, ""), self.doubts
+                of[0].place,
+                tuple(of),
+                tuple(masks[uid]),
+                uid,
+                faults.get(uid, ""),
+                self.doubts + self._doubts_of[uid],
             )
             for uid, of in self._images.items()
         ]
@@ -282,7 +306,21 @@ class _Groups:
         """The series that a segmentation speaks of; if it names none, those of its frame."""
         if not said.names:
             return self._frames_of.get(said.reference, set())
-        return {uid for name in said.names for uid in self._series_of.get(name, ())}
+        return {uid for names in said.names for uid in self._named(names)}
+
+    def _named(self, names: frozenset[str]) -> set[str]:
+        return {uid for name in names for uid in self._series_of.get(name, ())}
+
+    def _doubt(self, said: Described) -> None:
+        """Images that were given new UIDs still lie where a segmentation of them lies.
+
+        Those that were given another frame of reference too may be any, unless it names others:
+        it is used upon these then, or costs them.
+        """
+        named = self._meant(said) if said.names else set()
+        beside = self._frames_of.get(said.reference, set()) - named
+        self._doubts_of.update(beside)
+        self.doubts += not beside and not named
 
     @staticmethod
     def _why(said: Described, found: set[str]) -> str:
@@ -292,5 +330,5 @@ class _Groups:
             return f"it is a segmentation of images of {len(found)} series; expected one"
         return (
             "it is a segmentation of images that are not in the source; expected the images beside "
-            "it"
+            "it, under the UIDs that it names"
         )

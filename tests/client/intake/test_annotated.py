@@ -397,7 +397,7 @@ def test_a_segmentation_without_its_images_is_told(
     assert len(cohort) == SLICES
     assert reasons == {
         "orphan/SEG0": "it is a segmentation of images that are not in the source; expected the "
-        "images beside it"
+        "images beside it, under the UIDs that it names"
     }
 
 
@@ -527,6 +527,154 @@ def test_nothing_is_empty_while_something_may_be_its_segmentation(
     cohort, reasons = take(marking=EMPTY)
     assert len(cohort) == 2 * SLICES
     assert "a/MR0" not in reasons
+
+
+def _renamed(slices: list[Dataset], **more: str) -> list[Dataset]:
+    """The images as they were before somebody gave them new UIDs."""
+    series = generate_uid()
+    others = deepcopy(slices)
+    for one in others:
+        one.SeriesInstanceUID, one.SOPInstanceUID = series, generate_uid()
+        for keyword, value in more.items():
+            setattr(one, keyword, value)
+    return others
+
+
+@pytest.mark.parametrize("reference", [{}, {"FrameOfReferenceUID": generate_uid()}])
+def test_a_segmentation_of_images_that_were_given_new_uids_makes_no_negatives_of_them(
+    slices: list[Dataset], put: Any, take: Any, tmp_path: Path, reference: dict[str, str]
+) -> None:
+    """By a PACS or a de-identification, which may leave the frame of reference or not."""
+    put(*slices)
+    put(segmentation(_renamed(slices, **reference), marks()), folder="seg")
+    cohort, reasons = take(marking=EMPTY)
+    assert len(cohort) == 0
+    assert reasons["a/MR0"].startswith("--without-mask empty is refused: no segmentation speaks")
+    assert "under the UIDs that it names" in reasons["seg/SEG0"]
+
+    (tmp_path / "source" / "seg" / "SEG0").unlink()
+    cohort, reasons = take(marking=EMPTY)
+    assert len(cohort) == SLICES
+    assert "a/MR0" not in reasons
+
+
+def test_a_segmentation_of_absent_images_puts_only_those_of_its_place_in_doubt(
+    slices: list[Dataset], put: Any, take: Any
+) -> None:
+    """And of these only what has no mask of its own."""
+    elsewhere, marked = _of_another(slices), _of_another(slices)
+    for one in marked:
+        one.FrameOfReferenceUID = slices[0].FrameOfReferenceUID
+    put(*slices)
+    put(*elsewhere, folder="elsewhere")
+    put(*marked, segmentation(marked, marks()), folder="marked")
+    put(segmentation(_renamed(slices), marks()), folder="seg")
+    cohort, reasons = take(marking=EMPTY)
+    assert len(cohort) == 2 * SLICES
+    assert set(reasons) == {"a/MR0", "seg/SEG0"}
+
+
+def test_a_segmentation_that_also_names_what_is_absent_puts_its_place_in_doubt(
+    slices: list[Dataset], put: Any, take: Any
+) -> None:
+    """It is used upon what it lies on; of what it names beside, the UIDs may be new."""
+    beside = _renamed(slices)
+    put(*slices, _named_too(segmentation(slices, marks()), _renamed(beside)))
+    put(*beside, folder="beside")
+    cohort, reasons = take(marking=EMPTY)
+    assert len(cohort) == SLICES
+    assert cohort.targets(range(SLICES)).any()
+    assert set(reasons) == {"beside/MR0"}
+
+
+def test_a_series_that_lost_images_is_not_one_that_was_given_new_uids(
+    slices: list[Dataset], put: Any, take: Any
+) -> None:
+    beside = _renamed(slices)
+    drawn = marks()
+    drawn[-1] = False
+    put(*slices[:-1], segmentation(slices, drawn))
+    put(*beside, folder="beside")
+    cohort, reasons = take(marking=EMPTY)
+    assert (len(cohort), reasons) == (2 * SLICES - 1, {})
+
+
+def test_no_class_is_absent_while_something_may_be_its_segmentation(
+    slices: list[Dataset], put: Any, take: Any, tmp_path: Path
+) -> None:
+    put(*slices, segmentation(slices, marks()[..., :1]))
+    put(segmentation(_renamed(slices), marks()), folder="seg")
+    marking = Marking(undescribed="empty")
+    cohort, reasons = take(marking=marking)
+    assert len(cohort) == 0
+    assert reasons["a/MR0"].startswith(
+        "--without-class empty is refused: no segmentation of it has a segment of the class 'tum"
+    )
+    (tmp_path / "source" / "seg" / "SEG0").unlink()
+    cohort, reasons = take(marking=marking)
+    assert len(cohort) == SLICES
+    assert "a/MR0" not in reasons
+
+
+@pytest.mark.parametrize("comes", ["what is broken", "what names absent images"])
+def test_what_was_taken_for_empty_is_told_when_something_comes_that_may_mark_it(
+    slices: list[Dataset], put: Any, take: Any, tmp_path: Path, comes: str
+) -> None:
+    """A series whose images all have masks is not put in doubt by it; nor is one told for ever."""
+    marked = _of_another(slices)
+    put(*slices)
+    put(*marked, segmentation(marked, marks()), folder="marked")
+    assert take(marking=EMPTY)[1] == {}
+    late = tmp_path / "source" / "late" / "SEG0"
+    if comes == "what is broken":
+        late.parent.mkdir()
+        late.write_bytes(bytes(128) + b"DICM" + b"\xff" * 99)
+    else:
+        put(segmentation(_renamed(slices), marks()), folder="late")
+
+    cohort, reasons = take(marking=EMPTY)
+
+    assert len(cohort) == 2 * SLICES
+    assert set(reasons) == {"a/MR0", "late/SEG0"}
+    assert reasons["a/MR0"].startswith("it was taken in as if nothing were where nobody marked")
+    late.unlink()
+    assert "a/MR0" not in take(marking=EMPTY)[1]
+
+
+def test_a_class_that_was_taken_for_absent_is_told_when_something_comes_that_may_mark_it(
+    slices: list[Dataset], put: Any, take: Any
+) -> None:
+    put(*slices, segmentation(slices, marks()[..., :1]))
+    marking = Marking(undescribed="empty")
+    assert take(marking=marking)[1] == {}
+    put(segmentation(_renamed(slices), marks()), folder="late")
+    reasons = take(marking=marking)[1]
+    assert reasons["a/MR0"].startswith("it was taken in as if nothing were where nobody marked")
+
+
+def test_a_series_that_was_released_as_it_is_now_is_not_told_as_changed(
+    slices: list[Dataset], put: Any, order: Any, in_this_process: Any, tmp_path: Path
+) -> None:
+    """It waited, then a slice came; what changes after the release is told as ever."""
+    images = deepcopy(slices)
+    images[0].BurnedInAnnotation = "YES"
+    put(*images[:-1], segmentation(images[:-1], marks()[:-1]))
+    asked = order()
+    take_in(asked, pool=in_this_process)
+    (tmp_path / "source" / "a" / "SEG5").unlink()
+    put(*images, segmentation(images, marks()))
+    for _ in range(2):  # the first release is of what was shown then, and lets nothing else through
+        with Desk(asked.desk, asked.key) as desk:
+            (entry,) = desk.entries(State.WAITS)
+            desk.decide(entry, Decision("release"))
+        take_in(asked, pool=in_this_process)
+    assert len(Cohort.open(asked.cohort)) == SLICES
+    for _ in range(2):
+        assert take_in(asked, pool=in_this_process).not_used == ()
+
+    put(images[0])
+    (told,) = take_in(asked, pool=in_this_process).not_used
+    assert told.reason.startswith("it has changed since it was taken in")
 
 
 def test_a_series_that_changes_after_it_was_kept_is_told(
