@@ -36,7 +36,30 @@ _STEM_LIST = (
 _WORD_LIST = "NNH CCT CMRT TMJ EAR EARS IAC EYE NOSE JAW WB"
 _STEMS, _WORDS = tuple(_STEM_LIST.split()), frozenset(_WORD_LIST.split())
 _PIECE = re.compile(r"[^\W_]+")
-_PAIR = "WHOLE BODY"
+_PAIRS = ("WHOLE BODY",)
+# What is drawn in heads; the names of AAPM's TG-263 among them. Lobes, ventricles and cortices are
+# of other organs too.
+_ORGAN_LIST = (
+    "EYES EYEBALL EYEBALLS GLOBE GLOBES LENS LENSES CORNEA CORNEAS RETINA RETINAS VITREOUS EYELID "
+    "EYELIDS LACRIMAL OPTIC OPTICUS CHIASM CHIASMA COCHLEA COCHLEAS COCHLEAE VESTIBULAR "
+    "PAROTID PAROTIDS PAROTIS SUBMAND TONGUE TOOTH TEETH PALATE UVULA LIP LIPS MOUTH BUCCAL CHEEK "
+    "CHEEKS NASAL NASOPHARYNX OROPHARYNX MASSETER MASSETERS PTERYGOID ZYGOMA ZYGOMATIC SCALP "
+    "HIPPOCAMPUS HIPPOCAMPI HIPPOCAMPAL THALAMUS THALAMI HYPOTHALAMUS PUTAMEN PALLIDUM PALLIDUS "
+    "AMYGDALA AMYGDALAE CALLOSUM PONS GLIOMA GLIOBLASTOMA GBM MENINGIOMA "
+    "AUGE AUGEN AUGAPFEL LINSE LINSEN SEHNERV ZUNGE ZAHN ZÄHNE ZAEHNE MUND LIPPE LIPPEN NASE OHR "
+    "OHREN KIEFER OBERKIEFER UNTERKIEFER OEIL ŒIL YEUX LANGUE DENTS OREILLE NEZ BOUCHE OJO OJOS "
+    "LENGUA DIENTES NARIZ BOCA OREJA OCCHIO OCCHI DENTI NASO BOCCA ORECCHIO"
+)
+_ORGANS = _WORDS | frozenset(_ORGAN_LIST.split())
+_ORGAN_PAIRS = (
+    *_PAIRS, "ORAL CAVITY", "CAVITY ORAL", "JOINT TM", "WHITE MATTER", "GREY MATTER", "GRAY MATTER"
+)  # fmt: skip
+_UPPER, _LOWER, _LETTER = "A-ZÀ-ÖØ-ÞŒ", "a-zß-öø-ÿœ", r"[^\W\d_]"
+_SEAM = re.compile(
+    f"(?<=[{_LOWER}])(?=[{_UPPER}])|(?<=[{_UPPER}])(?=[{_UPPER}][{_LOWER}])"
+    rf"|(?<={_LETTER})(?=\d)|(?<=\d)(?={_LETTER})"
+)
+"""Where a word ends within a name: ``OpticNerve``, ``LEye``, ``Tooth38``."""
 _OF_SEGMENTS = ("SegmentLabel", "SegmentDescription")
 _CODES_OF_SEGMENTS = (
     "SegmentedPropertyTypeCodeSequence",
@@ -50,15 +73,18 @@ def shows_face(header: Dataset, segmentations: Sequence[Dataset] = ()) -> bool:
     """Whether the header of an image of slices, or of one of its segmentations, names a head."""
     if text_of(header, "Modality").upper() not in _MODALITIES:
         return False
-    segments = (text for one in segmentations for text in _segments(one))
-    return _name_head(_descriptions(header)) or _name_head(segments)
+    segments = [text for one in segmentations for text in _segments(one)]
+    parted = [_SEAM.sub(" ", text) for text in segments]
+    return _name_head(_descriptions(header), _WORDS, _PAIRS) or _name_head(
+        [*segments, *parted], _ORGANS, _ORGAN_PAIRS
+    )
 
 
-def _name_head(texts: Iterable[str]) -> bool:
+def _name_head(texts: Iterable[str], words: frozenset[str], pairs: Iterable[str]) -> bool:
     spaced = [" ".join(_PIECE.findall(text.upper())) for text in texts if text]
     said = "|".join(spaced)
-    words = " ".join(spaced).split()
-    return _PAIR in said or not _WORDS.isdisjoint(words) or any(stem in said for stem in _STEMS)
+    parts = (*_STEMS, *pairs)
+    return not words.isdisjoint(said.replace("|", " ").split()) or any(p in said for p in parts)
 
 
 def _segments(header: Dataset) -> Iterator[str]:

@@ -104,6 +104,39 @@ def test_a_head_in_the_groups_of_an_enhanced_object(film: Film) -> None:
     assert shows_face(film(Modality="MR", SharedFunctionalGroupsSequence=Sequence([frame])))
 
 
+def _segments(label: str) -> Dataset:
+    """A segmentation of one segment that is called so."""
+    segment, made = Dataset(), Dataset()
+    segment.SegmentLabel, made.SegmentSequence = label, Sequence([segment])
+    return made
+
+
+@pytest.mark.parametrize(
+    "label",
+    [
+        "Eyes", "Eye_L", "eye_right", "EyeL", "LEye", "Eyeball left", "Parotid_L", "ParotidRight",
+        "Lens_R", "lens 2", "Lens opacity", "OpticChiasm", "Optic_Nerve_L", "OpticNrv_R",
+        "Cochlea_R", "Tongue", "Teeth", "Tooth38", "Cavity_Oral", "Glnd_Submand_L", "Auge",
+        "Zähne", "Hippocampus", "Left-Hippocampus", "WhiteMatter", "Brainstem", "BrainStem",
+    ],
+)  # fmt: skip
+def test_a_head_is_recognised_by_what_is_drawn_in_it(film: Film, label: str) -> None:
+    chest = film(Modality="CT", BodyPartExamined="CHEST")
+    assert shows_face(chest, [_segments("Liver"), _segments(label)])
+
+
+@pytest.mark.parametrize(
+    "label",
+    [
+        "Liver", "Eyelet", "Lensing", "Optical depth", "Hip_L", "Ellipse", "Lipoma", "Lingula",
+        "Kidney_L", "Tumour2", "RetinaculumFlexorum", "Caudate lobe", "Left ventricle", "Augmented",
+        "LungLowerLobe", "SpinalCanal", "Renal cortex", "Pancreas", "GTV1", "",
+    ],
+)  # fmt: skip
+def test_what_is_drawn_elsewhere_is_no_head(film: Film, label: str) -> None:
+    assert not shows_face(film(Modality="CT", BodyPartExamined="CHEST"), [_segments(label)])
+
+
 @pytest.mark.parametrize(
     "attributes",
     [
