@@ -47,6 +47,7 @@ from common.errors import ConfigError, IntakeError
 from common.spec import MOST_VOXELS, Direction, RunSpec
 
 _SUFFIXES = (".nii", ".nii.gz")
+_SAME_WAY = 0.5  # cosine: a head is not tilted by 60 degrees against an atlas, an axis is by 90
 _SAME_PLACE = 1e-3  # millimetres: two programs write one affine with other roundings
 _SQUARE = 1e-3  # of a pixel's side
 _MOST_HEADER = 2**24  # bytes before the values, which are read at once; extensions have thousands
@@ -236,17 +237,36 @@ def _opened(path: Path) -> Nifti1Image:
             raise IntakeError(f"it has the shape {shape}; expected three dimensions")
         if np.prod(np.array(shape, dtype=np.float64)) > MOST_VOXELS:
             raise IntakeError(f"it has {shape} voxels; at most {MOST_VOXELS} are held")
-        if not (int(image.header["sform_code"]) or int(image.header["qform_code"])):
-            raise IntakeError(
-                "its sform and qform codes are 0: it does not say where left and right are, and "
-                "a guess would mirror it; write an affine with its code into the file"
-            )
+        _check_directions(image.header)
         kind: np.dtype[Any] = image.get_data_dtype()  # type: ignore[no-untyped-call]
         if kind.kind not in "uif":
             raise IntakeError(f"its values are {kind}; expected plain numbers")
     except _BROKEN as error:
         raise IntakeError(f"it cannot be read ({type(error).__name__}: {error})") from error
     return image
+
+
+def _check_directions(header: Nifti1Header) -> None:
+    """It says where its axes run, and says it once: other readers prefer the other affine."""
+    codes = int(header["sform_code"]), int(header["qform_code"])
+    if not any(codes):
+        raise IntakeError(
+            "its sform and qform codes are 0: it does not say where left and right are, and "
+            "a guess would mirror it; write an affine with its code into the file"
+        )
+    if not all(codes):
+        return
+    ours = np.asarray(header.get_sform(), dtype=np.float64)[:3, :3]  # type: ignore[no-untyped-call]
+    theirs = np.asarray(header.get_qform(), dtype=np.float64)[:3, :3]  # type: ignore[no-untyped-call]
+    with np.errstate(invalid="ignore", over="ignore"):  # what is no affine, `canonical` refuses
+        lengths = np.linalg.norm(ours, axis=0) * np.linalg.norm(theirs, axis=0)
+        apart = (ours * theirs).sum(axis=0) < _SAME_WAY * lengths
+    if apart.any():
+        raise IntakeError(
+            f"its sform and its qform send its axis {int(apart.argmax()) + 1} different ways, so "
+            "by one of them it is mirrored or turned; write the right one as both, or 0 as the "
+            "code of the wrong one"
+        )
 
 
 def _check_header(path: Path) -> None:

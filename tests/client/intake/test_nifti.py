@@ -252,6 +252,64 @@ def test_a_volume_that_does_not_say_left_from_right_is_refused(
     assert reasons["guessed.nii.gz"].startswith("its sform and qform codes are 0")
 
 
+def _with_qform(path: Path, theirs: Arrays) -> None:
+    """The volume of a file with another affine as its qform, both with their codes."""
+    image: Any = nibabel.load(path)
+    made: Any = nibabel.Nifti1Image(np.asanyarray(image.dataobj), image.affine)
+    made.set_sform(image.affine, code=1)
+    made.set_qform(theirs, code=1)
+    nibabel.save(made, path)
+
+
+def test_a_volume_whose_two_affines_send_an_axis_different_ways_is_refused(
+    take: Take, put: Any, folders: tuple[Path, Path]
+) -> None:
+    """Whichever of its files it is; a head that is tilted against its atlas is no contradiction."""
+    tilt, swapped = np.eye(4), np.eye(4)
+    tilt[1:3, 1:3] = [[np.cos(0.5), -np.sin(0.5)], [np.sin(0.5), np.cos(0.5)]]
+    swapped[:3, :3] = swapped[[0, 2, 1], :3] * [[1], [-1], [1]]
+    qforms = {
+        "same": np.eye(4), "tilted": tilt, "mirrored": np.diag([-1.0, 1, 1, 1]),
+        "upside": np.diag([1.0, 1, -1, 1]), "swapped": swapped,
+    }  # fmt: skip
+    for name, theirs in qforms.items():
+        put(name)
+        _with_qform(folders[0] / f"{name}.nii.gz", theirs)
+    put("mask")
+    _with_qform(folders[1] / "mask.nii.gz", qforms["mirrored"])
+
+    cohort, reasons = take()
+
+    assert len(cohort.patients) == 2
+    axes = {name.removesuffix(".nii.gz"): reason for name, reason in reasons.items()}
+    assert {name: reason[:41] for name, reason in axes.items()} == {
+        "mirrored": "its sform and its qform send its axis 1 d",
+        "upside": "its sform and its qform send its axis 3 d",
+        "swapped": "its sform and its qform send its axis 2 d",
+        "mask": "its sform and its qform send its axis 1 d",
+    }
+    assert "write the right one as both, or 0 as the code of the wrong one" in axes["mirrored"]
+
+
+@pytest.mark.parametrize("code", ["sform_code", "qform_code"])
+def test_of_two_affines_one_may_be_said_to_be_wrong(
+    take: Take, put: Any, folders: tuple[Path, Path], code: str
+) -> None:
+    """The way out that the refusal names: the other affine is then the volume's."""
+    for folder in folders:
+        put("a") if folder is folders[0] else None
+        path = folder / "a.nii.gz"
+        _with_qform(path, np.diag([-1.0, 1, 1, 1]))
+        image: Any = nibabel.load(path)
+        image.header[code] = 0
+        nibabel.save(nibabel.Nifti1Image(np.asanyarray(image.dataobj), None, image.header), path)
+    cohort, reasons = take()
+    assert reasons == {}
+    right = 7 if code == "qform_code" else 2  # of 12 slices, those of class 1 are 7 to 9
+    found = [number for number in range(12) if (cohort.targets([number]) == 1).any()]
+    assert found == list(range(right, right + 3))
+
+
 def test_a_header_that_asks_for_more_than_there_is_room_is_refused(
     take: Take, put: Any, folders: tuple[Path, Path]
 ) -> None:
