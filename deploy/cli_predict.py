@@ -182,7 +182,8 @@ def _print_model(model: Model) -> None:
     said = f"Model {package.spec.name}, {who_signed(package)}"
     console.print(escape(said), highlight=False, soft_wrap=True)
     for warning in head_of(model)["warnings"][:_WARNINGS_SHOWN]:
-        console.print(f"[bold yellow]{escape(printable(warning))}", highlight=False)
+        shown = f"[bold yellow]{escape(printable(warning))}"
+        console.print(shown, highlight=False, soft_wrap=True)
     if model.calibration is None and package.spec.task.name == "classification":
         console.print("Its probabilities are not calibrated.", highlight=False)
 
