@@ -36,6 +36,7 @@ from common.clock import Clock
 from common.cohort import Cohort, CohortMeta
 from common.noise import Keystream
 from common.spec import RunSpec, parse_run_text
+from server import passphrase
 
 SHARED_DATA = Path(__file__).parents[1].parent / "shared" / "data"
 
@@ -69,6 +70,15 @@ delta = 1e-4
 
 KINDS = {"mechanism", "strategy", "name"}
 """Keys by which a table of a run says what kind it is."""
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cost_of_a_guess() -> Iterator[int]:
+    """What a guess at a passphrase costs as shipped; to these tests it costs an eighth."""
+    shipped = passphrase._COST
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(passphrase, "_COST", 14)
+        yield shipped
 
 
 @pytest.fixture(scope="session")

@@ -23,6 +23,7 @@ from common.clock import Clock
 from common.enrolment import Bundle, Request
 from common.errors import CloisterError, ConfigError, IdentityError
 from common.files import locked
+from server import passphrase
 from server.authority import (
     LEAVING,
     Authority,
@@ -159,6 +160,15 @@ def test_a_folder_that_holds_something_is_not_begun_in(desk: Desk):
 # --- The passphrase -----------------------------------------------------------------------------
 
 
+def test_a_guess_at_the_passphrase_takes_128_mib(
+    cost_of_a_guess: int, monkeypatch: pytest.MonkeyPatch
+):
+    """RFC 7914: 128 r N bytes, r = 8."""
+    monkeypatch.setattr(passphrase, "_COST", cost_of_a_guess)
+    made = json.loads(passphrase.sealed_key(certificates.new_key(), WORDS))
+    assert 128 * 8 * 2 ** made["cost"] == 128 * 2**20
+
+
 def test_the_authoritys_key_opens_under_its_passphrase_alone(desk: Desk):
     opened = Authority.open(desk.folder, WORDS, clock=desk.clock)
     assert opened.authority_key == desk.authority.authority_key
@@ -175,7 +185,8 @@ def test_the_sealed_key_shows_nothing_and_no_bit_of_it_can_be_changed(desk: Desk
     assert secret not in inside
     assert b"PRIVATE" not in sealed + inside
     held["sealed"] = base64.b64encode(inside[:40] + bytes([inside[40] ^ 1]) + inside[41:]).decode()
-    for content in (json.dumps(held).encode(), b"{}", b"", sealed.replace(b"17", b"30")):
+    dearer = json.dumps(json.loads(sealed) | {"cost": 30}).encode()
+    for content in (json.dumps(held).encode(), b"{}", b"", dearer):
         path.write_bytes(content)
         with pytest.raises(ConfigError, match=r"another passphrase|not the key of an authority"):
             Authority.open(desk.folder, WORDS, clock=desk.clock)
