@@ -640,10 +640,16 @@ def test_whatever_a_coordinator_says_a_node_is_moved_by_legal_requests_alone(
 LONG_AT_WORK = State(done=3, failed=False, closed=2)
 
 
-def attack(node: Node, name: str, times: int = 12) -> None:
+def attack(node: Node, name: str, times: int = 12, *, always_alike: bool = False) -> None:
     """One kind of attack in many forms, on a node that stays as it is."""
 
-    @settings(SLOW, max_examples=times, database=None, phases=[Phase.generate])
+    @settings(
+        SLOW,
+        max_examples=times,
+        database=None,
+        phases=[Phase.generate],
+        derandomize=always_alike,
+    )
     @given(data=st.data())
     def refused(data: st.DataObject) -> None:
         check_refused(node, *ATTACKS[name](data.draw, node))
@@ -798,7 +804,8 @@ def test_a_node_without_one_of_its_checks_is_found(
     bench.node(LONG_AT_WORK)  # it lived well until now
     plant(bench, monkeypatch)
     with pytest.raises(AssertionError):
-        attack(bench.node(LONG_AT_WORK), name, times=100)
+        # Drawn by lot, a hundred forms would miss the one that goes through in a run of thousands.
+        attack(bench.node(LONG_AT_WORK), name, times=100, always_alike=True)
 
 
 def test_a_node_that_takes_offence_is_found(bench: Bench):

@@ -65,16 +65,20 @@ def test_weights_that_no_node_can_seal_are_refused(home: CoordinatorHome, tmp_pa
     assert not left_behind(home)
 
 
-@pytest.mark.parametrize(("free", "error"), [(NETWORK, RunError), (20 * NETWORK, CohortError)])
+@pytest.mark.parametrize(
+    ("free", "told"),
+    [(NETWORK, (RunError, "make room")), (20 * NETWORK, (CohortError, "not a cohort"))],
+)
 def test_a_disk_without_room_for_a_round_is_told_before_the_run(
     home: CoordinatorHome,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     free: int,
-    error: type[Exception],
+    told: tuple[type[Exception], str],
 ):
     """With room, the next thing that is missing is told: the evaluation's cohort is empty here."""
     monkeypatch.setattr("server.launch.shutil.disk_usage", lambda _: Usage(free, 0, free))
-    with pytest.raises(error, match="make room" if error is RunError else ""):
+    error, words = told
+    with pytest.raises(error, match=words):
         launch(home, run_file(tmp_path, 62))
     assert not left_behind(home)

@@ -18,6 +18,7 @@ from client.intake.deid.profile import Profile
 from client.intake.desk import Desk, State
 from client.intake.export import ExportOrder, ExportSummary, export, place_of
 from client.intake.pool import WorkerLostError
+from client.intake.quiet import quiet
 from client.intake.take import desk_of, take_in
 from common.errors import CohortError, ConfigError, IntakeError
 
@@ -233,7 +234,8 @@ def test_no_identifier_leads_out_of_the_folder(part: str, order: ExportOrder, go
 def test_retained_uids_that_are_paths_are_refused(
     order: ExportOrder, go: Go, hospital: Any
 ) -> None:
-    hospital.film("bad", PatientID="P9", StudyInstanceUID="../../../../tmp/evil")
+    with quiet():
+        hospital.film("bad", PatientID="P9", StudyInstanceUID="../../../../tmp/evil")
     profile = Profile(retain_uids=True, dates="full")
 
     summary = go(dataclasses.replace(order, profile=profile))

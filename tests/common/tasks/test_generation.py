@@ -178,7 +178,7 @@ def test_the_generator_comes_to_please_the_discriminator_and_leaves_it_as_it_is(
     def pleased() -> float:
         drawn = task.draw(network, 64, source(1))
         rows = torch.cat([functional.one_hot(drawn.labels, 2).float(), torch.ones(64, 1)], dim=1)
-        return -float(task.losses(network(drawn.images * 4 - 2), rows).mean())
+        return -float(task.losses(network(drawn.images * 4 - 2), rows).mean().detach())
 
     at_first = pleased()
     task.follow(network, source())

@@ -299,6 +299,7 @@ def test_it_is_saved_whole_under_its_new_name(film: Film, clean: Clean, tmp_path
     assert [entry.name for entry in tmp_path.iterdir()] == [result.cleaned.name]
 
 
+@pytest.mark.filterwarnings("ignore:A value of type 'str' cannot be assigned")  # it is the point
 def test_what_cannot_be_saved_leaves_nothing(film: Film, clean: Clean, tmp_path: Any) -> None:
     cleaned = clean(film()).cleaned
     cleaned.dataset.add_new("Rows", "US", "many")
