@@ -120,6 +120,7 @@ def epsilon_at_least(steps: Counter[Sort]) -> float:
 
 SORTS = [(0.02, 1.2), (0.1, 2.0), (0.5, 6.0)]
 LIVES, LOOKS = 20, 10  # 20 lives, each looked at as it goes on: 200 histories
+OF_THESE, SLOW = 6, pytest.mark.slow  # so many lives are led at each `make test`
 
 
 @dataclass
@@ -209,7 +210,9 @@ class Life:
         self.train()
 
 
-@pytest.mark.parametrize("seed", range(LIVES))
+@pytest.mark.parametrize(
+    "seed", [*range(OF_THESE), *(pytest.param(n, marks=SLOW) for n in range(OF_THESE, LIVES))]
+)
 def test_over_200_histories_the_figures_lie_between_an_optimistic_pld_and_renyi(
     seed: int, make_policy: MakePolicy, make_ledger: MakeLedger, open_ledger: MakeLedger
 ) -> None:

@@ -375,7 +375,7 @@ def creations(home, me):
         return 0
 
 def dies(ledger, me):
-    word, _, count = order["at"].partition(" ")
+    word, _, count = order["at"][order["homes"].index(home)].partition(" ")
     left = [int(count or 1)]
     def die(*_):
         left[0] -= 1
@@ -608,30 +608,30 @@ def test_a_file_that_another_holds_too_long_is_said_and_costs_nothing(
 # --- Crashes ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("event", "booked"),
-    [
-        ("BEGIN", 0),
-        ("SELECT", 0),
-        ("INSERT", 0),
-        ("INSERT 2", 0),
-        ("COMMIT", 0),
-        ("tell", 2),
-        ("nothing", 2),
-    ],
-)
-def test_a_process_killed_while_it_books_books_all_or_nothing(
-    lived: Place, event: str, booked: int
-):
-    (ended,) = Herd("dies", [lived.folder.parent], processes=1, at=event)
-    assert ended[1] == [1 if event == "nothing" else -9]
-    ledger = Ledger(lived)
-    assert ledger.book.last == 101 + booked
-    assert len(ledger.book.run(NEW).shares) == booked
-    assert lived.witness is not None
-    assert genuine(lived.key, last_witnesses(lived.witness))[-1].number == 101 + booked
-    ledger.reserve(task(), MECHANISM)
-    assert Ledger(lived).book.last == 102 + booked
+EVENTS = {
+    "BEGIN": 0,
+    "SELECT": 0,
+    "INSERT": 0,
+    "INSERT 2": 0,
+    "COMMIT": 0,
+    "tell": 2,
+    "nothing": 2,
+}
+"""Where a process dies, and how many entries it has booked then."""
+
+
+def test_a_process_killed_while_it_books_books_all_or_nothing(lived: Place):
+    herd = Herd("dies", copies(lived, len(EVENTS)), processes=1, at=list(EVENTS))
+    for (event, booked), (home, ended) in zip(EVENTS.items(), herd, strict=True):
+        assert ended == [1 if event == "nothing" else -9], event
+        place = at(home)
+        ledger = Ledger(place)
+        assert ledger.book.last == 101 + booked, event
+        assert len(ledger.book.run(NEW).shares) == booked, event
+        assert place.witness is not None
+        assert genuine(place.key, last_witnesses(place.witness))[-1].number == 101 + booked, event
+        ledger.reserve(task(), MECHANISM)
+        assert Ledger(place).book.last == 102 + booked, event
 
 
 def test_a_full_disk_is_said_costs_nothing_and_is_forgotten_when_there_is_room(lived: Place):

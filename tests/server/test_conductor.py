@@ -46,6 +46,7 @@ def conductor(run: Run) -> subprocess.Popen[bytes]:
     )
 
 
+@pytest.mark.slow
 def test_a_conductor_that_ends_while_the_service_listens_ends_in_order(run: Run):
     """At its end a thread still waits for the service's word; it must not hold the end up."""
     process = conductor(run)
@@ -57,6 +58,7 @@ def test_a_conductor_that_ends_while_the_service_listens_ends_in_order(run: Run)
     assert "evaluation" in run.state.reason
 
 
+@pytest.mark.slow
 def test_a_conductor_whose_service_is_gone_ends_and_says_nothing_of_its_run(run: Run):
     process = conductor(run)
     assert process.stdin is not None

@@ -8,7 +8,7 @@ import tracemalloc
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 import pytest
@@ -17,6 +17,7 @@ from flwr.common.serde import message_from_proto, message_to_proto
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
+from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
@@ -305,15 +306,24 @@ class Conducted:
         return {name: site["status"] for name, site in self.rows[number - 1]["sites"].items()}
 
 
+def not_drawn(_: Figure, file: TextIO, **__: Any) -> None:
+    file.write("<svg/>")
+
+
 @pytest.fixture
 def conducted(
-    make_spec: Any, tmp_path: Path, write_cohort: Any, linear_network: str
+    make_spec: Any,
+    tmp_path: Path,
+    write_cohort: Any,
+    linear_network: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> Callable[..., Conducted]:
     """`conducted(rounds=5, …)`: a run of one linear layer, evaluated on bright and dark images.
 
     An image of the positive class is bright: with positive weights the AUROC is 1, with negative
-    ones 0.
+    ones 0. Its report is written, but its pictures are left blank: `test_report` has them drawn.
     """
+    monkeypatch.setattr(Figure, "savefig", not_drawn)
     evaluation: list[Cohort] = []
 
     def make(name: str = "run", **changes: Any) -> Conducted:

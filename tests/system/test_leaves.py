@@ -730,6 +730,7 @@ def test_every_refusal_is_a_code_alone(trial: Trial, spec: RunSpec, make_spec: S
     trial.check()
 
 
+@pytest.mark.slow
 def test_nodes_in_processes_of_their_own_say_no_more(
     make_hospital: Callable[..., Hospital], coordinate: Any, spec: RunSpec, global_weights: Any
 ):
