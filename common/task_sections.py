@@ -74,7 +74,7 @@ class Segmentation(Task):
 
     LOSSES: ClassVar[tuple[str, ...]] = ("cross-entropy", "focal", "dice", "dice-cross-entropy")
     METRICS: ClassVar[Mapping[str, Metric]] = {
-        "dice": Metric("Dice"),
+        "dice": Metric("Dice", note="Each is by class and patient, averaged over both."),
         "hausdorff95": Metric("Hausdorff distance (95 %)", lower_is_better=True, unit="px"),
         "volume-error": Metric("Volume error", lower_is_better=True, unit="%"),
     }
@@ -103,9 +103,17 @@ class Detection(Task):
     LOSSES: ClassVar[tuple[str, ...]] = ("heatmap",)
     LOSS_SETTINGS: ClassVar[tuple[str, ...]] = ("class_weights",)
     METRICS: ClassVar[Mapping[str, Metric]] = {
-        "map50": Metric("mAP at 0.5"),
+        "map50": Metric(
+            "mAP at 0.5",
+            note="mAP: the average precision, mean over the classes, of boxes that overlap a true "
+            "one (IoU) by at least 0.5, or mean over 0.5 to 0.95.",
+        ),
         "map": Metric("mAP at 0.5:0.95"),
-        "froc": Metric("FROC sensitivity"),
+        "froc": Metric(
+            "FROC sensitivity",
+            note="FROC sensitivity: where 1/8, 1/4, 1/2, 1, 2, 4 and 8 false positives an image "
+            "are allowed, the mean of these seven.",
+        ),
     }
     NETWORK: ClassVar[str] = "boxes"
 
@@ -136,8 +144,13 @@ class Reconstruction(Task):
         "psnr": Metric("PSNR", unit="dB"),
         "ssim": Metric("SSIM"),
         "mse": Metric("Mean squared error", lower_is_better=True),
-        "gain": Metric("PSNR above what needs no training", unit="dB"),
-        "ratio": Metric("Numbers of an image for one of its code", chooses=False),
+        "gain": Metric(
+            "PSNR above what needs no training",
+            unit="dB",
+            note="What needs no training: a median filter, or as many coefficients of the cosine "
+            "transform as the code has numbers.",
+        ),
+        "ratio": Metric("Compression ratio", unit=": 1", chooses=False),
         "anomaly-auroc": Metric("AUROC of the anomaly score"),
     }
     CAVEATS: ClassVar[tuple[str, ...]] = (

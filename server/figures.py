@@ -56,13 +56,19 @@ FONTS = "Inter, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, 'Liberation Sans', 
 _INK, _MUTED, _GRID = "#1F2D36", "#56656F", "#E3E6E4"
 _LETTERS = {"ok": "", "late": "L", "failed": "F", "rejected": "X", "refused": "R"}
 _LINES = (BLUE, VERMILION, GREEN, PINK, ORANGE, SKY, BLACK)
-_STYLES = ("-", (0, (5, 2)), (0, (1.5, 1.5)))
+_STYLES = ("-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)))  # as many as share no factor
 _DOTS = (0, (1, 2))
 _BAR, _GROUND_BAR = "#7FB8D8", "#C9D6DC"
 _LONGEST_NAME = 26
 _LONGEST_LABEL, _TITLE_LINE = 40, 32
-_MOST_LETTERS = 80
+STRIPS = (10.6, 4.3)  # inches: of a broad page, of a narrow one
+_MOST_LETTERS = 7.5  # rounds an inch of a strip
+_TICKS = 1.0  # of a strip, an inch
 _MOST_KEYS = 10
+_KEY, _BROADEST_KEY = 0.19, 16  # inches; letters of a name, above which a key has a line of its own
+_MARKS = 20  # rounds: where there are more, what was measured needs no mark
+_MARKERS = "osD^v"
+_CHART = 3.9, 3.7  # inches, without the key and a title's second line
 _MARGINS = (0.6, 0.52, 0.12, 0.38)
 _WIDER = (0.78, 0.52, 0.12, 0.38)  # for ticks of more digits than a part of 1 has
 _STYLE: dict[Any, Any] = {
@@ -86,9 +92,6 @@ _STYLE: dict[Any, Any] = {
     "xtick.color": _MUTED,
     "ytick.color": _MUTED,
     "legend.frameon": False,
-    "legend.edgecolor": "none",
-    "legend.facecolor": "white",
-    "legend.framealpha": 0.85,
     "legend.fontsize": 9.5,
     "figure.facecolor": "none",
     "axes.facecolor": "none",
@@ -120,15 +123,15 @@ def by_round(title: str, series: Sequence[Series], chosen: int | None) -> Pictur
     with _figure(4.9, 2.75) as (figure, axes):
         axes.set_title(title)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8, steps=[1, 2, 5, 10]))
-        axes.set_xlabel("round")
+        axes.set_xlabel("round", loc="left")
         colours = {"test": (BLUE, "-"), "validation": (VERMILION, (0, (4, 2)))}
         for one in series:
             _draw_series(axes, one, *colours[one.name])
         if chosen is not None:
             axes.axvline(chosen, color=_MUTED, linewidth=1, linestyle=_DOTS, zorder=1)
         axes.margins(x=0.02)
-        if series:
-            axes.legend(loc="best", ncols=2, handlelength=2.2)
+        _never_below_zero(axes, series)
+        axes.legend(loc="upper right", bbox_to_anchor=(1.02, -0.1), ncols=2, handlelength=2.2)
         return _picture(figure, f"{title} by round. " + " ".join(map(_in_words, series)))
 
 
@@ -136,14 +139,16 @@ def chart(shown: Chart) -> Picture:
     """The curves of a task's chart; a single one has its band."""
     title = textwrap.wrap(_name(shown.title, 2 * _TITLE_LINE), _TITLE_LINE)
     left, bottom, right, top = _MARGINS if shown.unit_square else _WIDER
-    more = 0.2 * (len(title) - 1)
-    with _figure(3.9, 3.7 + more, (left, bottom, right, top + more)) as (figure, axes):
+    more, below = 0.2 * (len(title) - 1), _KEY * _lines_of_keys(shown.lines)
+    margins = (left, bottom + below, right, top + more)
+    with _figure(_CHART[0], _CHART[1] + more + below, margins) as (figure, axes):
         axes.set_title("\n".join(title))
         if shown.diagonal:
             axes.axline((0, 0), slope=1, color=_MUTED, linewidth=1, linestyle=_DOTS)
         if shown.level is not None:
             axes.axhline(shown.level, color=_MUTED, linewidth=1, linestyle=_DOTS)
         _draw_lines(axes, shown)
+        _draw_keys(axes, shown.lines, _CHART[1] - bottom - top)
         if shown.unit_square:
             _unit_square(axes)
         if shown.bars is not None:
@@ -186,9 +191,16 @@ def _png(pixels: NDArray[np.uint8], size: tuple[int, int], alt: str) -> Picture:
 
 
 def participation(
-    sites: Sequence[str], rounds: Sequence[int], status: Callable[[str, int], Status | None]
+    sites: Sequence[str],
+    rounds: Sequence[int],
+    status: Callable[[str, int], Status | None],
+    inches: float,
 ) -> Picture:
-    """Who took part: a strip of rounds for each site, coloured by what became of it."""
+    """Who took part: a strip of rounds for each site, coloured by what became of it.
+
+    `inches` is how broad it is; where there is no room for letters, colours stand alone, and the
+    counts beside them.
+    """
     codes = np.array(
         [
             [-1 if (s := status(site, n)) is None else STATUSES.index(s) for n in rounds]
@@ -197,7 +209,7 @@ def participation(
     )
     names = [_name(site) for site in sites]
     left = 0.3 + 0.082 * max(map(len, names))
-    with _figure(10.6, 0.4 + 0.34 * len(sites), (left, 0.3, 0.1, 0.1)) as (figure, axes):
+    with _figure(inches, 0.4 + 0.34 * len(sites), (left, 0.3, 0.1, 0.1)) as (figure, axes):
         shown = np.ma.masked_less(codes, 0)
         colours = ListedColormap([STATUS_COLOURS[name] for name in STATUSES])
         axes.imshow(
@@ -209,11 +221,11 @@ def participation(
             interpolation="nearest",
         )
         axes.set_yticks(range(len(sites)), names)
-        _round_ticks(axes, rounds)
+        _round_ticks(axes, rounds, _TICKS * inches)
         axes.grid(visible=False)
         axes.spines[:].set_visible(False)
         axes.tick_params(which="both", length=0)
-        _separate(axes, codes)
+        _separate(axes, codes, _MOST_LETTERS * inches)
         return _picture(
             figure,
             f"Who took part in rounds {rounds[0]} to {rounds[-1]}; counts are below.",
@@ -264,7 +276,7 @@ def _draw_series(axes: Axes, series: Series, colour: str, style: Any) -> None:
         for key in ("value", "low", "high")
     )
     axes.fill_between(rounds, low, high, color=colour, alpha=0.16, linewidth=0)
-    marker = "o" if len(rounds) == 1 else None
+    marker = "o" if len(rounds) <= _MARKS else None
     axes.plot(
         rounds,
         value,
@@ -272,6 +284,7 @@ def _draw_series(axes: Axes, series: Series, colour: str, style: Any) -> None:
         linestyle=style,
         linewidth=1.8,
         marker=marker,
+        markersize=4.5,
         label=series.name,
     )
 
@@ -280,21 +293,52 @@ def _draw_lines(axes: Axes, shown: Chart) -> None:
     lines = shown.lines
     if len(lines) == 1:
         _draw_limits(axes, lines[0])
-    styles = ((colour, style) for style in cycle(_STYLES) for colour in _LINES)
-    for (colour, style), one in zip(styles, lines, strict=False):
+    styles = zip(cycle(_LINES), cycle(_STYLES), strict=False)
+    for (colour, style), marker, one in zip(styles, cycle(_MARKERS), lines, strict=False):
         axes.plot(
             one.x,
             one.y,
             color=colour,
             linestyle=style,
             linewidth=1.6 if one.marks else 1.8,
-            marker="o" if one.marks else None,
+            marker=marker if one.marks else None,
             markersize=5,
             drawstyle="steps-pre" if one.steps else "default",
             label=_name(one.name),
         )
-    if 1 < len(lines) <= _MOST_KEYS and any(one.name for one in lines):
-        axes.legend(loc="best", handlelength=2.2, frameon=True)
+
+
+def _columns_of_keys(lines: Sequence[Line]) -> int:
+    return 1 if max(len(_name(one.name)) for one in lines) > _BROADEST_KEY else 2
+
+
+def _lines_of_keys(lines: Sequence[Line]) -> int:
+    """How many lines of keys stand below a chart; none of a single curve, none of a crowd."""
+    if not 1 < len(lines) <= _MOST_KEYS or not any(one.name for one in lines):
+        return 0
+    return -(-len(lines) // _columns_of_keys(lines))
+
+
+def _draw_keys(axes: Axes, lines: Sequence[Line], inches: float) -> None:
+    """Below axes so many inches tall, where they hide no curve."""
+    if not _lines_of_keys(lines):
+        return
+    axes.legend(
+        loc="upper left",
+        bbox_to_anchor=(-0.04, -0.46 / inches),
+        ncols=_columns_of_keys(lines),
+        handlelength=2.2,
+        labelspacing=0.35,
+        borderaxespad=0,
+    )
+
+
+def _never_below_zero(axes: Axes, series: Sequence[Series]) -> None:
+    """Of what is nowhere negative the axis does not go on below zero."""
+    limits = [e for one in series for e in one.estimates]
+    known = [v for e in limits for v in (e.value, e.low, e.high) if v is not None]
+    if known and min(known) >= 0 > axes.get_ylim()[0]:
+        axes.set_ylim(bottom=0)
 
 
 def _draw_limits(axes: Axes, line: Line) -> None:
@@ -326,19 +370,19 @@ def _unit_square(axes: Axes) -> None:
     axes.set_yticks(ticks, ["0", ".25", ".5", ".75", "1"])
 
 
-def _round_ticks(axes: Axes, rounds: Sequence[int]) -> None:
-    step = max(1, round(len(rounds) / 10))
+def _round_ticks(axes: Axes, rounds: Sequence[int], most: float) -> None:
+    step = max(1, round(len(rounds) / most))
     places = [0, *range(step - 1 if step > 1 else 1, len(rounds), step)]
     places = [place for place in places if place == 0 or place >= step / 2]
     axes.set_xticks(places, [str(rounds[place]) for place in places])
 
 
-def _separate(axes: Axes, codes: NDArray[np.int64]) -> None:
+def _separate(axes: Axes, codes: NDArray[np.int64], most: float) -> None:
     """White lines between the cells, and a letter in each that is not as it should be."""
     sites, rounds = codes.shape
     axes.set_yticks(np.arange(sites + 1) - 0.5, minor=True)
     axes.grid(visible=True, which="minor", axis="y", color="white", linewidth=3)
-    if rounds > _MOST_LETTERS:
+    if rounds > most:
         return
     axes.set_xticks(np.arange(rounds + 1) - 0.5, minor=True)
     axes.grid(visible=True, which="minor", axis="x", color="white", linewidth=1.5)

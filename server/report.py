@@ -7,6 +7,7 @@ a browser to load anything. Every text that comes from the run directory is esca
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
@@ -17,12 +18,12 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from numpy.typing import NDArray
 
 from common.files import write_durably
-from common.spec import RunSpec
+from common.spec import Metric, RunSpec
 from common.tasks import words
 from common.tasks.estimates import Estimate
 from common.tasks.exhibits import Chart, Exhibit, Gallery, Matrix, Table
 from server import figures, wording
-from server.evaluation import PARTS, PartName, PartResult
+from server.evaluation import PARTS, PartResult
 from server.figures import Picture
 from server.record import STATUSES, RunRecord, Status
 
@@ -34,6 +35,7 @@ _MOST_INCIDENTS = 40
 _GALLERY_BYTES = 16 << 20  # of pixels; a page of more would not open on a phone
 _DARK = 0.55  # from this share on, a cell of the confusion matrix has white text
 _SHOWN_WIDTH = 210  # of a picture in a gallery, at least, where there is room
+_SHEET = 16  # pictures, above which each is shown smaller
 _BROAD = 2  # times its height, from which on a picture needs more room
 _FIGURE = re.compile(r"–|[-−+]?[0-9][0-9.,]*( ?\S{1,3})?")
 _INTERVAL = re.compile(r"|[-−]?[0-9][0-9.,]* to [-−]?[0-9][0-9.,]*")
@@ -70,6 +72,7 @@ def render(record: RunRecord) -> str:
         privacy=record.privacy,
         final=record.final,
         banner=wording.banner(record),
+        no_spread=wording.SAME,
         claim=wording.claim(record),
         timing=wording.timing(record),
         not_for_clinical_use=wording.NOT_FOR_CLINICAL_USE,
@@ -79,13 +82,13 @@ def render(record: RunRecord) -> str:
         headline=_headline(record),
         largest=wording.largest(record.privacy.sites),
         metrics=_metric_rows(record),
-        metric_notes=wording.metric_notes(record.spec.task),
+        metric_notes=wording.metric_notes(_shown_metrics(record).values()),
         beside=beside,
         shown=shown,
         federated=record.federated,
         federated_rows=_federated_rows(record),
         round_pictures=_round_pictures(record),
-        strip=_strip(record),
+        strips=_strips(record),
         status_colours=figures.STATUS_COLOURS,
         statuses=STATUSES,
         incidents=_incidents(record)[:_MOST_INCIDENTS],
@@ -147,8 +150,8 @@ def _headline(record: RunRecord) -> Headline:
     found = part.metrics[name] if part else Estimate(None)
     return Headline(
         metric.title,
-        wording.figure(found.value, metric),
-        wording.interval(found, metric),
+        wording.figure(found, metric),
+        words.interval(found, words.digits(metric)),
         part,
         record.why_no_headline(),
     )
@@ -169,21 +172,34 @@ class MetricRow:
     strong: bool
 
 
-def _metric_rows(record: RunRecord) -> list[MetricRow]:
-    def of(name: str, part: PartName) -> Estimate:
-        return record.final[part].metrics[name] if part in record.final else Estimate(None)
-
-    return [
-        MetricRow(
-            metric.title,
-            wording.figure((test := of(name, "test")).value, metric),
-            wording.interval(test, metric),
-            wording.figure(of(name, "validation").value, metric),
-            None if metric.unit or not _within_one(test) else test,
-            name == record.headline,
-        )
+def _shown_metrics(record: RunRecord) -> Mapping[str, Metric]:
+    """Those that have a value on either part, and the headline."""
+    return {
+        name: metric
         for name, metric in record.spec.metrics.items()
-    ]
+        if name == record.headline
+        or any(part.metrics[name].value is not None for part in record.final.values())
+    }
+
+
+def _metric_rows(record: RunRecord) -> list[MetricRow]:
+    rows = []
+    for name, metric in _shown_metrics(record).items():
+        validation, test = (
+            record.final[part].metrics[name] if part in record.final else Estimate(None)
+            for part in PARTS
+        )
+        rows.append(
+            MetricRow(
+                metric.title,
+                wording.figure(test, metric),
+                wording.interval(test, metric),
+                wording.figure(validation, metric, None if test.value is None else test),
+                None if metric.unit or not _within_one(test) else test,
+                name == record.headline,
+            )
+        )
+    return rows
 
 
 def _within_one(found: Estimate) -> bool:
@@ -207,8 +223,8 @@ def _federated_rows(record: RunRecord) -> list[FederatedRow]:
     return [
         FederatedRow(
             (metric := record.spec.metrics[name]).title,
-            wording.figure(found.value, metric),
-            wording.interval(found, metric),
+            wording.figure(found, metric),
+            words.interval(found, words.digits(metric)),
         )
         for name, found in record.federated.metrics.items()
     ]
@@ -246,21 +262,24 @@ class ShownTable:
 class ShownGallery:
     """A gallery and its pictures; coarse ones are enlarged by the browser, pixel by pixel.
 
-    `broad` are those in which several stand beside each other.
+    `broad` are those in which several stand beside each other, `many` those of which a sheet shows
+    more than a page has room for.
     """
 
     gallery: Gallery
     pictures: Sequence[Picture]
     coarse: bool
     broad: bool
+    many: bool
 
 
 @dataclass(frozen=True)
 class ShownCharts:
-    """Charts that stand side by side, and how they are to be read."""
+    """Charts that stand side by side, and how they are to be read: one by one, or several alike."""
 
     pictures: Sequence[Picture]
-    notes: Sequence[str]
+    captions: Sequence[str]
+    note: str
 
 
 Shown = ShownMatrix | ShownTable | ShownGallery | ShownCharts
@@ -274,8 +293,7 @@ def _shown(exhibits: Sequence[Exhibit], most_pictures: int) -> list[Shown]:
     for kind, group in groupby(exhibits, type):
         if kind is Chart:
             charts = [one for one in group if isinstance(one, Chart)]
-            notes = list(dict.fromkeys(one.note for one in charts if one.note))
-            found.append(ShownCharts([figures.chart(one) for one in charts], notes))
+            found.append(_charts(charts))
             continue
         for one in group:
             if isinstance(one, Matrix):
@@ -285,6 +303,13 @@ def _shown(exhibits: Sequence[Exhibit], most_pictures: int) -> list[Shown]:
             elif isinstance(one, Gallery):
                 found.append(_gallery(one, most_pictures, most_bytes))
     return found
+
+
+def _charts(charts: Sequence[Chart]) -> ShownCharts:
+    notes = [one.note or one.says for one in charts]
+    shared = [note for note, times in Counter(notes).items() if times > 1]
+    captions = ["" if note in shared else note for note in notes]
+    return ShownCharts([figures.chart(one) for one in charts], captions, " ".join(shared))
 
 
 def _cells(counts: NDArray[np.int64]) -> list[list[Cell]]:
@@ -310,21 +335,25 @@ def _gallery(gallery: Gallery, most: int, most_bytes: int) -> ShownGallery:
     kept = replace(gallery, pictures=gallery.pictures[:most], captions=gallery.captions[:most])
     height, width = gallery.pictures.shape[1:3]
     tiles = figures.tiles(kept, most_bytes)
-    return ShownGallery(kept, tiles, width < _SHOWN_WIDTH, width > _BROAD * height)
+    broad = width > _BROAD * height
+    many = not broad and len(tiles) > _SHEET
+    return ShownGallery(kept, tiles, width < _SHOWN_WIDTH, broad, many)
 
 
 # --- Rounds and sites -------------------------------------------------------------------------
 
 
 def _round_pictures(record: RunRecord) -> list[Picture]:
+    """Nothing of a run that was evaluated once: the figures of that round stand above."""
     metrics = record.spec.metrics
     drawn = record.spec.task.DRAWN or tuple(metrics)[:_CURVES_BY_ROUND]
     names = dict.fromkeys((record.spec.evaluation.metric, *drawn))
     chosen = record.environment.model_round
+    every = {name: list(_series(record, name)) for name in names}
     return [
         figures.by_round(wording.titled(metrics[name]), series, chosen)
-        for name in names
-        if (series := list(_series(record, name)))
+        for name, series in every.items()
+        if any(len(one.rounds) > 1 for one in series)
     ]
 
 
@@ -336,14 +365,19 @@ def _series(record: RunRecord, metric: str) -> Iterator[figures.Series]:
             yield figures.Series(part, *zip(*known, strict=True))
 
 
-def _strip(record: RunRecord) -> Picture:
+def _strips(record: RunRecord) -> tuple[Picture, Picture]:
+    """Who took part: one for a broad page, one for a narrow one."""
     by_number = {entry.number: entry for entry in record.rounds}
 
     def status(site: str, number: int) -> Status | None:
         found = by_number[number].sites.get(site)
         return None if found is None else found.status
 
-    return figures.participation(record.sites, list(by_number), status)
+    broad, narrow = (
+        figures.participation(record.sites, list(by_number), status, inches)
+        for inches in figures.STRIPS
+    )
+    return broad, narrow
 
 
 # --- Sites, settings --------------------------------------------------------------------------

@@ -6,16 +6,16 @@ A sentence here claims no more than docs/privacy.md does; change neither without
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from common.spec import Metric, RunSpec, Task
+from common.spec import Metric, RunSpec
 from common.tasks import words
 from common.tasks.estimates import Estimate
 from server.record import RunRecord, Spend
 
-_DIGITS, _DIGITS_OF_A_UNIT = 3, 2
+SAME = "no spread"
 INTENDED_USE = (
     "Research on federated learning for medical imaging, and evaluation by the hospitals that "
     "took part, on images like those they trained with."
@@ -28,15 +28,13 @@ NOT_FOR_CLINICAL_USE = (
 _SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
-def digits(metric: Metric) -> int:
-    """How many digits of a metric stand after the point."""
-    return _DIGITS_OF_A_UNIT if metric.unit else _DIGITS
+def figure(found: Estimate, metric: Metric, beside: Estimate | None = None) -> str:
+    """A metric's value with its unit, ``0.912`` or ``27.31 dB``.
 
-
-def figure(value: float | None, metric: Metric) -> str:
-    """A metric's value with its unit, ``0.912`` or ``27.31 dB``."""
-    unit = f" {metric.unit}" if metric.unit and value is not None else ""
-    return words.number(value, digits(metric)) + unit
+    `beside` is the estimate whose digits it takes, where it stands in one line with that.
+    """
+    unit = f" {metric.unit}" if metric.unit and found.value is not None else ""
+    return words.number(found.value, words.enough(beside or found, words.digits(metric))) + unit
 
 
 def titled(metric: Metric) -> str:
@@ -44,22 +42,23 @@ def titled(metric: Metric) -> str:
     return f"{metric.title} ({metric.unit})" if metric.unit else metric.title
 
 
-def interval(estimate: Estimate, metric: Metric) -> str:
-    """A metric's interval alone, or nothing."""
-    return words.interval(estimate, digits(metric))
+def interval(found: Estimate, metric: Metric) -> str:
+    """A metric's interval alone; nothing without one, words where it has no width."""
+    same = SAME if found.low is not None else ""
+    return words.interval(found, words.digits(metric)) or same
 
 
 def estimate(found: Estimate, metric: Metric) -> str:
     """A metric's value and its interval, ``0.912 (0.871 to 0.946)``."""
-    limits = interval(found, metric)
-    return figure(found.value, metric) + (f" ({limits})" if limits else "")
+    limits = words.interval(found, words.digits(metric))
+    return figure(found, metric) + (f" ({limits})" if limits else "")
 
 
-def metric_notes(section: Task) -> str:
+def metric_notes(metrics: Collection[Metric]) -> str:
     """How the metrics are to be read: where lower is better, and what each has to say."""
-    lower = [metric.title for metric in section.METRICS.values() if metric.lower_is_better]
+    lower = [metric.title for metric in metrics if metric.lower_is_better]
     said = [f"Lower is better: {listed(lower)}."] if lower else []
-    return " ".join([*said, *(metric.note for metric in section.METRICS.values() if metric.note)])
+    return " ".join([*said, *(metric.note for metric in metrics if metric.note)])
 
 
 def epsilon(value: float | None) -> str:
@@ -115,7 +114,7 @@ def duration(seconds: float) -> str:
 def setting(value: Any) -> str:
     """A value of a spec in words: no brackets, no quotes, a dash where there is none."""
     match value:
-        case None:
+        case None | "":
             return words.NONE
         case bool():
             return "yes" if value else "no"

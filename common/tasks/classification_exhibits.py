@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 from common.spec import RunSpec
 from common.tasks import curves, pictures, words
 from common.tasks.curves import GRID, Column, Curve
-from common.tasks.estimates import Estimate
 from common.tasks.exhibits import Bars, Chart, Exhibit, Gallery, Line, Matrix, Table
 from common.tasks.metrics import Predictions, confusion_matrix, score
 
@@ -76,15 +75,15 @@ def _by_class(predictions: Predictions, spec: RunSpec) -> Iterator[Table]:
         (
             "Class",
             words.plural(spec.input.row_name).capitalize(),
-            *(head for title in titles for head in (title, "95 % interval")),
+            *titles,
         ),
         [
             (name, str(int(column.truths.sum())), *_figures(column, spec, shown))
             for name, column in _columns(predictions, spec)
         ],
-        f"Each label for itself, threshold {predictions.threshold}"
+        f"Each label for itself, threshold {predictions.threshold}, with 95 % intervals."
         if labels
-        else "Each class against the rest",
+        else "Each class against the rest, with 95 % intervals.",
     )
 
 
@@ -95,9 +94,7 @@ def _figures(column: Column, spec: RunSpec, shown: Sequence[str]) -> Iterator[st
     generator = np.random.default_rng(spec.seed)
     found = score(alone, resamples=settings.bootstrap, generator=generator).metrics
     for name in shown:
-        estimate: Estimate = found[name]
-        yield words.number(estimate.value)
-        yield words.interval(estimate)
+        yield words.estimate(found[name])
 
 
 # --- Curves -----------------------------------------------------------------------------------

@@ -227,8 +227,12 @@ class Detection(Task):
             scores = self._estimated(lambda weights, hit=hit: _scores_of(hit, weights), patients)
             cells = (words.estimate(scores[metric]) for metric in metrics)
             rows.append((name, *cells, str(int(hit.true.sum()))))
-        head = ("Class", *(metric.title for metric in metrics.values()), "True boxes")
-        note = "With 95 % intervals. FROC sensitivity is the mean of the next table's."
+        titles = (metric.title.removeprefix("m") for metric in metrics.values())
+        head = ("Class", *titles, "True boxes")
+        note = (
+            "Average precision (AP) with 95 % intervals; mAP is its mean over the classes. FROC "
+            "sensitivity is the mean of the next table's."
+        )
         return Table("By class", head, rows, note)
 
     def _sensitivities(self, hits: Sequence[Hits], patients: NDArray[np.int64]) -> Table:
@@ -261,8 +265,8 @@ class Detection(Task):
             )
         return Chart(
             "FROC",
-            "False positives an image",
-            "Sensitivity",
+            "false positives an image",
+            "sensitivity",
             lines,
             "The part of the true boxes that is found, against how many false ones an image has, "
             "as the threshold falls.",
@@ -276,8 +280,8 @@ class Detection(Task):
             lines.append(Line(name, positives / true, precision))
         return Chart(
             "Precision and recall",
-            "Recall",
-            "Precision",
+            "recall (sensitivity)",
+            "precision",
             lines,
             "The part of the found boxes that is right, against the part of the true ones that is "
             "found, at an overlap of at least 0.5.",
@@ -301,18 +305,17 @@ class Detection(Task):
             found = found[(found[:, 4] >= 0) & (found[:, 5] > self.spec.evaluation.threshold)]
             true = true[true[:, 4] >= 0]
             picture = pictures.canvas(levels)
-            for boxes, draw in ((true, pictures.draw_true), (found, pictures.draw_found)):
-                for box in boxes:
-                    draw(picture, pictures.frame(box[:4], *picture.shape[:2]))
-            drawn.append(picture)
+            there, seen = (pictures.framed(boxes, *picture.shape[:2]) for boxes in (true, found))
+            drawn.append(pictures.compared(picture, there, seen, len(self.spec.task.classes)))
             captions.append(f"Image {row + 1}: {self._counts(true, found)}")
         return Gallery(
             "Boxes",
             np.stack(drawn),
             captions,
-            "Evaluation images with the true boxes and those that were found with a certainty "
-            f"above {self.spec.evaluation.threshold:g}.",
-            pictures.LEGEND,
+            "Images of the test part with the true boxes and those that were found with a "
+            f"certainty above {self.spec.evaluation.threshold:g}. Below each, by class: how many "
+            "of the true boxes were found, and how many of the found ones are false.",
+            pictures.legend(self.spec.task.classes),
         )
 
     def _counts(self, true: Boxes, found: Boxes) -> str:
@@ -321,7 +324,8 @@ class Detection(Task):
             hit = matched(found[None], true[None], number)
             there, seen = int(hit.true.sum()), len(hit.certainty)
             if there or seen:
-                parts.append(f"{name} {int(hit.hit[0].sum())} of {there}, {seen} found")
+                taken = int(hit.hit[0].sum())
+                parts.append(f"{name} {taken} of {there}, {seen - taken} false")
         return "; ".join(parts) or "nothing to find, nothing found"
 
     @property

@@ -60,7 +60,8 @@ class Chart:
         diagonal: whether chance (or perfection) is the diagonal.
         level: a horizontal line of comparison, or None.
         bars: how many stand behind each x, or None.
-        note: how it is to be read; the same note of neighbours is printed once.
+        note: how it is to be read, where `says` does not say it; the same note of neighbours is
+            printed once.
     """
 
     title: str

@@ -295,7 +295,7 @@ class Generation(Task):
             "sensitivity",
             lines,
             "How well a small classifier that has seen synthetic images alone tells real ones "
-            "apart.",
+            "apart. Dotted: chance.",
             unit_square=True,
             diagonal=True,
         )
@@ -308,7 +308,7 @@ class Generation(Task):
             "Synthetic images",
             np.stack([pictures.canvas(levels) for levels in evidence["gallery_samples"]]),
             [", ".join(names[row]) or "none of the classes" for row in has],
-            "Images that the generator made.",
+            "Images that the generator made, each of the class that it was asked for.",
             note="Drawn at random, none chosen or left out.",
         )
 
@@ -402,12 +402,15 @@ def _distances_chart(evidence: Evidence) -> list[Chart]:
     part = np.linspace(0, 1, 101)
     lines = [
         Line(name, np.quantile(evidence[key][known], part), part)
-        for name, key in (("synthetic", "nearest"), ("of another patient", "nearest_real"))
+        for name, key in (
+            ("to a synthetic image", "nearest"),
+            ("to one of another patient", "nearest_real"),
+        )
     ]
     return [
         Chart(
             "Distance of real images to the nearest other one",
-            "root mean square of brightness",
+            "root mean square difference, brightness",
             "part of the images",
             lines,
             "If the synthetic images were copies of real ones, their curve would begin at zero.",

@@ -2,13 +2,14 @@
 
 Truth is a whole line in blue, what was found a broken one in orange: the two differ in form as
 well as in colour, and where they lie upon each other both are seen. The colours are Okabe and
-Ito's, which people with colour blindness tell apart.
+Ito's, which people with colour blindness tell apart. Where there are several classes, each thing
+has the number of its own beside it: above it that of a true one, below it that of a found one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,12 +17,27 @@ from scipy import ndimage
 
 TRUE = (86, 180, 233)
 FOUND = (230, 159, 0)
-LEGEND = "True: the whole blue line. Found: the broken orange one."
 
 SMALLEST_SHOWN = 256  # a smaller image is enlarged, so that a line is thinner than what it bounds
 _DASH = 6
 _GAP = 4
 _STRONGEST = 0.8  # of a map over an image, which must still be seen
+_DOT = 2  # pixels of a picture for a dot of a number
+_DIGITS = tuple(  # 3 x 5 dots each, 0 to 9
+    np.array([dot == "1" for dot in dots]).reshape(5, 3)
+    for dots in (
+        "111101101101111",
+        "010110010010111",
+        "111001111100111",
+        "111001111001111",
+        "101101111001001",
+        "111100111001111",
+        "111100111101111",
+        "111001010010010",
+        "111101111101111",
+        "111101111001111",
+    )
+)
 _THIN = 400  # pixels of a picture's side for each pixel that a line is widened by
 
 Pixels = NDArray[np.uint8]
@@ -69,6 +85,64 @@ def beside(drawn: Sequence[Pixels]) -> Pixels:
 def enlarged(pixels: NDArray[Any], times: int) -> NDArray[Any]:
     """(H, W, …), each pixel repeated `times` in both directions."""
     return pixels.repeat(times, axis=0).repeat(times, axis=1)
+
+
+def legend(names: Sequence[str]) -> str:
+    """How a picture of `compared` is to be read, of things of these classes."""
+    numbers = ", ".join(f"{number} {name}" for number, name in enumerate(names, start=1))
+    said = "True: the whole blue line. Found: the broken orange one."
+    return f"{said} {numbers}." if len(names) > 1 else said
+
+
+class Shapes(NamedTuple):
+    """Things on a picture: their lines, and of each its class, from 1, and where it lies."""
+
+    lines: Mask
+    things: Sequence[tuple[int, tuple[slice, slice]]]
+
+
+def outlined(classes: NDArray[Any]) -> Shapes:
+    """(H, W) class numbers, 0 the background: each class is a thing."""
+    places = enumerate(ndimage.find_objects(classes.astype(np.int64)), start=1)
+    return Shapes(outline(classes), [(n, place) for n, place in places if place is not None])
+
+
+def framed(boxes: NDArray[Any], height: int, width: int) -> Shapes:
+    """Boxes, a row ``x0 y0 x1 y1 class`` each, in parts of the sides of a picture of that size."""
+    borders = [frame(box[:4], height, width) for box in boxes]
+    places = [ndimage.find_objects(border.astype(np.int64))[0] for border in borders]
+    lines = np.any([np.zeros((height, width), dtype=np.bool_), *borders], axis=0)
+    return Shapes(lines, [(int(box[4]) + 1, p) for box, p in zip(boxes, places, strict=True)])
+
+
+def compared(picture: Pixels, true: Shapes, found: Shapes, classes: int) -> Pixels:
+    """Draw what is true and what was found into a `canvas`, numbers where there are classes."""
+    draw_true(picture, true.lines)
+    draw_found(picture, found.lines)
+    if classes > 1:
+        for number, (down, right) in true.things:
+            dots = _written(number)
+            _write(picture, dots, TRUE, down.start - len(dots), right.start)
+        for number, (down, right) in found.things:
+            dots = _written(number)
+            _write(picture, dots, FOUND, down.stop, right.stop - dots.shape[1])
+    return picture
+
+
+def _write(picture: Pixels, dots: Mask, colour: Sequence[int], row: int, column: int) -> None:
+    """A number with a black edge, at a place or as near to it as the picture allows."""
+    dots = dots[: picture.shape[0], : picture.shape[1]]
+    tall, wide = dots.shape
+    row = min(max(0, row), picture.shape[0] - tall)
+    column = min(max(0, column), picture.shape[1] - wide)
+    place = picture[row : row + tall, column : column + wide]
+    place[ndimage.binary_dilation(dots, np.ones((3, 3)))] = 0
+    place[dots] = colour
+
+
+def _written(number: int) -> Mask:
+    digits = [np.pad(_DIGITS[int(digit)], ((0, 0), (0, 1))) for digit in str(number)]
+    return np.pad(enlarged(np.concatenate(digits, axis=1), _DOT)[:, :-_DOT], 1)
 
 
 def outline(classes: NDArray[Any]) -> Mask:

@@ -50,6 +50,7 @@ _MEDIANS = (3, 5)
 _RATIOS = (2, 4, 8, 16, 32, 64)
 _USUAL = 16  # of these: what an anomaly score is relative to
 _UNKNOWN = -1
+_STRONGER = 4  # times that a difference is shown
 
 
 class Reconstruction(Task):
@@ -302,7 +303,8 @@ class Reconstruction(Task):
                 resamples=self.spec.evaluation.bootstrap,
                 generator=np.random.default_rng(self.spec.seed),
             )
-            cells = (words.estimate(figures["psnr"], 2), words.estimate(figures["ssim"]))
+            shown = ((figures[key], self._section.METRICS[key]) for key in ("psnr", "ssim"))
+            cells = (words.estimate(found, words.digits(metric)) for found, metric in shown)
             rows.append((name, *cells))
         return Table(
             f"Noise of standard deviation {self._section.noise:g} in brightness",
@@ -326,13 +328,14 @@ class Reconstruction(Task):
             charts.append(
                 Chart(
                     f"Compression: {name}",
-                    "numbers of an image for one that is kept",
+                    "compression ratio",
                     name,
                     lines,
                     f"The network reaches {own:.3g}"
                     + (f" at a ratio of {self._pixels / code:.3g}." if code else "."),
-                    note="Beside the network: as many coefficients of the cosine transform, the "
-                    "lowest frequencies of the whole image.",
+                    note="By compression ratio: numbers of an image for one that is kept. Beside "
+                    "the network: as many coefficients of the cosine transform, the lowest "
+                    "frequencies of the whole image.",
                 )
             )
         return charts
@@ -349,12 +352,12 @@ class Reconstruction(Task):
         line = Line("", curve.x, curve.y)
         return [
             Chart(
-                "Anomalies by how they were given back",
+                "Receiver operating curve of the anomaly score",
                 "1 − specificity",
                 "sensitivity",
                 [line],
                 "How many of the abnormal images have a larger score than a threshold, against "
-                "how many of the normal ones.",
+                "how many of the normal ones. Dotted: chance.",
                 unit_square=True,
                 diagonal=True,
             )
@@ -362,7 +365,8 @@ class Reconstruction(Task):
 
     def _gallery(self, evidence: Evidence) -> Gallery:
         images, seen, given = (evidence[f"gallery_{name}"] for name in ("images", "seen", "given"))
-        difference = 255 - np.abs(given.astype(np.int16) - images).astype(np.uint8)
+        apart = _STRONGER * np.abs(given.astype(np.int16) - images)
+        difference = 255 - np.minimum(apart, 255).astype(np.uint8)
         columns = [images, given, difference]
         if self._section.goal == "denoise":
             columns.insert(1, seen)
@@ -371,18 +375,25 @@ class Reconstruction(Task):
             for row in zip(*columns, strict=True)
         ]
         what = "noisy, " if self._section.goal == "denoise" else ""
-        captions = [
-            f"PSNR {evidence['psnr'][row]:.1f} dB, SSIM {evidence['ssim'][row]:.2f}"
-            for row in evidence["gallery_rows"]
-        ]
+        captions = [self._caption(evidence, int(row)) for row in evidence["gallery_rows"]]
         return Gallery(
             "Images and what came back",
             np.stack(shown),
             captions,
             f"Of each image, from left to right: as it is, {what}as the network gives it, and the "
             "difference.",
-            note="The darker the difference, the larger; white is none.",
+            note="The darker the difference, the larger: white is none, black a quarter of the "
+            "range of brightness or more.",
         )
+
+    def _caption(self, evidence: Evidence, row: int) -> str:
+        psnr, ssim = (float(evidence[name][row]) for name in ("psnr", "ssim"))
+        said = f"PSNR {psnr:.1f} dB, SSIM {ssim:.2f}"
+        what = evidence["abnormal"][row]
+        if self._section.goal == "anomaly" and what != _UNKNOWN:
+            score = float(self._scores(evidence)[row])
+            said = f"{'abnormal' if what > 0 else 'normal'}, score {score:.2f}; {said}"
+        return f"Image {row + 1}: {said}"
 
 
 def abnormal(targets: Tensor) -> Tensor:

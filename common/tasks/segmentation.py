@@ -230,25 +230,29 @@ class Segmentation(Task):
         for number, name in enumerate(self._names):
             columns = {metric: values[metric][:, number] for metric in metrics}
             figures = self._means_of(columns)
-            cells = (words.estimate(figures[metric]) for metric in metrics)
+            cells = (
+                words.estimate(figures[key], words.digits(metric))
+                for key, metric in metrics.items()
+            )
             both = (found & true)[:, number]
             near = evidence["hausdorff95"][both, number]
             missed, invented = (
                 int(seen[:, number].sum()) for seen in (true & ~found, found & ~true)
             )
-            distance = words.number(float(near.mean()) if len(near) else None)
+            digits = words.digits(metrics["hausdorff95"])
+            distance = words.number(float(near.mean()) if len(near) else None, digits)
             rows.append((name, *cells, distance, str(missed), str(invented)))
         titles = [f"{m.title} ({m.unit})" if m.unit else m.title for m in metrics.values()]
         unit, thing = metrics["hausdorff95"].unit, self._thing
-        last = (f"Where both are outlined ({unit})", f"{thing}s missed", f"{thing}s invented")
+        last = (f"The same, where both are ({unit})", f"{thing}s missed", f"{thing}s invented")
         thing = thing.lower()
         return Table(
             "By class",
             ("Class", *titles, *last),
             rows,
             "Means over the patients, with their 95 % intervals. Where only one of the two "
-            f"outlines is there, the Hausdorff distance is the {thing}'s diagonal; a column of its "
-            f"own has the mean over the {thing}s in which both are. Missed are the {thing}s in "
+            f"outlines is there, the Hausdorff distance is the {thing}'s diagonal; “the same, "
+            f"where both are” is the mean over the {thing}s with both. Missed are the {thing}s in "
             "which the class is and was not found, invented those in which it was found and is "
             "not.",
         )
@@ -275,7 +279,7 @@ class Segmentation(Task):
         return Chart(
             "Dice of the patients",
             "Dice",
-            "Part of the patients at or below",
+            "part of the patients at or below",
             lines,
             "For each class, the part of the patients whose Dice is at or below a value: the "
             "further to the right a line rises, the better.",
@@ -287,18 +291,17 @@ class Segmentation(Task):
         drawn, captions = [], []
         slices = evidence.get("gallery_slices", np.zeros(len(evidence["gallery_rows"]), np.int64))
         for row, levels, true, found, slice_ in zip(*kept, slices, strict=True):
-            picture = pictures.canvas(levels)
             times = pictures.enlargement(*true.shape)
-            pictures.draw_true(picture, pictures.outline(pictures.enlarged(true, times)))
-            pictures.draw_found(picture, pictures.outline(pictures.enlarged(found, times)))
-            drawn.append(picture)
+            there, seen = (pictures.outlined(pictures.enlarged(m, times)) for m in (true, found))
+            canvas = pictures.canvas(levels)
+            drawn.append(pictures.compared(canvas, there, seen, len(self._names)))
             captions.append(self._caption(int(row), evidence["pixels"][row], int(slice_)))
         return Gallery(
             "Outlines",
             np.stack(drawn),
             captions,
-            "Evaluation images with the true outlines and those that were found.",
-            pictures.LEGEND,
+            f"{self._thing}s of the test part with the true outlines and those that were found.",
+            pictures.legend(self._names),
         )
 
     def _caption(self, row: int, pixels: NDArray[np.int64], shown: int) -> str:

@@ -182,14 +182,15 @@ def test_a_task_that_nobody_knows_has_its_page_and_its_card(toy_run):
     page = write_report(directory).read_text()
     text = words_of(page)
     error = RunRecord.read(directory).final["test"].metrics["error"]
-    assert f"Level error on the test part {error.value:.2f} dB" in text
+    assert f"Level error · test part {error.value:.2f} dB" in text
     assert f"95 % interval {error.low:.2f} to {error.high:.2f}" in text
     assert "small-cnn for toy." in text
     assert "Lower is better: Level error. As one hears it." in text
     assert re.search(r'alt="Level error \(dB\) by round\.', page)
     titles = ("Levels in words", "More, again")
     assert all(f'alt="{title}' in page for title in titles)
-    for said in ("Read it so.", "1,204", "A reading.", "Second", "number 3", "Blue."):
+    visible = ("Read it so.", "1,204", "A reading.", "Second", "number 3", "Blue.", "Pictures.")
+    for said in (*visible, "Levels in words, as they rise."):
         assert said in text
     card = write_card(directory)
     described = json.loads(card.json.read_text())
@@ -207,7 +208,7 @@ def test_a_task_that_nobody_knows_has_its_page_and_its_card(toy_run):
 
 def test_the_headline_is_the_metric_that_the_run_chose_by(toy_run):
     text = words_of(write_report(toy_run(metric="hits")).read_text())
-    assert re.search(r"Hits on the test part 0\.\d{3} 95 %", text)
+    assert re.search(r"Hits · test part 0\.\d{3} 95 %", text)
 
 
 def test_a_metric_beyond_one_has_no_bar_on_a_scale_from_nought_to_one(toy_run):
@@ -392,6 +393,30 @@ def test_a_long_title_goes_on_in_a_second_line_and_no_further():
     assert "\u2026" in endless
     assert "A title" in svg(dataclasses.replace(chart, title="A title"))
     figures.chart(dataclasses.replace(chart, title=""))
+
+
+def test_lines_differ_by_more_than_their_colour():
+    x = np.arange(3.0)
+    drawn = svg(a_chart(lines=[Line(f"line {n}", x, n * x) for n in range(8)]))
+    styles = re.findall(r'style="(fill: none; [^"]*)"', drawn)
+    curves = {s for s in styles if "width: 1.8" in s}
+    dashes = [tuple(re.findall(r"dasharray: ([\d.,]+)", style)) for style in curves]
+    assert len(curves) == 8
+    assert {dashes.count(each) for each in dashes} == {2}
+
+
+def test_a_key_stands_below_the_axes_where_it_hides_no_curve():
+    x = np.linspace(0, 1, 9)
+    drawn = svg(a_chart(lines=[Line("first", x, x), Line("second", x, 1 - x)]))
+    axes = re.search(r'id="patch_2">\s*<path d="M [\d.]+ ([\d.]+)', drawn)
+    label = re.search(r'y="([\d.]+)"[^>]*>to the right<', drawn)
+    height = re.search(r'height="([\d.]+)pt"', drawn)
+    keys = [float(y) for y in re.findall(r'y="([\d.]+)"[^>]*>(?:first|second)<', drawn)]
+    assert axes
+    assert label
+    assert height
+    assert float(axes[1]) < float(label[1]) < min(keys) - 9  # points, of the key's letters
+    assert max(keys) < float(height[1])
 
 
 def test_several_lines_have_a_key_and_one_has_none():

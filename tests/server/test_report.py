@@ -7,17 +7,19 @@ import re
 import time
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from common.errors import RunError
+from common.tasks.estimates import Estimate
 from server import figures
 from server.record import RunRecord
-from server.report import write_report
+from server.report import render, write_report
 
 HOSTILE = '"><script>alert(1)</script><img src=https://evil.example/x> {{ 7 * 7 }} $\\frac{1}{'
-EMPTY_TAGS = {"meta", "img", "br", "path"}
+EMPTY_TAGS = {"meta", "img", "br", "path", "source"}
 
 
 class Page(HTMLParser):
@@ -68,7 +70,7 @@ def test_the_headline_is_the_final_model_on_the_test_part(build_run):
     directory = build_run()
     page = read(directory)
     auroc = RunRecord.read(directory).final["test"].metrics["auroc"]
-    assert f"AUROC on the test part {auroc.value:.3f}" in page.text
+    assert f"AUROC · test part {auroc.value:.3f}" in page.text
     assert f"95 % interval {auroc.low:.3f} to {auroc.high:.3f}" in page.text
     assert "model of round 13" in page.text
     assert "Sites 4" in page.text
@@ -81,7 +83,7 @@ def test_auroc_stays_on_top_whatever_chose_the_model(build_run):
     spec["evaluation"]["metric"] = "brier"
     (directory / "spec.json").write_text(json.dumps(spec))
     page = read(directory)
-    assert "AUROC on the test part 0." in page.text
+    assert "AUROC · test part 0." in page.text
     by_round = [a["alt"].split(" by round")[0] for a in page.all("img") if "by round" in a["alt"]]
     assert by_round == ["Brier score", "AUROC", "AUPRC", "Accuracy"]
 
@@ -122,8 +124,8 @@ def test_it_says_of_each_site_whether_its_replies_were_paced(build_run, protecti
     text = read(build_run(protection=protection, rounds=2, paced=("Southbank", "Westmoor"))).text
     assert f"Replies of Southbank and Westmoor {HELD} nothing about the cohort." in text
     assert f"Replies of Northgate University Hospital and St Brigid {FREE}" in text
-    rows = text[text.index("Replies Northgate") : text.index("Replies of")]
-    assert re.findall(r"\b(?:un)?paced", rows) == ["unpaced", "paced", "unpaced", "paced"]
+    rows = re.findall(r"(?:(?<= )\d+ ){2}((?:un)?paced)", text)
+    assert rows == ([] if protection == "none" else ["unpaced", "paced", "unpaced", "paced"])
 
 
 @pytest.mark.parametrize(("paced", "said", "unsaid"), [((), FREE, HELD), (ALL, HELD, FREE)])
@@ -169,7 +171,8 @@ def test_the_banner(build_run, protection, words):
 def test_without_privacy_no_epsilon_is_dressed_up(build_run):
     text = read(build_run(protection="none")).text
     assert "Largest ε of a site no privacy" in text
-    assert "Westmoor no privacy – patient none" in text
+    privacy = text[text.index("Privacy None: ") : text.index("The run's description SHA")]
+    assert "Westmoor" not in privacy  # no line of dashes a site
     assert "What this means" not in text
     assert not re.search(r"\binf|∞|nan\b", text)
 
@@ -195,7 +198,7 @@ def test_a_test_part_of_one_class_says_so(build_run):
     arrays["labels"] = np.zeros_like(arrays["labels"])
     np.savez(directory / "evaluation.npz", allow_pickle=False, **arrays)
     text = read(directory).text
-    assert "AUROC on the test part – The test part has images of one class only." in text
+    assert "AUROC · test part – The test part has images of one class only." in text
 
 
 def test_probabilities_that_are_not_finite_say_so(build_run):
@@ -217,6 +220,69 @@ def test_a_run_without_a_test_part_says_so(build_run):
     assert "The evaluation cohort has no test part." in read(directory).text
 
 
+def set_f1(record: Any, part: str, found: Estimate) -> None:
+    """In the record as it was read, whose file stays as it is."""
+    record.final[part].metrics["f1"] = found
+
+
+def test_a_metric_that_has_no_value_has_no_line(build_run):
+    directory = build_run(rounds=2)
+    with_all = read(directory).text
+    record = RunRecord.read(directory)
+    for part in ("validation", "test"):
+        set_f1(record, part, Estimate(None))
+    text = Page(render(record)).text
+    assert " F1 0." in with_all
+    assert " F1 " not in text
+    assert " AUPRC 0." in text
+
+
+def test_an_interval_that_no_resample_widens_is_told(build_run):
+    record = RunRecord.read(build_run(rounds=2))
+    assert "no spread" not in Page(render(record)).text
+    set_f1(record, "test", Estimate(1.0, 1.0, 1.0))
+    text = Page(render(record)).text
+    assert "resamples of patients; no spread: all of them gave the same" in text
+    assert "F1 1.000 no spread" in text
+
+
+def test_a_run_that_was_evaluated_once_has_no_curves_by_round(build_run):
+    directory = build_run(rounds=3)
+    assert "Training, round by round" in read(directory).text
+    lines = [json.loads(x) for x in (directory / "metrics.jsonl").read_text().splitlines()]
+    for line in lines[:-1]:
+        line["evaluation"] = None
+    (directory / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
+    page = read(directory)
+    assert "Training, round by round" not in page.text
+    assert not [a for a in page.all("img") if "by round" in a["alt"]]
+    assert "AUROC · test part 0." in page.text
+
+
+def test_on_a_narrow_screen_each_figure_of_a_table_says_what_it_is_of(build_run):
+    page = write_report(build_run(kind="multilabel")).read_text()
+    tables = re.findall(r'<table class="[^"]*stacked[^"]*".*?</table>', page, re.S)
+    assert len(tables) >= 4  # by class, sites, what did not go well, privacy
+    for table in tables:
+        heads = re.findall(r"<th scope=\"col\"[^>]*>(.*?)</th>", table, re.S)
+        named = {head.replace("<br>", " ") for head in heads}
+        cells = re.findall(r"<td([^>]*)>", table.replace("<td colspan", "<td data-of colspan"))
+        assert cells
+        for cell in cells:
+            of = re.search(r'data-of="([^"]*)"', cell)
+            assert (of and of[1] in named) or "colspan" in cell
+
+
+def test_who_took_part_is_drawn_anew_for_a_narrow_screen(build_run):
+    page = read(build_run())
+    (narrow,) = page.all("source")
+    assert narrow["media"] == "(max-width: 600px)"
+    (broad,) = (a for a in page.all("img") if a["alt"].startswith("Who took part"))
+    drawn = [base64.b64decode(uri.split(",")[1]) for uri in (narrow["srcset"], broad["src"])]
+    widths = [float(re.findall(rb'width="([\d.]+)pt"', svg)[0]) for svg in drawn]
+    assert widths[0] < 330 < widths[1]
+
+
 # --- What it must not do ----------------------------------------------------------------------
 
 
@@ -227,7 +293,9 @@ def test_nothing_is_loaded_from_anywhere(build_run):
     assert policy["http-equiv"] == "Content-Security-Policy"
     assert policy["content"].startswith("default-src 'none'; img-src data:")
     assert not {tag for tag, _ in page.tags} & {"script", "link", "iframe", "a", "object"}
-    assert not any("href" in attributes or "srcset" in attributes for _, attributes in page.tags)
+    assert not any("href" in attributes for _, attributes in page.tags)
+    drawn = [attributes["srcset"] or "" for _, attributes in page.tags if "srcset" in attributes]
+    assert all(re.fullmatch(r"data:image/svg\+xml;base64,[\w+/=]+", uri) for uri in drawn)
     text = (directory / "report.html").read_text()
     assert not re.search(r"https?://|url\(|@import", text)
     for svg in pictures(page):

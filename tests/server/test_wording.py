@@ -1,11 +1,8 @@
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import ClassVar
-
 import pytest
 
-from common.spec import Metric, Task
+from common.spec import Metric
 from common.tasks.estimates import Estimate
 from server import wording
 
@@ -41,11 +38,34 @@ def test_estimates():
     assert wording.estimate(Estimate(None), plain) == "–"
     assert wording.estimate(Estimate(27.305, 26, 28.5), level) == "27.30 dB (26.00 to 28.50)"
     assert wording.estimate(Estimate(None), level) == "–"
+    assert wording.estimate(Estimate(0, 0, 0), Metric("Copies", unit="%")) == "0.0 %"
+
+
+def test_an_interval_without_a_width_says_so_in_words():
+    metric = Metric("Copies", unit="%")
+    assert wording.interval(Estimate(0, 0, 0), metric) == wording.SAME
+    assert wording.interval(Estimate(0), metric) == ""
+    assert wording.interval(Estimate(1, 0.5, 2), metric) == "0.5 to 2.0"
+
+
+def test_two_figures_in_one_line_have_the_same_digits():
+    error = Metric("Mean squared error")
+    test, validation = Estimate(0.0031, 0.0029, 0.0033), Estimate(0.012, 0.001, 0.023)
+    assert wording.figure(validation, error) == "0.012"
+    assert wording.figure(validation, error, test) == "0.0120"
 
 
 @pytest.mark.parametrize(
     ("value", "printed"),
-    [(True, "yes"), (None, "–"), ((0.5, 1.0), "0.5, 1"), ("pad", "pad"), (60.0, "60"), (3, "3")],
+    [
+        (True, "yes"),
+        (None, "–"),
+        ("", "–"),
+        ((0.5, 1.0), "0.5, 1"),
+        ("pad", "pad"),
+        (60.0, "60"),
+        (3, "3"),
+    ],
 )
 def test_settings(value, printed):
     assert wording.setting(value) == printed
@@ -60,14 +80,8 @@ def test_names(names, printed):
 
 
 def test_metrics_say_what_is_not_in_their_title():
-    class Toy(Task):
-        METRICS: ClassVar[Mapping[str, Metric]] = {
-            "a": Metric("Error", lower_is_better=True),
-            "b": Metric("Fit", note="Above 1 is luck."),
-            "c": Metric("Distance", lower_is_better=True),
-        }
-
-    said = wording.metric_notes(Toy(name="toy", kind="none"))
+    error, distance = (Metric(title, lower_is_better=True) for title in ("Error", "Distance"))
+    fit = Metric("Fit", note="Above 1 is luck.")
+    said = wording.metric_notes([error, fit, distance])
     assert said == "Lower is better: Error and Distance. Above 1 is luck."
-    Toy.METRICS = {"b": Metric("Fit")}
-    assert wording.metric_notes(Toy(name="toy", kind="none")) == ""
+    assert wording.metric_notes([Metric("Fit")]) == ""

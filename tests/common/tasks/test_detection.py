@@ -428,14 +428,16 @@ def test_what_is_shown_is_where_the_boxes_are(detection: Make):
     assert [chart.title for chart in charts] == ["FROC", "Precision and recall"]
     assert isinstance(gallery, Gallery)
     assert gallery.captions[1] == "Image 2: nothing to find, nothing found"
-    assert gallery.captions[3] == "Image 4: nodule 1 of 1, 1 found; mass 1 of 1, 1 found"
+    assert gallery.captions[3] == "Image 4: nodule 1 of 1, 0 false; mass 1 of 1, 0 false"
     times = 6
     assert gallery.pictures.shape == (4, HEIGHT * times, WIDTH * times, 3)
     drawn = np.asarray(gallery.pictures.max(axis=3) > 0)
     assert not drawn[1].any()
     assert drawn[0, 3 * times, 2 * times : 20 * times].all()
     assert drawn[0, 21 * times - 1, 2 * times : 20 * times].all()
-    assert not drawn[0, : 3 * times - 1].any()
+    above = drawn[0, : 3 * times - 1]
+    assert above[:, 2 * times : 3 * times + 2].any()  # the number of the box's class
+    assert above.sum() == above[-12:, 2 * times : 3 * times + 2].sum()
 
 
 def test_among_what_is_measured_is_no_image(detection: Make):

@@ -375,7 +375,9 @@ def test_both_outlines_are_seen_where_they_differ_and_where_they_do_not(segmenta
     assert orange[common].any()
     assert orange[75:135, 84].any()
     assert not blue[75:135, 84].any()
-    assert not (blue | orange)[:68].any()
+    above = (blue | orange)[:68]
+    assert above[58:, 70:78].any()  # the number of the class
+    assert above.sum() == above[56:, 70:78].sum()
 
 
 def test_among_what_is_measured_is_no_image(segmentation: Make):
