@@ -112,6 +112,8 @@ class Limits(Section):
         lapse_days: a run that nobody asks for any more is no longer set aside after so long.
         federated_evaluation: whether noised counts of held-out patients may be released, booked
             like a round of training.
+        withdrawn: SHA-256 of models that were found to be bad after they were signed: no
+            command takes one with this node, and no run begins at one here.
         hours: when rounds are trained, such as ``["20:00-06:00"]`` in the machine's own time;
             always if left out.
     """
@@ -130,6 +132,7 @@ class Limits(Section):
     least_patients: Count = 50
     lapse_days: Annotated[int, Field(ge=1, le=3660)] = 30
     federated_evaluation: bool = False
+    withdrawn: tuple[Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")], ...] = ()
     hours: tuple[str, ...] = ()
 
     @field_validator("hours")
@@ -295,6 +298,8 @@ class Policy(Section):
             if allowed != "any" and name not in allowed:
                 known = ", ".join(allowed) or "none"
                 yield f"{what} {name!r} is not on this site's list ({known})"
+        if spec.start is not None and spec.start.model_sha256 in limits.withdrawn:
+            yield f"it begins at the model {spec.start.model_sha256}, which is withdrawn here"
         slot = self.release.slot(spec)
         if 0 < slot < self.release.least_slot:
             yield f"a reply's slot: {slot:g} s, at least {self.release.least_slot:g} s"

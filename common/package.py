@@ -191,6 +191,10 @@ class Package:
             raise PackageError(f"{path}: changed while it was being used; open it again")
         return content
 
+    def origins(self) -> frozenset[str]:
+        """SHA-256 of its weights, and of what spec and card say that it was made of."""
+        return frozenset({self.model_sha256, *origins_of(self.spec, self.card)})
+
     def is_personal(self) -> bool:
         """Whether it is of one site alone: by its card, or by the mark in the weights' own file.
 
@@ -284,6 +288,23 @@ def check_folder(
     for name, entry in manifest.files.items():
         _check_file(path / name, entry, found[name])
     return Checked(manifest, signer)
+
+
+def origins_of(spec: RunSpec, card: Mapping[str, Any]) -> frozenset[str]:
+    """SHA-256 of the weights that a card is of, and of those one step before them.
+
+    That is where its run began, what it was pruned or quantised of, and what was fine-tuned.
+    """
+    said = (
+        ("model", "safetensors_sha256"),
+        ("smaller", "of_model_sha256"),
+        (PERSONAL, "began_with"),
+    )
+    parts = ((card.get(key), name) for key, name in said)
+    found = {part.get(name) for part, name in parts if isinstance(part, Mapping)}
+    if spec.start is not None:
+        found.add(spec.start.model_sha256)
+    return frozenset(sha256 for sha256 in found if isinstance(sha256, str))
 
 
 def is_personal(card: bytes) -> bool:

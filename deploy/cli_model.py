@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from enum import StrEnum
 from pathlib import Path
@@ -127,7 +128,8 @@ def verify_model(
 
     Example: `cloister verify-model chest.model --node /srv/cloister`
     """
-    from common.package import Package, check_folder
+    from common.package import CARD, SPEC, Package, check_folder, origins_of
+    from common.spec import RunSpec
 
     believed = believed_authority(node, authority)
     checked = check_folder(folder, authority=believed, unsigned=unsigned)
@@ -136,10 +138,13 @@ def verify_model(
             raise ConfigError(
                 f"--expect {expect}: is of packages; this is an export as {checked.manifest.kind}"
             )
+        spec = RunSpec.from_json((folder / SPEC).read_text(), source=str(folder / SPEC))
+        _check_withdrawn(folder, node, origins_of(spec, json.loads((folder / CARD).read_bytes())))
         _say(f"{folder} is whole: a model as {checked.manifest.kind}.")
     else:
         model = Package.open(folder, authority=believed, unsigned=unsigned)
         _check_expected(model, expect)
+        _check_withdrawn(folder, node, model.origins())
         model.network()
         _say(f"{folder} is whole: the model of the run {model.spec.run_id or model.spec.name}.")
         _say(f"SHA-256 of its weights: {model.model_sha256}")
@@ -162,7 +167,7 @@ def opened_model(
     Raises:
         ConfigError: if the authority or the node's bundle cannot be read.
         IdentityError: if the bundle is damaged, or a stranger signed the model.
-        PackageError: as `Package.open`, or it is not the one expected.
+        PackageError: as `Package.open`, or it is not the one expected, or withdrawn at the node.
     """
     from client.credentials import NotJoinedError
     from common.package import Package
@@ -175,6 +180,7 @@ def opened_model(
         believed = None  # a hospital that tries a model before it joins anybody
     package = Package.open(path, authority=believed, unsigned=unsigned)
     _check_expected(package, expect)
+    _check_withdrawn(path, node, package.origins())
     return package
 
 
@@ -183,6 +189,20 @@ def _check_expected(package: Package, expect: str | None) -> None:
         raise PackageError(
             f"{package.path}: its model is {package.model_sha256}, expected {expect}; it may be an "
             "older one of the same federation: ask the coordinator"
+        )
+
+
+def _check_withdrawn(model: Path, node: Path | None, origins: frozenset[str]) -> None:
+    """A signature stays valid for ever; what a site no longer uses stands in its own file."""
+    from client.folder import POLICY_FILE
+    from client.policy import read_policy
+
+    if node is None or not (node / POLICY_FILE).exists():  # one that has only joined, so far
+        return
+    for sha256 in sorted(origins & set(read_policy(node / POLICY_FILE).limits.withdrawn)):
+        raise PackageError(
+            f"{model}: it is, or was made of, the model {sha256}, which this site has withdrawn "
+            f"({node / POLICY_FILE}: limits.withdrawn); ask the coordinator for another"
         )
 
 

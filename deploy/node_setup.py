@@ -189,6 +189,7 @@ greatest_new_runs_a_day = 10  # set aside without a person
 least_patients = 50
 lapse_days = 30
 federated_evaluation = false
+withdrawn = []  # SHA-256 of models found to be bad since they were signed
 hours = []  # such as ["20:00-06:00"], in this machine's time; empty: always
 
 {data}

@@ -143,6 +143,9 @@ def _how_much(policy: Policy) -> Iterator[str]:
         f"and at most {limits.greatest_open_runs} runs are open at the same time; at most "
         f"{limits.greatest_new_runs_a_day} new ones a day are taken without a person."
     )
+    if limits.withdrawn:
+        names = _listed(tuple(f"{sha256[:12]}…" for sha256 in limits.withdrawn))
+        yield f"No run begins at a withdrawn model, and no command takes one: {names}."
     if limits.hours:
         yield f"Rounds are trained in these hours of the machine: {_listed(limits.hours)}."
     else:

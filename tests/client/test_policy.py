@@ -70,6 +70,12 @@ LIMITS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any], str]] = 
         {"model": {"name": "resnet18"}},
         r"network 'resnet18' is not on this site's list \(small-cnn\)",
     ),
+    "a withdrawn model": (
+        {"limits": {"withdrawn": ["5d" * 32]}},
+        {"start": {"model_sha256": "5e" * 32}},
+        {"start": {"model_sha256": "5d" * 32}},
+        f"it begins at the model {'5d' * 32}, which is withdrawn here",
+    ),
     "noise": (
         {"limits": {"least_noise_multiplier": 0.9}},
         {"privacy": {"noise_multiplier": 0.9}},

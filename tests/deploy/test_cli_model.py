@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from common.clock import Clock
-from common.errors import ConfigError, IdentityError
-from common.package import CARD, PERSONAL, Package
+from common.errors import ConfigError, IdentityError, PackageError
+from common.package import CARD, PERSONAL, Package, origins_of
 from deploy.cli_model import believed_authority, opened_model
 from deploy.fine_tune import MUST_NOT_LEAVE
 from server.authority import Authority, NewFederation, Signed
@@ -150,3 +150,44 @@ def test_who_is_believed_is_named_by_a_person(home: Path, tmp_path: Path):
     assert believed_authority(None, None) is None
     shutil.copy(home / "ca.pem", tmp_path / "theirs.pem")
     assert believed_authority(None, tmp_path / "theirs.pem") is not None
+
+
+def test_a_withdrawn_model_and_what_is_made_of_it_is_refused_by_the_node(
+    cloister: Cloister, run: Path, make_node: Callable[..., Path], tmp_path: Path
+):
+    """Signed or not: what a signature says is true for ever, and does not say that it is good."""
+    node, smaller, onnx = make_node(), tmp_path / "smaller", tmp_path / "onnx"
+    pruned, sha256 = smaller / "pruned", Package.open(run, unsigned=True).model_sha256
+    assert cloister("optimise", run, smaller, "--prune", 0.5).code == 0
+    assert cloister("export", pruned, onnx, "--format", "onnx").code == 0
+    for model in (run, pruned):
+        assert opened_model(model, node, None, unsigned=True)
+    settings = node / "node.toml"
+    empty, named = "withdrawn = []", f'withdrawn = ["{sha256}"]'
+    settings.write_text(settings.read_text().replace(empty, named))
+    for model in (run, pruned):
+        with pytest.raises(PackageError, match=f"{sha256}, which this site has withdrawn"):
+            opened_model(model, node, None, unsigned=True)
+    answers = tmp_path / "answers"
+    said = cloister("predict", run, tmp_path / "cohort", answers, "--node", node, "--unsigned")
+    assert (said.code, answers.exists()) == (2, False)
+    assert "withdrawn" in said.words
+    spec = Package.open(pruned, unsigned=True).spec
+    assert sha256 in origins_of(spec, json.loads((onnx / CARD).read_bytes()))
+    settings.write_text(settings.read_text().replace(sha256, "no digest"))
+    with pytest.raises(ConfigError, match=r"limits\.withdrawn"):  # never taken for an empty list
+        opened_model(run, node, None, unsigned=True)
+
+
+@pytest.mark.parametrize(
+    "card",
+    [
+        {"model": {"safetensors_sha256": "a" * 64}},
+        {"smaller": {"of_model_sha256": "a" * 64}, "model": None},
+        {PERSONAL: {"began_with": "a" * 64}, "smaller": []},
+    ],
+)
+def test_what_a_model_was_made_of_is_read_from_any_card(make_spec: Any, card: dict[str, Any]):
+    spec = make_spec(start={"model_sha256": "b" * 64})
+    assert origins_of(spec, card) == {"a" * 64, "b" * 64}
+    assert origins_of(make_spec(), {"model": "x", "smaller": {"of_model_sha256": 3}}) == frozenset()

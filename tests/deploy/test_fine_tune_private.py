@@ -156,7 +156,7 @@ def test_nothing_of_the_held_out_patients_is_in_the_package(
     assert f"by one site, from the model {begun.model_sha256}" in ours.card["data"]["note"]
     assert "is not in this card" in ours.card["limitations"][-1]
     assert ours.card["training"]["rounds_planned"] == 1
-    with safe_open(tmp_path / "ours" / MODEL, "np") as file:  # type: ignore[no-untyped-call]
+    with safe_open(tmp_path / "ours" / MODEL, "np") as file:
         assert PERSONAL not in file.metadata()
     assert not {"images", "patients", "metrics"} & keys(ours.card["evaluation"])
     assert ours.card["privacy"]["protected"] is True

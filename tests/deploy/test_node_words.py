@@ -38,6 +38,7 @@ CHANGES: dict[str, Any] = {
     "limits.least_patients": 55,
     "limits.lapse_days": 44,
     "limits.federated_evaluation": True,
+    "limits.withdrawn": ["5d" * 32],
     "limits.hours": ["20:00-06:00"],
     "data.unit": "image",
     "data.kind": "multiclass",
