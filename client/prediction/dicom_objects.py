@@ -234,7 +234,7 @@ class Reports(_Objects):
             if boxes:
                 groups = (self._box(told, number, box) for number, box in enumerate(boxes))
             else:
-                groups = [self._measured(f"image {told.row['number']}", told.row, [told])]
+                groups = [self._measured(_name_of(told), told.row, [told])]
             for group in groups:
                 yield self._said(group, part, told.row)
 
@@ -487,6 +487,10 @@ def _objects_of(images: Sequence[Told]) -> list[Named]:
     """The objects of images and volumes, each once, in order."""
     every = (named for told in images for named in told.seen.objects or (told.seen.named,))
     return list({named.instance: named for named in every}.values())
+
+
+def _name_of(told: Told) -> str:
+    return f"{'volume' if told.seen.objects else 'image'} {told.row['number']}"
 
 
 def _sources_of(told: Told) -> list[hdsr.SourceImageForMeasurementGroup]:
