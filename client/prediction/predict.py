@@ -73,7 +73,7 @@ NOT_MADE = "it could not be made"
 NOT_NUMBERS = "the network's outputs are not numbers"
 NOT_WHOLE = "an object of its series is not answered, and a volume is used whole"
 LATE = "its study was answered before it came, or before it was changed: ask for it apart"
-UNREAD = "{} objects of the source could not be read: slices of this volume may be among them"
+UNREAD = "objects of the source that could not be read, and may be slices of this volume: {}"
 PSEUDONYMS = "Pseudonyms of a cohort; its images have no true identifiers."
 _AT_ONCE = 256
 

@@ -38,7 +38,7 @@ HOW = {
     ),
 }
 WARNING = "Not for clinical use; made by a model, verified by nobody"
-NOT_ALL = "{} of its objects were not answered, and could not move the decision"
+NOT_ALL = "objects of the study that were not answered, and did not move the decision: {}"
 _SUREST = 1e-6  # what is printed of a probability is never that it cannot be otherwise
 _PARALLEL = 1e-3
 _REGULAR = 0.1
