@@ -9,6 +9,7 @@ import ipaddress
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import time
@@ -70,6 +71,14 @@ delta = 1e-4
 
 KINDS = {"mechanism", "strategy", "name"}
 """Keys by which a table of a run says what kind it is."""
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _heard_ctrl_c() -> None:
+    """A shell without job control has what it starts with `&` ignore Ctrl-C, and so would every
+    process of a test that is ended by it: it would be waited for in vain."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session", autouse=True)
