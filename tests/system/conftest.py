@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -125,13 +125,19 @@ says, while the process runs. What measures spans is left as it is, as on a mach
 date."""
 
 
+DISK = "cloister-test-"
+"""What a disk of ours is called among the mounts (proc(5)), with the process that made it."""
+
+
 class Disk:
     """A folder that is a disk of its own, where this machine allows mounts."""
 
     def __init__(self, path: Path) -> None:
         path.mkdir()
         self.path = path
-        self.is_real = self._mount("-t", "tmpfs", "-o", f"size={ROOM},mode=0700", "tmpfs")
+        self.is_real = self._mount(
+            "-t", "tmpfs", "-o", f"size={ROOM},mode=0700", f"{DISK}{os.getpid()}"
+        )
 
     @contextmanager
     def full(self, *processes: int) -> Iterator[None]:
@@ -171,6 +177,14 @@ class Disk:
             )
             return done.returncode == 0
         return False
+
+
+def left_mounted() -> Iterator[str]:
+    """Where disks are of processes that are gone: one that was killed has unmounted nothing."""
+    for line in Path("/proc/mounts").read_text().splitlines():
+        name, place, *_ = line.split()
+        if name.startswith(DISK) and not Path("/proc", name.removeprefix(DISK)).exists():
+            yield place
 
 
 @contextmanager
@@ -492,14 +506,19 @@ def make_site(path: Path, site: str, cohort: Path, spec: RunSpec) -> None:
 def disk() -> Iterator[Callable[[Path], Disk]]:
     """`disk(path)`: a new folder that can be full; unmounted at the end."""
     made: list[Disk] = []
+    for place in left_mounted():
+        subprocess.run(["umount", "--lazy", place], check=False)
 
     def make(path: Path) -> Disk:
         made.append(Disk(path))
         return made[-1]
 
-    yield make
-    for each in made:
-        each.close()
+    try:
+        yield make
+    finally:
+        with ExitStack() as last:  # one that cannot be unmounted keeps none of the others mounted
+            for each in made:
+                last.callback(each.close)
 
 
 @pytest.fixture
