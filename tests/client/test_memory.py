@@ -130,6 +130,7 @@ def taken(make_spec: Spec) -> dict[str, float]:
     return dict(zip(CASES, map(float, done.stdout.split()), strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_a_batch_grows_by_no_more_than_was_said_and_not_by_far_less(name, taken, make_spec: Spec):
     spec = make_spec(**CASES[name])

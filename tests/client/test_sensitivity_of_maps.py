@@ -120,9 +120,8 @@ def make_sum_of(  # noqa: PLR0913, PLR0917 - it is put together from these
 @pytest.mark.parametrize(
     "how",
     [
-        {"copies": 1, "clip_norm": 1e-3},
         {"copies": 3, "clip_norm": 1e-3},
-        {"copies": 3, "clip_norm": 0.3},
+        {"copies": 1, "clip_norm": 0.3},
     ],
 )
 def test_no_patient_moves_the_sum_by_more_than_c(make_sum_of, moves, tables, loss, how):
@@ -146,9 +145,8 @@ def test_a_patient_with_an_infinite_pixel_moves_nothing_and_spoils_nothing(
 
 
 @case
-@pytest.mark.parametrize("largest_weight", [1.0, 1e6])
-def test_hostile_weights_do_not_help(make_sum_of, moves, tables, loss, largest_weight):
-    moved = moves(PATIENTS, make_sum_of(tables, loss, largest_weight=largest_weight), 0.3)
+def test_hostile_weights_do_not_help(make_sum_of, moves, tables, loss):
+    moved = moves(PATIENTS, make_sum_of(tables, loss, largest_weight=1e6), 0.3)
     assert (moved <= 1 + EDGES).all()
 
 

@@ -126,7 +126,7 @@ def make_bench(  # noqa: PLR0913, PLR0917 - it is put together from these
 # --- at most C ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("copies", "clip_norm"), [(1, 1e-3), (3, 1e-3), (3, 0.3)])
+@pytest.mark.parametrize(("copies", "clip_norm"), [(3, 1e-3), (1, 0.3)])
 @pytest.mark.parametrize("model", MODELS)
 def test_no_patient_moves_the_sum_by_more_than_c(make_bench, model, copies, clip_norm):
     moved = make_bench(model, copies=copies, clip_norm=clip_norm).moves()
@@ -152,7 +152,7 @@ def test_a_patient_with_an_infinite_pixel_moves_nothing_and_spoils_nothing(
     assert np.delete(moved, POISONED).min() > 0.99
 
 
-@pytest.mark.parametrize("largest_weight", [1.0, 1e3, 1e6])
+@pytest.mark.parametrize("largest_weight", [1.0, 1e6])
 @pytest.mark.parametrize("model", MODELS)
 def test_hostile_weights_do_not_help(make_bench, model, largest_weight):
     assert (make_bench(model, largest_weight=largest_weight).moves() <= 1 + EDGES).all()

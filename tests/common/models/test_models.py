@@ -239,6 +239,7 @@ print(json.dumps([fingerprint(models.build(spec)) for spec in specs]))
 """
 
 
+@pytest.mark.slow
 def test_the_same_spec_gives_the_same_weights_in_another_process():
     specs = [make_spec(name) for name in reversed(models.names("vector"))]
     texts = json.dumps([spec.canonical_json for spec in specs])

@@ -299,7 +299,14 @@ def long_film(film: Film, compressed: bool, marked: bool) -> FileDataset:
     return made
 
 
-@pytest.mark.parametrize(("compressed", "marked"), [(False, True), (True, False), (True, True)])
+@pytest.mark.parametrize(
+    ("compressed", "marked"),
+    [
+        (True, True),
+        pytest.param(False, True, marks=pytest.mark.slow),
+        pytest.param(True, False, marks=pytest.mark.slow),
+    ],
+)
 def test_memory_is_that_of_a_frame_however_many_there_are(
     film: Film, tmp_path: Path, compressed: bool, marked: bool
 ) -> None:
