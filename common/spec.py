@@ -395,8 +395,10 @@ class Input(Section):
 
     @property
     def row_name(self) -> str:
-        """What one answer is about: ``image`` (or volume), ``study`` or ``patient``."""
-        return self.together if self.of_studies else "image"
+        """What one answer is about: ``image``, ``volume``, ``study`` or ``patient``."""
+        if self.of_studies:
+            return self.together
+        return "image" if self.depth is None else "volume"
 
     @property
     def preprocessing_digest(self) -> str:

@@ -244,15 +244,15 @@ class Segmentation(Task):
             rows.append((name, *cells, distance, str(missed), str(invented)))
         titles = [f"{m.title} ({m.unit})" if m.unit else m.title for m in metrics.values()]
         unit, thing = metrics["hausdorff95"].unit, self._thing
-        last = (f"The same, where both are ({unit})", f"{thing}s missed", f"{thing}s invented")
+        last = (f"Hausdorff where both are ({unit})", f"{thing}s missed", f"{thing}s invented")
         thing = thing.lower()
         return Table(
             "By class",
             ("Class", *titles, *last),
             rows,
             "Means over the patients, with their 95 % intervals. Where only one of the two "
-            f"outlines is there, the Hausdorff distance is the {thing}'s diagonal; “the same, "
-            f"where both are” is the mean over the {thing}s with both. Missed are the {thing}s in "
+            f"outlines is there, the Hausdorff distance is the {thing}'s diagonal; the column "
+            f"“where both are” is of the {thing}s with both alone. Missed are the {thing}s in "
             "which the class is and was not found, invented those in which it was found and is "
             "not.",
         )

@@ -12,6 +12,7 @@ NONE = "–"
 _ADJECTIVES = ("binary", "multiclass", "multilabel")
 _DIGITS = {"": 3, "px": 1, "mm": 1, "%": 1, ": 1": 1}  # after the point, by unit; of others 2
 _MOST_DIGITS = 6
+_LARGE = 100
 _NARROWEST = 2  # units of the last digit that an interval as it is written is wide
 
 
@@ -32,10 +33,13 @@ def enough(found: Estimate, digits: int = 3) -> int:
     """At least so many digits after the point, and as many as what is written must have.
 
     An interval is seen to have a width: 0.003 (0.003 to 0.003) is 0.0031 (0.0029 to 0.0033). A
-    value without one has two figures that are not zero. More than six are no use to anyone.
+    value without one has two figures that are not zero. More than six are no use to anyone, nor
+    are as many of 3,851 as of 8.5: from 100 on it is one less, from 1,000 on two.
     """
     if found.value is None:
         return digits
+    if abs(found.value) >= _LARGE:
+        digits = max(0, digits + 1 - math.floor(math.log10(abs(found.value))))
     if _wide(found):
         needed = math.log10(_NARROWEST / _width(found))
     elif found.value:

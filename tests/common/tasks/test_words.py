@@ -35,7 +35,10 @@ PX, PERCENT, DECIBELS, PLAIN = (Metric("A", unit=unit) for unit in ("px", "%", "
         (DECIBELS, Estimate(-1.83, -1.92, -1.72), "−1.83 (−1.92 to −1.72)"),
         # by unit
         (PX, Estimate(12.289, 10.606, 14.194), "12.3 (10.6 to 14.2)"),
-        (PERCENT, Estimate(110.433, 95.423, 128.395), "110.4 (95.4 to 128.4)"),
+        (PERCENT, Estimate(110.433, 95.423, 128.395), "110 (95 to 128)"),
+        (PERCENT, Estimate(3851.26, 3500.4, 4237.4), "3851 (3500 to 4237)"),
+        (PERCENT, Estimate(-99.96, -103.2, -90), "−100.0 (−103.2 to −90.0)"),
+        (Metric("A", unit="ml"), Estimate(195.306, 149.65, 228.91), "195.3 (149.7 to 228.9)"),
         (DECIBELS, Estimate(22.345, 22.281, 22.409), "22.34 (22.28 to 22.41)"),
         (Metric("Ratio", unit=": 1"), Estimate(16.0), "16.0"),
     ],
