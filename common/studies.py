@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 
 from common.cohort import Cohort, Draw, Rows
 from common.errors import CohortError
-from common.spec import RunSpec
+from common.spec import Input, RunSpec
 
 log = logging.getLogger("cloister.studies")
 
@@ -184,6 +184,20 @@ def rows_for(spec: RunSpec, cohort: Cohort) -> Cohort:
             _named(studies),
         )
     return studies
+
+
+def in_words(seen: Input) -> str:
+    """What one decision is about, for who has to judge a run; empty where it is one image."""
+    if not seen.of_studies:
+        return ""
+    each = f"up to {seen.images} " if seen.images > 1 else "one "
+    if not seen.modalities:
+        return f"one decision is about {each}images of a {seen.together}"
+    images = "images" if seen.images > 1 else "image"
+    return (
+        f"one decision is about a {seen.together}: {each}{images} of each of "
+        f"{', '.join(seen.modalities)}, with an encoder for each; one that is absent is left out"
+    )
 
 
 def check(cohort: Cohort) -> None:

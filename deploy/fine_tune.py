@@ -36,7 +36,7 @@ from common.messages import Arrays, Closing, Invitation, RefusalReply, Release, 
 from common.noise import fresh_keystream
 from common.package import Package
 from common.spec import DpSgd, NoPrivacy, RunSpec
-from common.studies import rows_for
+from common.studies import rows_for, seen_by
 from common.tasks import task_for
 from common.tasks.estimates import Estimate
 from common.tasks.paired import paired_differences
@@ -116,7 +116,7 @@ def fine_tune(model: Package, cohort: Cohort, wish: Wish) -> FineTuned:
     _check_card(model)
     unbound = NoPrivacy(mechanism="none", unit=cohort.unit)
     cohort.check_fits(model.spec.model_copy(update={"privacy": unbound}))
-    train, held_out = _parts(cohort)
+    train, held_out = _parts(seen_by(model.spec, cohort))
     size = len(train.patients)
     spec = _spec_of(model, wish, size, unbound.model_dump(mode="json"))
     trainer = LocalTrainer(spec, train, declared_size=size, mechanism=None)
@@ -154,6 +154,7 @@ def fine_tuned_privately(
         cohort = home.open_cohort()
         spec = _private_spec(model, home, wish, epsilon)
         cohort.check_fits(spec)
+        cohort = seen_by(spec, cohort)
         held_out = cohort.with_split("test")
         if not len(held_out):
             raise CohortError(

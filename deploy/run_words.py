@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from common.spec import ALL_AT_ONCE, DpSgd, RunSpec
+from common.studies import in_words
 from common.tasks import words
 from deploy.screen import printable
 
@@ -65,6 +66,8 @@ def _sentences(spec: RunSpec) -> Iterator[str]:
 
 def _special(spec: RunSpec) -> Iterator[str]:
     """What few runs do, and a person who approves one has to see."""
+    if spec.input.of_studies:
+        yield in_words(spec.input)
     if spec.start is not None:
         yield f"begins at the trained model {spec.start.model_sha256}"
     if spec.model.sparse:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from common.files import write_durably
 from common.spec import Metric
+from common.studies import in_words
 from common.task_sections import Classification
 from common.tasks import words
 from common.tasks.estimates import Estimate
@@ -87,6 +88,7 @@ def _model(record: RunRecord) -> dict[str, Any]:
         "classes": list(spec.task.classes),
         "threshold": spec.evaluation.threshold if spec.task.kind in _WITH_THRESHOLD else None,
         "input": spec.input.model_dump(mode="json"),
+        "decision": in_words(spec.input),
         "safetensors_sha256": record.model_digest,
         "round": record.environment.model_round,
     }
@@ -197,6 +199,8 @@ def _training_lines(card: Mapping[str, Any]) -> Iterator[str]:
     for key in ("optimizer", "loss", "augmentation", "aggregation"):
         yield f"- {key} ({_listed(training[key])})"
     yield f"- input ({_listed(model['input'])})"
+    if model.get("decision"):
+        yield f"- {model['decision']}"
     if model["round"] is not None:
         yield f"- the model is that of round {model['round']}"
 
@@ -230,7 +234,9 @@ def _performance_lines(card: Mapping[str, Any]) -> Iterator[str]:
     if not parts:
         yield "The run had no central evaluation cohort."
         return
-    row = "study" if card["model"]["input"].get("images", 1) > 1 else "image"
+    seen = card["model"]["input"]
+    several = seen.get("images", 1) > 1 or seen.get("modalities")
+    row = seen.get("together", "study") if several else "image"
     for name, part in parts.items():
         yield f"- {name}: {words.counted(part['images'], row)}, interval: {part['interval']}"
     yield ""

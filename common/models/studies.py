@@ -128,8 +128,8 @@ class ModalityNetwork(nn.Module):
 
     def attended(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """As `forward`, and for each place the weight of its image among those of its modality."""
-        apart = images.reshape(len(images), len(self.each), self.images, *images.shape[2:])
-        parts = apart.unbind(dim=1)
+        starts = range(0, len(self.each) * self.images, self.images)
+        parts = [images[:, start : start + self.images] for start in starts]
         pools = cast("Iterable[Pool | One]", self.each)
         found = [pool.pooled(part) for pool, part in zip(pools, parts, strict=True)]
         pooled, weights = (torch.cat(each, dim=1) for each in zip(*found, strict=True))

@@ -43,6 +43,8 @@ EVERY: list[tuple[str, dict[str, Any]]] = [
     ("autoencoder", {"task": {"name": "reconstruction", "classes": ["a", "b"]}, "metric": "psnr"}),
     ("vae", {"task": {"name": "reconstruction", "classes": ["a", "b"]}, "metric": "psnr"}),
     ("small-cnn", {"input": {"images": 3}}),
+    ("pooled-cnn", {"input": {"modalities": ["CT", "MR"]}}),
+    ("small-cnn", {"input": {"images": 2, "modalities": ["CT", "MR"]}}),
 ]
 LOSSES = {"segmentation": "dice", "detection": "heatmap", "reconstruction": "mse"}
 
