@@ -245,9 +245,8 @@ def _by_run(figures: Figures) -> Iterator[RenderableType]:
     for column in ("run", "digest", "state", "rounds", "part", ""):
         table.add_column(column, justify="right" if column in ("rounds", "part") else "left")
     shown, rest = figures.runs[:_SHOWN], figures.runs[_SHOWN:]
-    longest = max(run.spent + run.aside for run in shown) or 1.0
     for run in shown:
-        marks = _scaled(run.spent, longest, "█"), _scaled(run.aside, longest, "▒")
+        marks = _scaled(run.spent, "█"), _scaled(run.aside, "▒")
         table.add_row(
             Text(_cut(printable(run.name))),
             run.digest[:8],
@@ -270,16 +269,16 @@ def _over_time(figures: Figures) -> Iterator[RenderableType]:
         table.add_column(column, justify="left" if column in ("when", "") else "right")
     before = sum(span.spent for span in figures.spans[:-_SPANS_SHOWN])
     shown = figures.spans[-_SPANS_SHOWN:]
-    longest = max(span.spent for span in shown) or 1.0
     for span in shown:
         before += span.spent
-        bar = _scaled(span.spent, longest, "█")
+        bar = _scaled(span.spent, "█")
         table.add_row(span.label, f"{span.spent:.1%}", bar, f"{before:.1%}")
     yield table
 
 
-def _scaled(part: float, longest: float, mark: str) -> str:
-    wide = round(part / longest * _NARROW)
+def _scaled(part: float, mark: str) -> str:
+    """A bar of a part of the whole budget; the whole is a full one."""
+    wide = round(part * _NARROW)
     return mark * (max(1, wide) if part > 0 else 0)
 
 

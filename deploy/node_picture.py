@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +21,8 @@ from deploy.node_budget import Figures, RunShare, allowed
 _SPENT, _ASIDE, _CARRIED, _LIMIT = "#0072B2", "#E69F00", "#CC79A7", "#D55E00"
 _INK, _LINES = "#1F2D36", "#E3E6E4"
 _MOST_RUNS, _FEWEST_ROWS = 12, 5
+_ROOM = 1.12  # for the figure behind a whole bar
+_DAY = timedelta(days=1)  # a time axis is no shorter
 _BELOW: dict[str, Any] = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.14), "ncols": 3}
 STYLE: dict[Any, Any] = {
     "font.family": ["DejaVu Sans"],
@@ -102,6 +104,12 @@ def _by_run(axes: Axes, figures: Figures) -> None:
         axes.barh([len(runs) - 1], [figures.carried], color=_CARRIED, hatch="..", label="carried")
     axes.set_yticks(list(rows), names)
     axes.set_ylim(max(len(runs), _FEWEST_ROWS) - 0.4, -0.6)  # the first on top, none too thick
+    ends = [run.spent + run.aside for run in runs]
+    if figures.carried:
+        ends[-1] = figures.carried
+    for row, end in zip(rows, ends, strict=True):
+        axes.annotate(f"{end:.1%}", (end, row), (4, 0), textcoords="offset points", va="center")
+    axes.set_xlim(0, max(1.0, *ends, 0.0) * _ROOM)
     axes.set_title("by run, in parts of the whole budget")
     axes.xaxis.set_major_formatter(PercentFormatter(1.0))
     axes.grid(axis="x")
@@ -128,10 +136,14 @@ def _empty(name: str) -> RunShare:
 def _over_time(axes: Axes, figures: Figures, points: Sequence[Point]) -> None:
     now = figures.spent + figures.carried
     if points:
-        times: list[Any] = [points[0].time, *(point.time for point in points)]
-        parts = [0.0, *(point.part for point in points)]
+        last = points[-1].time
+        begin = min(points[0].time, last - _DAY)
+        end = last + (last - begin) / 12  # so that what came last is a line, and no edge
+        times: list[Any] = [begin, *(point.time for point in points), end]
+        parts = [0.0, *(point.part for point in points), points[-1].part]
         axes.step(times, parts, where="post", color=_SPENT, label="spent and carried")
         axes.fill_between(times, parts, step="post", color=_SPENT, alpha=0.15)
+        axes.set_xlim(times[0], end)
         if figures.aside:
             level = now + figures.aside
             axes.axhline(level, color=_ASIDE, linestyle=":", label="with what is set aside")
