@@ -16,6 +16,7 @@ from common.calibration import Calibration
 from common.cohort import PIXEL_MAX
 from common.errors import PackageError
 from common.package import Package
+from common.spec import Input
 from common.studies import spaced
 from common.tasks import task_for
 from common.tasks.answers import Answer
@@ -82,7 +83,7 @@ class Decided(NamedTuple):
     Attributes:
         answered: the decision; it has no picture.
         seen: numbers of the images that are in it.
-        weights: (seen,) what the network's attention gave each; they add up to 1.
+        weights: (seen,) what the network's attention gave each; of each modality they add up to 1.
         pictures: of each what moved the decision; None for none.
     """
 
@@ -109,10 +110,8 @@ class Model:
         spec = self.package.spec
         self.task: Task = task_for(spec)
         reason = self.task.without_answers()
-        if spec.input.modalities or spec.input.together != "study":
-            reason = (
-                "it takes images of several modalities, or of all studies of a patient, at once"
-            )
+        if spec.input.of_studies and spec.input.together != "study":
+            reason = "it takes the images of all studies of a patient at once"
         if reason:
             raise PackageError(f"{self.package.path}: {reason}; it cannot be used by predict")
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -146,20 +145,30 @@ class Model:
             yield from zip(names, answered, strict=True)
 
     def decision(
-        self, pixels: NDArray[np.uint16], patient: str, pictures: Pictures | None = None
-    ) -> Decided:
+        self,
+        pixels: NDArray[np.uint16],
+        modalities: Sequence[str],
+        patient: str,
+        pictures: Pictures | None = None,
+    ) -> Decided | None:
         """The one answer of a study; of too many images it sees some, evenly spaced.
 
         Args:
             pixels: (N, channels, height, width) of its images, as a cohort stores them.
+            modalities: N, of which those that the run does not list are not seen.
             patient: whose it is.
             pictures: makes what moved the answer; None for none.
+
+        Returns:
+            None if it has no image to be seen.
         """
         seen = self.package.spec.input
-        chosen = spaced(len(pixels), seen.images)
+        chosen, places = _placed(modalities, seen)
+        if not len(chosen):
+            return None
         images = np.divide(pixels[chosen], np.float32(PIXEL_MAX), dtype=np.float32)
-        placed = np.full((1, seen.images, *seen.shape), np.nan, dtype=np.float32)
-        placed[0, : len(chosen)] = images
+        placed = np.full((1, seen.places, *seen.shape), np.nan, dtype=np.float32)
+        placed[0, places] = images
         inputs = torch.from_numpy(placed).to(self.device)
         with torch.no_grad():
             outputs, weights = cast(Any, self.network).attended(normalise(inputs, seen))
@@ -170,7 +179,7 @@ class Model:
         return Decided(
             Answered(answer, self._calibrated(answer), None),
             tuple(chosen.tolist()),
-            weights[0, : len(chosen)].float().cpu().numpy(),
+            weights[0].float().cpu().numpy()[places],
             tuple(drawn),
         )
 
@@ -192,3 +201,12 @@ class Model:
             return None
         calibrated: NDArray[np.float64] = self.calibration(answer.probabilities[None])[0]
         return calibrated
+
+
+def _placed(modalities: Sequence[str], seen: Input) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Numbers of the images that are seen, and of the places in which they are."""
+    of, known = np.array(modalities), seen.modalities
+    groups = [np.flatnonzero(of == name) for name in known] if known else [np.arange(len(of))]
+    some = [each[spaced(len(each), seen.images)] if len(each) else each for each in groups]
+    places = [number * seen.images + np.arange(len(each)) for number, each in enumerate(some)]
+    return np.concatenate(some), np.concatenate(places)

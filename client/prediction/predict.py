@@ -532,7 +532,8 @@ class _Prediction:
                 name = f"image {row + 1}"
                 patient = cohort.patients[cohort.patient_index[row]]
                 study = _study_name(cohort, row)
-                named = Named(name, patient=patient, study=study, instance=name)
+                modality = str(cohort.modalities[row]) if self._rows.spec.input.modalities else ""
+                named = Named(name, patient=patient, study=study, instance=name, modality=modality)
                 entry.objects.append(_key(named))
                 yield Seen(named, Frame(0, NOTHING, None, said), pixels.shape[-2:]), pixels
 
@@ -584,8 +585,16 @@ class _Prediction:
         of, pixels = self._collected(entry, seen)
         if not of:
             return None, []
-        pictures = self._order.pictures
-        decided = self._order.model.decision(np.stack(pixels), of[0].named.patient, pictures)
+        decided = self._order.model.decision(
+            np.stack(pixels),
+            [one.named.modality for one in of],
+            of[0].named.patient,
+            self._order.pictures,
+        )
+        if decided is None:
+            listed_ones = ", ".join(self._rows.spec.input.modalities)
+            self._refuse_seen(of, f"no image of its study is of {listed_ones}", entry)
+            return None, []
         answer, calibrated, _ = decided.answered
         if not answer.finite:
             self._refuse_seen(of, NOT_NUMBERS, entry)

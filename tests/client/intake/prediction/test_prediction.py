@@ -530,7 +530,7 @@ DENOISING = {
 
 
 @pytest.mark.parametrize(
-    "changes", [GENERATION, DENOISING, {"input": {"modalities": ["CT", "MR"]}}]
+    "changes", [GENERATION, DENOISING, {"input": {"images": 2, "together": "patient"}}]
 )
 def test_a_model_that_says_nothing_of_an_image_is_refused_whole(
     clinic: Any, changes: dict[str, Any]

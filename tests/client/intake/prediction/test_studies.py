@@ -16,7 +16,8 @@ from client.prediction.dicom_objects import Reports
 from client.prediction.explained import Explainer
 from client.prediction.predict import NOT_NUMBERS, Order, predict_cohort
 from client.prediction.rows import NOT_ALL
-from common.studies import Studies
+from common.errors import ConfigError
+from common.studies import Studies, rows_for
 from common.tasks.preprocess import normalise
 
 PLACES = 3
@@ -187,3 +188,42 @@ def test_a_study_that_is_more_than_can_be_held_is_refused(
     assert len(found.json["studies"]) == 2
     assert set(found.refused.values()) == {"its study has 5 images, more than are held at once"}
     assert len(found.refused) == 5
+
+
+def test_images_of_two_modalities_go_to_their_encoders_as_those_of_a_cohort_do(
+    clinic: Any, model: Any
+) -> None:
+    """A study of both, one of one alone, and one of neither, which has no answer."""
+    generator = np.random.default_rng(6)
+    kinds = {"1.2.3.1": "CCDDDC", "1.2.3.2": "DD", "1.2.3.3": "M"}
+    names = {"C": "CR", "D": "DX", "M": "MG"}
+    for study, of in kinds.items():
+        for number, kind in enumerate(of):
+            clinic.hospital.film(
+                f"{study}.{number}.dcm",
+                generator.integers(0, 4096, (20, 30), dtype=np.uint16),
+                StudyInstanceUID=study,
+                PatientID=f"P{study[-1]}",
+                InstanceNumber=number + 1,
+                Modality=names[kind],
+            )
+    seen = {"images": 3, "modalities": ["DX", "CR"]}
+    asked = model(input=seen)
+    labels = clinic.hospital.labels({f"P{number}": "normal" for number in (1, 2, 3)})
+    cohort = clinic.hospital.take_in(labels, input=seen).cohort
+    rows = rows_for(asked.package.spec, cohort)
+    with torch.no_grad():
+        images = torch.from_numpy(rows.images(np.arange(len(rows))))
+        inputs = normalise(images, asked.package.spec.input)
+        expected = torch.sigmoid(asked.package.network()(inputs)[:, 0]).tolist()
+    found = clinic.answer(asked)
+    said = [row["raw_probability"]["finding"] for row in found.json["studies"]]
+    assert sorted(said) == pytest.approx(sorted(expected), abs=2e-6)
+    assert len(set(said)) == 2
+    assert found.refused == {"1.2.3.3.0.dcm": "no image of its study is of DX, CR"}
+    mine = [row for row in found.json["images"] if row["study_instance_uid"] == "1.2.3.1"]
+    for name in ("CR", "DX"):
+        weights = [row["attention"] for row in mine if row["modality"] == name]
+        assert sum(weights) == pytest.approx(1, abs=1e-5)
+    with pytest.raises(ConfigError, match="cannot be explained"):
+        Explainer(asked)

@@ -14,6 +14,7 @@ from pydicom.sr.coding import Code
 
 from client.prediction.anatomy import PARTS, body_parts
 
+CONCEPTS: Any = concepts
 CHEST, LIVER = codes.SCT.Chest, codes.SCT.Liver
 
 
@@ -66,12 +67,12 @@ WORDS = {"CSPINE": "cervical", "TSPINE": "thoracic", "LSPINE": "lumbar", "CHEST"
 
 @pytest.mark.parametrize("code", [code for code, part in PARTS.items() if part in WORDS])
 def test_the_table_says_of_a_code_what_the_standard_s_name_for_it_says(code: str) -> None:
-    named = [names for of in concepts["SCT"].values() for key, names in of.items() if key == code]
+    named = [names for of in CONCEPTS["SCT"].values() for key, names in of.items() if key == code]
     assert WORDS[PARTS[code]] in str(named).lower()
 
 
 def test_every_code_of_the_table_is_one_of_the_standard_s() -> None:
-    known = {code for of in concepts["SCT"].values() for code in of}
+    known = {code for of in CONCEPTS["SCT"].values() for code in of}
     assert set(PARTS) <= known
     assert all(len(part) <= 16 and part == part.upper() for part in PARTS.values())
 
