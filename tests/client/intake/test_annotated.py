@@ -587,6 +587,35 @@ def test_a_segmentation_that_also_names_what_is_absent_puts_its_place_in_doubt(
     assert set(reasons) == {"beside/MR0"}
 
 
+def test_what_a_segmentation_names_beside_its_own_images_costs_nothing_that_lies_elsewhere(
+    slices: list[Dataset], put: Any, take: Any
+) -> None:
+    """Nor the images of its own series that it says nothing of."""
+    elsewhere = _of_another(slices)
+    put(*slices, _named_too(segmentation(slices[:4], marks()[:4]), _renamed(slices)))
+    put(*elsewhere, folder="elsewhere")
+    cohort, reasons = take(marking=EMPTY)
+    assert (len(cohort), reasons) == (2 * SLICES, {})
+
+
+def test_a_segmentation_that_names_nothing_puts_all_series_that_it_may_be_of_in_doubt(
+    slices: list[Dataset], put: Any, take: Any
+) -> None:
+    """And is used where it lies upon one alone."""
+    alone = _of_another(slices)
+    for number, images in enumerate((slices, alone)):
+        made = segmentation(images, marks())
+        del made.ReferencedSeriesSequence
+        for groups in made.PerFrameFunctionalGroupsSequence:
+            del groups.DerivationImageSequence
+        put(*images, made, folder="ab"[number])
+    put(*_renamed(slices), folder="beside")
+    cohort, reasons = take(marking=EMPTY)
+    assert len(cohort) == SLICES
+    assert cohort.targets(range(SLICES)).any()
+    assert set(reasons) == {"a/MR0", "a/SEG6", "beside/MR0"}
+
+
 def test_a_series_that_lost_images_is_not_one_that_was_given_new_uids(
     slices: list[Dataset], put: Any, take: Any
 ) -> None:
