@@ -29,7 +29,7 @@ from common.errors import CohortError, RunError
 from common.files import write_durably
 from common.spec import NoPrivacy, RunSpec
 from common.tasks import task_for
-from common.tasks.estimates import Estimate
+from common.tasks.estimates import Estimate, resampler
 from common.tasks.task import Evidence
 
 _log = logging.getLogger("cloister.evaluation")
@@ -125,7 +125,7 @@ def score_part(
             there are images, or holds pictures that the run did not ask for.
     """
     _check_evidence(evidence, patients, _most_pictures(spec, name))
-    generator = np.random.default_rng([spec.seed, PARTS.index(name)])
+    generator = resampler(spec.seed, name)
     found = task_for(spec).score(
         evidence, patients, resamples=spec.evaluation.bootstrap, generator=generator
     )

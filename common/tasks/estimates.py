@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -131,6 +132,11 @@ def intervals(
     ]
     found = {name: np.concatenate([chunk[name] for chunk in chunks]) for name in chunks[0]}
     return {name: limits for name, r in found.items() if (limits := _percentiles(r))}
+
+
+def resampler(seed: int, part: Literal["validation", "test"]) -> np.random.Generator:
+    """What a part's metrics are resampled by; who asks anew has the same intervals again."""
+    return np.random.default_rng([seed, ("validation", "test").index(part)])
 
 
 def patient_weights(

@@ -39,7 +39,7 @@ from common.task_sections import Reconstruction as Section
 from common.tasks import pictures, words
 from common.tasks.answers import Answer
 from common.tasks.curves import Column, roc
-from common.tasks.estimates import Estimate, Floats, estimates, means
+from common.tasks.estimates import Estimate, Floats, estimates, means, resampler
 from common.tasks.exhibits import Chart, Exhibit, Gallery, Line, Table
 from common.tasks.metrics import auroc, ranking
 from common.tasks.preprocess import normalise
@@ -301,7 +301,7 @@ class Reconstruction(Task):
                 {"psnr": column[:, 0], "ssim": column[:, 1]},
                 patients,
                 resamples=self.spec.evaluation.bootstrap,
-                generator=np.random.default_rng(self.spec.seed),
+                generator=resampler(self.spec.seed, "test"),
             )
             shown = ((figures[key], self._section.METRICS[key]) for key in ("psnr", "ssim"))
             cells = (words.estimate(found, words.digits(metric)) for found, metric in shown)

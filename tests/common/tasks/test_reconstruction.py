@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +19,7 @@ from torchmetrics.functional.image import peak_signal_noise_ratio
 from common import models
 from common.errors import ModelError, SpecError
 from common.spec import RunSpec
-from common.tasks import task_for
+from common.tasks import task_for, words
 from common.tasks.exhibits import Chart, Gallery, Table
 from common.tasks.preprocess import normalise
 from common.tasks.reconstruction import (
@@ -27,6 +28,7 @@ from common.tasks.reconstruction import (
     kept_frequencies,
     median_filter,
 )
+from server.evaluation import score_part
 
 SIDE = 16
 Make = Callable[..., Reconstruction]
@@ -351,6 +353,37 @@ def test_a_report_shows_the_network_beside_what_needs_no_training(
     assert gallery.pictures.shape[0] == len(gallery.captions) == 3
     if isinstance(shown[0], Table):
         assert f"{figures['psnr'].value:.2f}" in shown[0].rows[-1][1]
+
+
+def test_a_figure_that_a_report_prints_twice_has_one_interval(reconstruction: Make):
+    made = reconstruction(task={"goal": "denoise", "noise": 0.2})
+    evidence, _ = seen(made, Given(blur), drawn(images=12))
+    part = score_part(made.spec, "test", evidence, np.arange(12), "image")
+    table = made.exhibits(evidence, np.arange(12))[0]
+    assert isinstance(table, Table)
+    expected = [words.estimate(part.metrics[name], n) for name, n in (("psnr", 2), ("ssim", 3))]
+    assert [*table.rows[-1][1:]] == expected
+    assert " to " in expected[0]
+
+
+def test_a_picture_says_which_image_it_is_and_what_is_true_of_it(reconstruction: Make):
+    made = reconstruction(task={"goal": "anomaly"}, evaluation={"gallery": 12})
+    labels = np.arange(12) % 2
+    evidence, _ = seen(made, Given(blur), drawn(images=12), labels)
+    cohort: Any = Images(drawn(images=12), labels)
+    kept = {**evidence, **made.gallery(Given(blur), cohort, torch.device("cpu"))}
+    gallery = made.exhibits(kept, np.arange(12))[-1]
+    assert isinstance(gallery, Gallery)
+    said = [
+        re.match(r"Image (\d+): (normal|abnormal), score [\d.]+; PSNR", c) for c in gallery.captions
+    ]
+    assert [match and match.groups() for match in said] == [
+        (str(n + 1), "abnormal" if label else "normal") for n, label in enumerate(labels)
+    ]
+    true, given = (kept[f"gallery_{name}"].astype(int) for name in ("images", "given"))
+    darkest = 255 - np.minimum(4 * np.abs(given - true), 255).max(axis=(1, 2, 3))
+    side = gallery.pictures.shape[1]
+    assert (gallery.pictures[:, :, -side:].min(axis=(1, 2, 3)) == darkest).all()
 
 
 def test_among_what_is_measured_is_no_picture(reconstruction: Make):
