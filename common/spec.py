@@ -193,6 +193,11 @@ class Task(Section):
                 f"task of {self.name}"
             )
         self._check_studies(spec)
+        if spec.augmentation.flip_depth and spec.input.depth is None:
+            raise ValueError(
+                "augmentation.flip_depth = True: an image has no depth; it is of volumes "
+                "([input] depth), leave it out"
+            )
         if spec.input.depth is not None and not self.VOLUMES:
             raise ValueError(
                 f"input.depth = {spec.input.depth}: {self.name} takes images, no volumes; leave "
@@ -418,7 +423,8 @@ class Augmentation(Section):
     relative change; each is drawn uniformly from minus to plus the number. ``multiplicity``
     copies of a patient's image are averaged before clipping, which costs no privacy (De et al.
     2022, arXiv:2204.13650). ``synthetic`` images are expected in a batch beside the patients,
-    from a synthetic cohort that each site names; no patient stands behind them.
+    from a synthetic cohort that each site names; no patient stands behind them. ``flip_depth``:
+    the order of a volume's slices.
     ``synthetic_without_privacy`` takes sites whose images are not known to be of a generator that
     protected its own patients: the run's figures then do not cover those (docs/privacy.md).
     """
@@ -429,8 +435,9 @@ class Augmentation(Section):
     zoom: Annotated[float, Field(ge=0, lt=1)] = 0.0
     flip_horizontal: bool = False
     flip_vertical: bool = False
+    flip_depth: bool = Field(False, exclude_if=lambda said: not said)
     multiplicity: Annotated[int, Field(ge=1, le=64)] = 1
-    # Left out of the digest where they are 0 or false: specs from before them keep theirs.
+    # Left out of the digest where it is 0, or false: specs from before them keep theirs.
     synthetic: int = Field(0, ge=0, le=65536, exclude_if=lambda number: number == 0)
     synthetic_without_privacy: bool = Field(False, exclude_if=lambda said: not said)
 

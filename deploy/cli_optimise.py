@@ -134,6 +134,13 @@ def _print(made: Optimised, spec: RunSpec) -> None:
         kilobytes = (f"{number / 1000:,.1f}" for number in (one.size, one.compressed))
         sizes.add_row(name, *kilobytes, f"{one.zeros:.0%}", f"{one.milliseconds:.2f}")
     console.print(sizes)
+    if made.pruned is not None:
+        console.print(
+            "Pruned weights are zeros, whole filters as well: the file has the size that it had "
+            "until it is compressed, and the network is no faster. Its form stays, so that a run "
+            "can go on from it.",
+            highlight=False,
+        )
     for name, one in made.measured.items():
         test = None if one.result is None else one.result.test
         if test is None:

@@ -24,12 +24,14 @@ class Motion(NamedTuple):
         mirrored: (B,) whether left and right were exchanged.
         upended: (B,) whether top and bottom were exchanged.
         matrices: (B, 2, 3), as `resample` takes them.
+        turned: (B,) whether the slices of a volume were put in reverse order.
     """
 
     size: tuple[int, int]
     mirrored: Tensor | None = None
     upended: Tensor | None = None
     matrices: Tensor | None = None
+    turned: Tensor | None = None
 
 
 def augment(
@@ -39,9 +41,9 @@ def augment(
 
     An image is flipped, then sheared, zoomed, rotated about its centre and shifted in a single
     bilinear resampling; beyond its border an image goes on with the pixels of the border. All
-    slices of a volume are changed alike, each in its plane. What
-    becomes of an image depends on that image and its own draw alone. ``multiplicity`` is the
-    caller's: hand in the copies.
+    slices of a volume are changed alike, each in its plane, and ``flip_depth`` reverses their
+    order. What becomes of an image depends on that image and its own draw alone. ``multiplicity``
+    is the caller's: hand in the copies.
 
     Args:
         images: (B, C, H, W) float32, or volumes (B, C, D, H, W), on any device.
@@ -60,9 +62,11 @@ def augment(
         motion = motion._replace(upended=_half(images, generator))
     if augmentation.rotate or augmentation.shift or augmentation.shear or augmentation.zoom:
         motion = motion._replace(matrices=_draw_matrices(images, augmentation, generator))
-    if motion.mirrored is motion.upended is motion.matrices is None:
+    if augmentation.flip_depth:
+        motion = motion._replace(turned=_half(images, generator))
+    if motion.mirrored is motion.upended is motion.matrices is motion.turned is None:
         return images, motion
-    planes = _flipped(_planes(images), motion)
+    planes = _flipped(_planes(_turned(images, motion)), motion)
     if motion.matrices is not None:
         planes = resample(planes, motion.matrices)
     return planes.view(images.shape), motion
@@ -81,7 +85,7 @@ def moved_masks(masks: Tensor, motion: Motion) -> Tensor:
     Returns:
         A tensor of the shape and type of `masks`.
     """
-    planes = _flipped(_planes(masks), motion)
+    planes = _flipped(_planes(_turned(masks, motion)), motion)
     if motion.matrices is not None:
         planes = resample(planes.float(), motion.matrices, mode="nearest", beyond="zeros")
     return planes.view(masks.shape).to(masks.dtype)
@@ -169,6 +173,14 @@ def _planes(values: Tensor) -> Tensor:
 
 def _half(images: Tensor, generator: torch.Generator) -> Tensor:
     return _uniform(images, 1, generator)[:, 0] > 0
+
+
+def _turned(volumes: Tensor, motion: Motion) -> Tensor:
+    """(B, …, D, H, W) with the slices in reverse order where `motion` says so."""
+    if motion.turned is None:
+        return volumes
+    chosen = motion.turned.view(-1, *[1] * (volumes.dim() - 1))
+    return torch.where(chosen, volumes.flip(-3), volumes)
 
 
 def _flipped(planes: Tensor, motion: Motion) -> Tensor:

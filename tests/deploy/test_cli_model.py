@@ -68,6 +68,7 @@ def test_a_simulated_model_is_exported_signed_checked_and_made_smaller(
     assert said.code == 0, said.err
     assert "pruned" in said.words
     assert "AUROC" in said.words
+    assert "the file has the size that it had until it is compressed" in said.words
     assert cloister("verify-model", smaller / "pruned", *believed).code == 0
     table = json.loads((smaller / "optimise.json").read_text())
     assert set(table) == {"as it is", "pruned"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from common.errors import SpecError
 from common.spec import Augmentation
 from common.tasks import augment as room
 from common.tasks.augment import Motion, moved_boxes, moved_masks, resample
@@ -174,7 +176,7 @@ def test_the_global_generator_is_left_alone():
 
 def test_what_was_drawn_is_told_and_nothing_else():
     nothing = room.augment(pictures(3), Augmentation(), generator())[1]
-    assert nothing == Motion((24, 36), None, None, None)
+    assert nothing == Motion((24, 36), None, None, None, None)
     images, motion = room.augment(pictures(3), Augmentation(rotate=9), generator())
     assert motion.matrices is not None
     torch.testing.assert_close(images, resample(pictures(3), motion.matrices))
@@ -321,3 +323,22 @@ def test_boxes_of_a_still_image_are_as_they_were():
     none = torch.zeros(3, 0, 5)
     _, motion = room.augment(pictures(3), EVERYTHING, generator())
     assert moved_boxes(none, motion).shape == (3, 0, 5)
+
+
+def test_the_slices_of_about_half_of_the_volumes_are_reversed_with_their_masks():
+    volumes = torch.rand(400, 2, 3, 4, 5, generator=torch.Generator().manual_seed(1))
+    masks = (volumes[:, 0] * 3).long()
+    change = Augmentation(flip_depth=True)
+    found, motion = room.augment(volumes, change, torch.Generator().manual_seed(2))
+    reversed_ones = (found == volumes.flip(2)).flatten(1).all(dim=1)
+    kept = (found == volumes).flatten(1).all(dim=1)
+    assert (reversed_ones ^ kept).all()
+    assert 150 < reversed_ones.sum() < 250
+    expected = torch.where(reversed_ones[:, None, None, None], masks.flip(1), masks)
+    torch.testing.assert_close(moved_masks(masks, motion), expected)
+
+
+def test_flip_depth_is_of_volumes_and_leaves_older_digests(make_spec: Any):
+    assert "flip_depth" not in make_spec().canonical_json
+    with pytest.raises(SpecError, match=r"augmentation\.flip_depth = True: an image has no depth"):
+        make_spec(augmentation={"flip_depth": True})
