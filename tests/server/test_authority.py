@@ -684,8 +684,8 @@ def test_a_question_to_the_roster_is_cheap(desk: Desk):
     """It is asked for every request of every node."""
     keys = [desk.enrol(f"site-{number}")[1].key for number in range(30)]
     roster = desk.roster()
-    start = time.perf_counter()
+    start = time.process_time()
     for _ in range(100):
         for key in keys:
             roster.site_of(key)
-    assert (time.perf_counter() - start) / 3000 < 0.005
+    assert (time.process_time() - start) / 3000 < 0.005

@@ -353,21 +353,21 @@ def test_an_empty_archive_has_no_items(look: Look) -> None:
 
 
 def test_a_small_file_that_says_it_has_a_million_members(look: Look) -> None:
-    started = time.monotonic()
+    started = time.process_time()
 
     assert outcome(look(forged(Entry(b"x", b"1"), claim=1_000_000))) == {"x": b"1"}
-    assert time.monotonic() - started < 5
+    assert time.process_time() - started < 5
 
 
 def test_a_hundred_thousand_names_of_the_same_bytes_are_no_items(look: Look) -> None:
     entries = [Entry(b"%d" % number, start=0, size=2**19, packed_size=9) for number in range(10**5)]
-    started = time.monotonic()
+    started = time.process_time()
 
     listing = look(forged(Entry(b"x", NOISE), *entries))
 
     assert not listing.items
     assert len(listing.unusable) == 100_001
-    assert time.monotonic() - started < 60
+    assert time.process_time() - started < 60
 
 
 def test_a_directory_of_gigabytes_is_not_read(tmp_path: Path) -> None:
