@@ -20,6 +20,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.optim import optimizer as torch_optimizer
 
 from client.book import Limit
+from client.folder import NodeFolder, cohort_digest
 from client.keyfile import NodeKey
 from client.ledger import Ledger, Place, Signed, TaskKey
 from client.training import Compute, LocalTrainer
@@ -207,3 +208,56 @@ def moves() -> Callable[[int, Callable[[list[int]], NDArray[np.float64]], float]
         return np.asarray(np.nan_to_num(np.array(moved), nan=np.inf), dtype=np.float64)
 
     return of
+
+
+# --- A whole node -------------------------------------------------------------------------------
+
+NODE = """\
+site = "north"
+declared_size = 40
+cohort = "../cohort"
+approval = "automatic"
+
+[budget]
+epsilon = 1000.0
+delta = 1e-4
+
+[limits]
+operators = "any"
+models = "any"
+LIMITS
+
+[data]
+unit = "patient"
+kind = "binary"
+classes = ["normal", "finding"]
+shape = [1, 16, 16]
+preprocessing = "PREPROCESSING"
+
+[release]
+pace = 0.0
+
+[machine]
+device = "cpu"
+"""
+
+
+@pytest.fixture
+def whole_node(
+    tmp_path: Path, make_spec: Callable[..., RunSpec], write_cohort: Any
+) -> Callable[..., Path]:
+    """`whole_node(limits)`: the folder of one whose cohort a person admitted."""
+
+    def make(limits: str = "") -> Path:
+        write_cohort(make_spec(), range(23))
+        path = tmp_path / "north"
+        path.mkdir(mode=0o700)
+        digest = make_spec().input.preprocessing_digest
+        policy = NODE.replace("PREPROCESSING", digest).replace("LIMITS", limits)
+        (path / "node.toml").write_text(policy)
+        ledger = NodeFolder.open(path).create(by="Ada")
+        ledger.admit(cohort_digest(tmp_path / "cohort"), Signed("Ada", "looked at"))
+        ledger.disconnect()
+        return path
+
+    return make

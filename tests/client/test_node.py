@@ -32,7 +32,7 @@ from flwr.superlink.servicer.fleet import fleet_handlers
 from sqlalchemy import select
 
 from client.bundle import LARGEST_BUNDLE
-from client.folder import NodeFolder, cohort_digest
+from client.folder import NodeFolder
 from client.health import (
     GPU,
     LIVE,
@@ -48,7 +48,6 @@ from client.health import (
     last_report,
     report,
 )
-from client.ledger import Signed
 from client.link import FleetLink
 from client.node import (
     AlreadyRunningError,
@@ -220,48 +219,9 @@ class Node:
         assert not self.thread.is_alive()
 
 
-NODE = """\
-site = "north"
-declared_size = 40
-cohort = "../cohort"
-approval = "automatic"
-
-[budget]
-epsilon = 1000.0
-delta = 1e-4
-
-[limits]
-operators = "any"
-models = "any"
-greatest_parameters = 100000
-
-[data]
-unit = "patient"
-kind = "binary"
-classes = ["normal", "finding"]
-shape = [1, 16, 16]
-preprocessing = "PREPROCESSING"
-
-[release]
-pace = 0.0
-
-[machine]
-device = "cpu"
-"""
-
-
 @pytest.fixture
-def home(tmp_path: Path, make_spec: Spec, write_cohort: Any) -> Path:
-    """A whole node, whose cohort a person admitted."""
-    write_cohort(make_spec(), range(23))
-    path = tmp_path / "north"
-    path.mkdir(mode=0o700)
-    digest = make_spec().input.preprocessing_digest
-    (path / "node.toml").write_text(NODE.replace("PREPROCESSING", digest))
-    ledger = NodeFolder.open(path).create(by="Ada")
-    ledger.admit(cohort_digest(tmp_path / "cohort"), Signed("Ada", "looked at"))
-    ledger.disconnect()
-    return path
+def home(whole_node: Callable[..., Path]) -> Path:
+    return whole_node("greatest_parameters = 100000")
 
 
 @pytest.fixture

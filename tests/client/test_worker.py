@@ -13,8 +13,7 @@ import pytest
 from flwr.app import RecordDict
 
 from client.app import REQUESTS
-from client.folder import NodeFolder, cohort_digest
-from client.ledger import Signed
+from client.folder import NodeFolder
 from client.worker import AbandonedError, Asked, Bounds, Worker, WorkerLostError
 from common.errors import ConfigError, LedgerError, RefusalCode
 from common.messages import (
@@ -38,47 +37,12 @@ from common.spec import RunSpec
 
 Spec = Callable[..., RunSpec]
 PATIENCE = 180.0
-NODE = """\
-site = "north"
-declared_size = 40
-cohort = "../cohort"
-approval = "automatic"
-
-[budget]
-epsilon = 1000.0
-delta = 1e-4
-
-[limits]
-operators = "any"
-models = "any"
-
-[data]
-unit = "patient"
-kind = "binary"
-classes = ["normal", "finding"]
-shape = [1, 16, 16]
-preprocessing = "PREPROCESSING"
-
-[release]
-pace = 0.0
-
-[machine]
-device = "cpu"
-"""
 MALFORMED = RefusalReply(code=RefusalCode.MALFORMED)
 
 
 @pytest.fixture
-def home(tmp_path: Path, make_spec: Spec, write_cohort: Any) -> Path:
-    write_cohort(make_spec(), range(23))
-    path = tmp_path / "north"
-    path.mkdir(mode=0o700)
-    digest = make_spec().input.preprocessing_digest
-    (path / "node.toml").write_text(NODE.replace("PREPROCESSING", digest))
-    ledger = NodeFolder.open(path).create(by="Ada")
-    ledger.admit(cohort_digest(tmp_path / "cohort"), Signed("Ada", "looked at"))
-    ledger.disconnect()
-    return path
+def home(whole_node: Callable[..., Path]) -> Path:
+    return whole_node()
 
 
 @pytest.fixture
