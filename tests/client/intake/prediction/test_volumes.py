@@ -248,6 +248,10 @@ FAULTS = {
     "frames of reference": (_changed(4, FrameOfReferenceUID="1.2.77"), "several frames of"),
     "no place": (_changed(4, ImagePositionPatient=None), "ImagePositionPatient is missing"),
     "a localiser": (_changed(4, ImageType=["ORIGINAL", "PRIMARY", "LOCALIZER"]), "localisers"),
+    "a header at fault": (
+        _changed(8, PhotometricInterpretation="CIELAB"),
+        "photometric interpretation",
+    ),
     "pixels cut short": (_changed(8, PixelData=b"\0\0"), "cut short"),
 }
 
