@@ -68,14 +68,12 @@ def fine_tune(
 ) -> None:
     """Train a model further on this site's own patients: a model of the site's own.
 
-    Nothing leaves the site, so nothing is added to protect its patients and nothing is booked: the
-    model is **personal, and must not leave the site**. No run begins at it, and no federation
-    signs it. With `--private` it is trained with noise on the node's own cohort instead, after the
-    node's policy and a person have said yes, and is booked in its ledger for life: it may then be
-    published. The node is stopped meanwhile.
+    Nothing leaves the site, nothing is added to protect its patients and nothing is booked: the
+    model is **personal, and must not leave the site**. No run begins at it, nobody signs it. With
+    `--private` it is trained with noise on the node's own cohort, if policy and a person say yes,
+    and booked in its ledger for life: it may then be published. The node is stopped meanwhile.
 
-    Patients marked `test` are held out, or else a quarter of them; each metric is shown before and
-    after, and what changed with the interval of the difference on the same patients.
+    Patients marked `test` are held out, or else a quarter; metrics are shown before and after.
 
     Example: `cloister node fine-tune chest.package north/cohort ours --head-only --node north`
     """

@@ -16,8 +16,10 @@ import torch
 from safetensors import safe_open
 from torch.optim import optimizer as torch_optimizer
 
+from client import home as node_home
 from client.folder import NodeFolder
 from client.node import alone
+from client.training import LocalTrainer
 from common import accounting
 from common.errors import PackageError
 from common.files import locked
@@ -129,6 +131,22 @@ def test_what_is_booked_is_what_is_drawn(approved: Path, tune: Any, tmp_path: Pa
         f"further training is ({epsilon:.2f}, {delta:g})-differentially private under adding or "
         "removing one patient's whole record" in privacy["claim"][-1]
     )
+
+
+def test_nobody_is_trained_on_who_is_held_out(
+    approved: Path, tune: Any, monkeypatch: pytest.MonkeyPatch
+):
+    seen: list[Any] = []
+
+    class Watched(LocalTrainer):
+        def __init__(self, spec: Any, cohort: Any, **rest: Any) -> None:
+            seen.append(cohort)
+            super().__init__(spec, cohort, **rest)
+
+    monkeypatch.setattr(node_home, "LocalTrainer", Watched)
+    assert tune(approved).code == 0
+    (cohort,) = seen
+    assert (set(cohort.splits), len(cohort.patients)) == ({"train"}, 16)
 
 
 def test_nothing_of_the_held_out_patients_is_in_the_package(
