@@ -616,6 +616,18 @@ def test_a_segmentation_that_names_nothing_puts_all_series_that_it_may_be_of_in_
     assert set(reasons) == {"a/MR0", "a/SEG6", "beside/MR0"}
 
 
+def test_a_segmentation_may_name_its_images_frame_by_frame_alone(
+    slices: list[Dataset], put: Any, take: Any
+) -> None:
+    made = segmentation(slices, marks())
+    del made.ReferencedSeriesSequence
+    put(*slices, made)
+    put(*_renamed(slices), folder="beside")
+    cohort, reasons = take(marking=EMPTY)
+    assert (len(cohort), reasons) == (2 * SLICES, {})
+    assert cohort.targets(range(2 * SLICES)).any()
+
+
 def test_a_series_that_lost_images_is_not_one_that_was_given_new_uids(
     slices: list[Dataset], put: Any, take: Any
 ) -> None:
