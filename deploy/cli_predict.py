@@ -66,15 +66,12 @@ def predict(
     no other image its answer.
 
     `OUT` holds `predictions.csv` (a line an image or volume), `studies.csv`, `refused.csv`, and all
-    of it as `predictions.json`. **They name patients by their true identifiers**, so that the
-    hospital can act on them: they are readable by their owner alone, and must stay within its
-    walls.
+    of it as `predictions.json`. **They name patients**, so that the hospital can act on them: they
+    are readable by their owner alone, and must stay within its walls. Ended in the middle, the same
+    command goes on where it was.
 
-    `--sr` writes a DICOM structured report of each study (unverified), `--seg` masks as DICOM
-    segmentations in the source's own pixels, `--explain` a picture of each image with what moved
-    its answer: some hundred passes of the network each.
-
-    If it is ended in the middle, give the same command again: it goes on where it was.
+    `--sr` writes a structured report of each study (unverified), `--seg` masks in the source's own
+    pixels, `--explain` what moved each answer: some hundred passes of the network each.
 
     A model is taken if its federation has signed it: `--node` knows the federation that the node
     has joined, `--authority` names one. What a simulation made is signed by nobody: `--unsigned`.
