@@ -138,8 +138,8 @@ def _over_time(axes: Axes, figures: Figures, points: Sequence[Point]) -> None:
     if points:
         last = points[-1].time
         begin = min(points[0].time, last - _DAY)
-        end = last + (last - begin) / 12  # so that what came last is a line, and no edge
-        times: list[Any] = [begin, *(point.time for point in points), end]
+        end: Any = last + (last - begin) / 12  # so that what came last is a line, and no edge
+        times = [begin, *(point.time for point in points), end]
         parts = [0.0, *(point.part for point in points), points[-1].part]
         axes.step(times, parts, where="post", color=_SPENT, label="spent and carried")
         axes.fill_between(times, parts, step="post", color=_SPENT, alpha=0.15)
