@@ -35,7 +35,12 @@ HeadOnly = Annotated[
 ]
 LearningRate = Annotated[
     float | None,
-    typer.Option(min=1e-9, max=1e6, help="Of the optimiser.", show_default="the run's own"),
+    typer.Option(
+        min=1e-9,
+        max=1e6,
+        help="Of the optimiser.",
+        show_default="the run's own; AdamW's 0.001 where that was for training with noise",
+    ),
 ]
 Private = Annotated[
     bool, typer.Option("--private", help="With noise, booked in the ledger of --node.")
@@ -155,5 +160,14 @@ def _show(found: FineTuned, spec: RunSpec, out: Path) -> None:
         published = "It may be published" if found.warning is None else found.warning
         console.print(
             f"Booked: epsilon {found.epsilon:.3f}. {published.rstrip('.')}.", highlight=False
+        )
+    if found.worse:
+        named = ", ".join(spec.metrics[name].title for name in found.worse)
+        badly = spec.evaluation.metric in found.worse
+        what = "do not use it" if badly else "look at the table before you use it"
+        console.print(
+            f"[bold red]Worse than before: {named}; {what}.[/] Try a smaller --learning-rate or "
+            "fewer --epochs, or keep the model where it began.",
+            highlight=False,
         )
     console.print(f"The model: {out}", highlight=False, markup=False, soft_wrap=True)

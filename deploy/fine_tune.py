@@ -60,6 +60,7 @@ _NO_FIGURES = (
 )
 _HELD_OUT = 0.25
 _OF_THE_OTHER = ("calibration", "smaller")  # keys of a card that hold of its own weights alone
+_PLAIN = {"name": "adamw", "learning_rate": 1e-3}
 _SEED = 1
 
 
@@ -70,7 +71,8 @@ class Wish:
     Attributes:
         epochs: how often each patient is expected to be seen.
         head_only: whether the last layer alone is trained, over the body that all sites share.
-        learning_rate: None: the run's own.
+        learning_rate: None: the run's own; but 0.001 with AdamW where the run's was chosen for
+            clipped gradients with noise, and these are plain.
         name: of the site's own run; another one is another run, and is booked anew.
     """
 
@@ -88,6 +90,8 @@ class FineTuned:
         files: of a package, by name.
         before, after: on the site's held-out patients.
         differences: after minus before, of each metric, both resampled alike.
+        worse: the metrics of which the whole interval of the change lies on the worse side; those
+            alone by which a model may be chosen.
         epsilon: what was booked for it, at the delta of the run; None if nothing was.
         warning: of its card, if it has one.
     """
@@ -96,6 +100,7 @@ class FineTuned:
     before: PartResult
     after: PartResult
     differences: Mapping[str, Estimate]
+    worse: tuple[str, ...]
     epsilon: float | None
     warning: str | None
 
@@ -218,6 +223,8 @@ def _spec_of(model: Package, wish: Wish, size: int, privacy: Mapping[str, Any]) 
     batch = min(plain["local"]["batch_size"], max(1, size // 2))
     steps = wish.epochs * math.ceil(size / batch)
     plain["evaluation"].pop("federated", None)
+    if isinstance(model.spec.privacy, DpSgd) and privacy["mechanism"] == "none":
+        plain["optimizer"] = dict(_PLAIN)
     if wish.learning_rate is not None:
         plain["optimizer"]["learning_rate"] = wish.learning_rate
     if wish.head_only:
@@ -341,8 +348,24 @@ def _finished(begun: _Begun, update: Arrays) -> FineTuned:
     card = _card(_Made(begun, content, after, spent))
     warning = card["privacy"]["warning"]
     return FineTuned(
-        _files(spec, content, card), before, after, differences, spent and spent[0], warning
+        files=_files(spec, content, card),
+        before=before,
+        after=after,
+        differences=differences,
+        worse=tuple(_worse(spec, differences)),
+        epsilon=spent and spent[0],
+        warning=warning,
     )
+
+
+def _worse(spec: RunSpec, differences: Mapping[str, Estimate]) -> Iterator[str]:
+    """Those of `FineTuned.worse`."""
+    for name, metric in spec.metrics.items():
+        change = differences.get(name)
+        if change is None or change.low is None or change.high is None or not metric.chooses:
+            continue
+        if change.low > 0 if metric.lower_is_better else change.high < 0:
+            yield name
 
 
 def _result(spec: RunSpec, arrays: Arrays, held_out: Cohort) -> PartResult:

@@ -50,6 +50,39 @@ def test_nothing_is_booked_and_the_model_must_not_leave(cloister: Any, model: Pa
     )
 
 
+def test_a_rate_for_noised_gradients_is_not_used_on_plain_ones(
+    cloister: Any, model: Path, tmp_path: Path
+):
+    def optimiser(out: str, *more: object) -> Any:
+        assert tune(cloister, model, tmp_path / out, "--epochs", 1, *more).code == 0
+        return Package.open(tmp_path / out, unsigned=True).spec.optimizer
+
+    assert Package.open(model, unsigned=True).spec.optimizer.name == "sgd"
+    assert (found := optimiser("ours")).name == "adamw"
+    assert found.learning_rate == 1e-3
+    assert optimiser("other", "--learning-rate", 0.25).learning_rate == 0.25
+
+
+def test_a_model_that_has_become_worse_is_said_to_be(
+    cloister: Any, model: Path, tmp_path: Path, make_spec: Any, write_cohort: Any
+):
+    classes = np.arange(40) % 2
+    shape = make_spec().input.shape
+    pixels = np.broadcast_to(classes[:, None, None, None] * 60000, (40, *shape)).astype(np.uint16)
+    splits = ["train"] * 24 + ["test"] * 16
+    said = {}
+    for name, train, began in (("right", classes, model), ("wrong", 1 - classes, "by-right")):
+        labels = [*train[:24].tolist(), *classes[24:].tolist()]
+        write_cohort(make_spec(), range(40), labels=labels, pixels=pixels, splits=splits, name=name)
+        words = ("--unsigned", "--epochs", 30, "--learning-rate", 0.01)
+        begins, out = tmp_path / began, tmp_path / f"by-{name}"
+        said[name] = cloister("node", "fine-tune", begins, tmp_path / name, out, *words)
+        assert said[name].code == 0
+    assert "Worse than before" not in said["right"].words
+    assert "Worse than before: AUROC" in said["wrong"].words
+    assert "do not use it. Try a smaller --learning-rate" in said["wrong"].words
+
+
 def test_a_head_of_its_own_over_the_shared_body(cloister: Any, model: Path, tmp_path: Path):
     assert tune(cloister, model, tmp_path / "ours", "--epochs", 2, "--head-only").code == 0
     before, after = (load_file(p / "model.safetensors") for p in (model, tmp_path / "ours"))
