@@ -16,6 +16,7 @@ from deploy.screen import printable
 
 if TYPE_CHECKING:  # each command imports what it needs: --help answers at once
     from client.doctor import Finding
+    from client.folder import NodeFolder
     from client.health import Report
 
 HEALTH = "127.0.0.1:9094"
@@ -57,11 +58,12 @@ def start(
     fork_server("client.answering")  # it imports while we do
     from client.health import Watch
     from client.node import NodeService, exit_code
-    from client.worker import log_to_stderr
+    from client.worker import log, log_to_stderr
 
     log_to_stderr()
     try:
         service = NodeService(home)
+        log.warning("%s", printable(_beginning(service.folder)))
         service.run(Watch(service, None if health == "none" else health).watching())
     except CloisterError as error:
         shown = Text.assemble(("error:", "red"), f" {printable(str(error))}")
@@ -112,6 +114,27 @@ def doctor(home: HomeArgument = Path()) -> None:
         _tell(finding)
         good = good and finding.good
     raise typer.Exit(0 if good else 1)
+
+
+def _beginning(node: NodeFolder) -> str:
+    """Who starts, where it goes, and why no run could be taken yet, if none could."""
+    from client.credentials import Credentials
+    from client.folder import cohort_digest
+    from deploy.node_words import idle
+
+    try:
+        where = f"coordinator {Credentials.open(node.path).address}"
+    except CloisterError:
+        where = "in no federation yet (`cloister node join`)"
+    lacking = [sentence.rstrip(".") for sentence in idle(node.policy)]
+    ledger = node.ledger()
+    try:
+        if ledger.book.admitted != cohort_digest(node.cohort_path):
+            lacking.append("the cohort is not admitted (`cloister node admit`)")
+    finally:
+        ledger.disconnect()
+    why = f"; takes no run yet: {'; '.join(lacking)}" if lacking else ""
+    return f"{node.policy.site}, {where}{why}"
 
 
 def _tell(finding: Finding) -> None:

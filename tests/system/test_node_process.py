@@ -24,8 +24,9 @@ from client import credentials
 from client.folder import NodeFolder, cohort_digest
 from client.health import last_report
 from client.ledger import Signed
-from client.node import running
+from client.node import alone, running
 from common.clock import Clock
+from common.cohort import index_file
 from common.messages import (
     INVITE,
     TRAIN,
@@ -438,6 +439,22 @@ def descendants(pid: int) -> list[int]:
         with suppress(OSError):
             children += map(int, thread.read_text().split())
     return children + [later for child in children for later in descendants(child)]
+
+
+def test_a_node_says_first_where_it_goes_and_why_it_takes_no_run(
+    federation: Federation, home: Path
+):
+    def said() -> str:
+        with alone(home):  # so that it ends there
+            done = command("start", str(home), "--health", "none")
+        assert done.returncode == os.EX_TEMPFAIL
+        return done.stderr
+
+    assert f"north, coordinator https://127.0.0.1:{federation.port}" in (good := said())
+    assert "takes no run" not in good
+    with index_file(NodeFolder.open(home).cohort_path).open("ab") as index:
+        index.write(b"\n")
+    assert "takes no run yet: the cohort is not admitted (`cloister node admit`)" in said()
 
 
 def test_what_stops_a_node_before_it_begins_has_a_code(tmp_path: Path, home: Path):
