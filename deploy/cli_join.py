@@ -23,7 +23,8 @@ HomeArgument = Annotated[
     typer.Argument(envvar="CLOISTER_NODE_HOME", help="The node's folder.", show_default="here"),
 ]
 HomeOption = Annotated[
-    Path, typer.Option("--home", envvar="CLOISTER_NODE_HOME", help="The node's folder.")
+    Path,
+    typer.Option("--home", "--node", envvar="CLOISTER_NODE_HOME", help="The node's folder."),
 ]
 OutOption = Annotated[
     Path | None,

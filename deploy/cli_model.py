@@ -38,7 +38,9 @@ HomeOption = Annotated[
 ]
 NodeOption = Annotated[
     Path | None,
-    typer.Option(help="A node's folder: the federation that it has joined is believed."),
+    typer.Option(
+        "--node", "--home", help="A node's folder: the federation that it has joined is believed."
+    ),
 ]
 AuthorityOption = Annotated[
     Path | None,

@@ -47,7 +47,7 @@ HomeArgument = Annotated[
     Path, typer.Argument(envvar=HOME_VARIABLE, help="The node's folder.", show_default="here")
 ]
 HomeOption = Annotated[
-    Path, typer.Option("--home", envvar=HOME_VARIABLE, help="The node's folder.")
+    Path, typer.Option("--home", "--node", envvar=HOME_VARIABLE, help="The node's folder.")
 ]
 ReasonOption = Annotated[str, typer.Option(help="Why; it is booked in the ledger for good.")]
 ByOption = Annotated[

@@ -20,7 +20,7 @@ from deploy.cli_model import (
     StrangerOption,
     say_what_stays,
 )
-from deploy.cli_take import CohortKeyFile, Node, sealing_key
+from deploy.cli_take import CohortKeyFile, sealing_key
 
 if TYPE_CHECKING:  # each command imports what it needs: --help answers at once
     from common.spec import RunSpec
@@ -31,6 +31,9 @@ if TYPE_CHECKING:  # each command imports what it needs: --help answers at once
 console = Console()
 
 
+NodeOption = Annotated[  # beside it --home is the coordinator's
+    Path | None, typer.Option("--node", help="A node's folder, whose key opens its cohort.")
+]
 PruneOption = Annotated[
     float, typer.Option(min=0.0, max=0.99, help="Part of the weights that become zero, as 0.5.")
 ]
@@ -54,7 +57,7 @@ def optimise(
     structured: StructuredOption = False,
     quantise: QuantiseOption = False,
     cohort: CohortOption = None,
-    node: Node = None,
+    node: NodeOption = None,
     cohort_key: CohortKeyFile = None,
     sign: SignOption = False,
     home: HomeOption = Path(),
@@ -93,6 +96,17 @@ def optimise(
         )
     _write(out, made, signing)
     _print(made, described.package.spec)
+    _tell_the_rest(out, prune if structured else 0)
+
+
+def _tell_the_rest(out: Path, filters: float) -> None:
+    if filters:
+        console.print(
+            f"--structured took {filters:.0%} of the filters of every layer but the last, which "
+            "gives the answers and stays whole: of all weights fewer are zero.",
+            highlight=False,
+        )
+    console.print(f"It lies in {out}", highlight=False, markup=False, soft_wrap=True)
     for name in ("pruned", "quantised"):
         if (out / name).exists():
             say_what_stays(out / name)

@@ -66,7 +66,11 @@ class Splits(StrEnum):
 
 Node = Annotated[
     Path | None,
-    typer.Option(help="A node's folder: its node.toml names profile, site key and encryption."),
+    typer.Option(
+        "--node",
+        "--home",
+        help="A node's folder: its node.toml names profile, site key and encryption.",
+    ),
 ]
 ProfileFile = Annotated[
     Path | None,

@@ -46,6 +46,7 @@ def test_a_simulated_model_is_exported_signed_checked_and_made_smaller(
     said = cloister("verify-model", plain)
     assert said.code == 2
     assert "nobody has signed it" in said.words
+    assert "--unsigned takes one" in said.words
     assert cloister("verify-model", plain, "--unsigned").code == 0
 
     said = cloister("export", plain, signed, "--sign", "--home", home)
@@ -118,6 +119,7 @@ def test_what_a_node_believes_is_asked_even_where_an_unsigned_model_would_be_tak
         (("export", "missing", "out", "--sign", "--home", "."), "tls.pem"),
         (("verify-model", "missing"), "cannot be read"),
         (("verify-model", "x", "--node", "n", "--authority", "a"), "expected one of them"),
+        (("verify-model", "x", "--home", "n", "--authority", "a"), "expected one of them"),
         (("optimise", "missing", "out"), "nothing to do"),
         (("optimise", "missing", "out", "--structured", "--quantise"), "give --prune"),
         (("optimise", "missing", "out", "--quantise"), "name it: --cohort"),

@@ -358,7 +358,7 @@ def test_a_run_is_asked_for_approved_trained_and_closed(
     spent = cloister("node", "budget", home).words
     assert "2/3" in spent
     assert "yes" in cloister("node", "show", spec.digest[:6], "--home", home).words
-    assert cloister("node", "close", spec.digest[:6], "--home", home, *ADA).code == 0
+    assert cloister("node", "close", spec.digest[:6], "--node", home, *ADA).code == 0
     reply = gate(home).train(TrainTask(spec, 3, global_weights(spec)))
     assert isinstance(reply, RefusalReply)
     assert reply.code is RefusalCode.REPLAY
