@@ -12,7 +12,7 @@ from rich.text import Text
 
 from common.errors import ConfigError
 from deploy import cli_coordinator_service
-from deploy.screen import printable
+from deploy.screen import asking, printable
 
 if TYPE_CHECKING:  # each command imports what it needs: --help answers at once
     from common.enrolment import Bundle
@@ -20,6 +20,7 @@ if TYPE_CHECKING:  # each command imports what it needs: --help answers at once
 
 HOME_VARIABLE = "CLOISTER_COORDINATOR_HOME"
 PORT = 9092
+_IN_A_FILE = "give the passphrase with --passphrase-file"
 NODE_DAYS, TLS_DAYS, AUTHORITY_DAYS = 365, 365, 3650
 
 coordinator_app = typer.Typer(
@@ -216,10 +217,14 @@ def revoke(
     if not reason.strip():
         raise ConfigError("--reason is empty; it is what the record will say in ten years")
     if not yes:
-        typer.confirm(f"Revoke {printable(site)} for good?", abort=True)
+        with asking("give --yes"):
+            sure = typer.confirm(f"Revoke {printable(site)} for good?")
+        if not sure:
+            raise typer.Abort
     authority = _authority(home, passphrase_file, ca_key)
     keys = authority.revoke(site, _signed(by, reason))
-    _say(f"{site} is revoked; {len(keys)} key(s) are refused from now on.")
+    told = "1 key is" if len(keys) == 1 else f"{len(keys)} keys are"
+    _say(f"{site} is revoked; {told} refused from now on.")
 
 
 @coordinator_app.command()
@@ -284,11 +289,11 @@ def _signed(by: str, reason: str) -> Signed:
 def _authority(home: Path, passphrase_file: Path | None, ca_key: Path | None) -> Authority:
     from server.authority import Authority
 
-    passphrase = (
-        typer.prompt("Passphrase", hide_input=True)
-        if passphrase_file is None
-        else _passphrase_in(passphrase_file)
-    )
+    if passphrase_file is None:
+        with asking(_IN_A_FILE):
+            passphrase = str(typer.prompt("Passphrase", hide_input=True))
+    else:
+        passphrase = _passphrase_in(passphrase_file)
     with console.status("Opening the authority's key …"):
         return Authority.open(home, passphrase, sealed_key=ca_key)
 
@@ -299,7 +304,8 @@ def _new_passphrase(file: Path | None) -> str:
     if file is not None:
         return _passphrase_in(file)
     asked = f"Passphrase of the authority's key, {LEAST_PASSPHRASE} characters or more"
-    return str(typer.prompt(asked, hide_input=True, confirmation_prompt=True))
+    with asking(_IN_A_FILE):
+        return str(typer.prompt(asked, hide_input=True, confirmation_prompt=True))
 
 
 def _passphrase_in(file: Path) -> str:

@@ -8,6 +8,7 @@ from rich.text import Text
 
 from common.certificates import fingerprint, is_fingerprint
 from common.errors import IdentityError
+from deploy.screen import asking
 
 
 def show(key: bytes, console: Console) -> None:
@@ -38,7 +39,9 @@ def confirm(what: str, key: bytes, typed: str, who: str, console: Console) -> No
         return
     console.print(Text(f"{what} has the fingerprint"))
     show(key, console)
-    if not typer.confirm(f"Has {who}, called at a number that you know, read the same to you?"):
+    with asking("give what was read to you on the phone with --fingerprint"):
+        same = typer.confirm(f"Has {who}, called at a number that you know, read the same to you?")
+    if not same:
         raise IdentityError(
             f"{what}: the fingerprints were not compared, or differ; nothing was done. If they "
             "differ, somebody has put another file in its place: have it sent by another way"

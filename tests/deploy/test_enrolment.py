@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import shlex
@@ -9,6 +10,8 @@ import shutil
 import socket
 import ssl
 import stat
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -279,6 +282,28 @@ def test_the_passphrase_is_asked_for_twice_and_never_shown(tmp_path: Path):
     assert "do not match" in other.output
     assert WORDS not in other.output
     Authority.open(tmp_path / "federation", WORDS)
+
+
+def test_where_nobody_can_be_asked_a_command_says_what_to_give_instead(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+):
+    words = ["coordinator", "init", "new", "--host", "192.0.2.7"]
+    done = subprocess.run(
+        [sys.executable, "-c", "from deploy.cli import main; main()", *words],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+        start_new_session=True,  # without a terminal
+    )
+    assert done.returncode == 2
+    assert "without a terminal; give the passphrase with --passphrase-file" in done.stderr
+    assert not Path("new").exists()
+    desk.enrol(desk.request())
+    monkeypatch.setattr("sys.stdin", io.StringIO())
+    said = desk.join()
+    assert said.code == 2
+    assert "with --fingerprint" in said.words
 
 
 def test_a_passphrase_comes_from_a_pipe_and_from_no_file_that_others_read(
