@@ -19,6 +19,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shlex
 import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -40,7 +41,7 @@ from common import certificates, models
 from common.calibration import Calibration
 from common.certificates import BACKDATED, Certificate, Use, fingerprint, name_of, shown
 from common.clock import Clock
-from common.errors import IdentityError, PackageError, SpecError
+from common.errors import IdentityError, PackageError, RunError, SpecError
 from common.spec import RunSpec, Section
 
 MANIFEST, SIGNATURE = "manifest.json", "manifest.sig"
@@ -160,6 +161,8 @@ class Package:
                     "expected a package, as `cloister export` makes without --format"
                 )
             return cls._read(path, checked)
+        if said := unfinished(path):
+            raise PackageError(said)
         if not (_is_there(path / SPEC) and _is_there(path / MODEL)):
             raise PackageError(
                 f"{path}: not the folder of a finished run, nor a model's package; expected "
@@ -237,9 +240,36 @@ class Package:
 
 
 _UNSIGNED = (
-    "expected one that a federation's coordinator has signed (`cloister export --sign`), or say "
-    "in so many words that an unsigned one is taken"
+    "expected one that a federation's coordinator has signed (`cloister export --sign`); "
+    "--unsigned takes one that nobody has signed"
 )
+
+
+# --- Folders of runs that are not over ------------------------------------------------------------
+
+
+def unfinished(folder: Path) -> str | None:
+    """How far a run is that has no model yet, and how it goes on; None of any other folder."""
+    simulated = _is_there(folder / "simulation.json")
+    if _is_there(folder / MODEL) or not (simulated or _is_there(folder / "standing.json")):
+        return None
+    way = f"cloister coordinator resume {folder.resolve().name}"
+    if simulated:
+        way = f"cloister simulate --resume {shlex.quote(str(folder))}"
+    try:
+        rounds = json.loads((folder / SPEC).read_bytes())["rounds"]
+        done = (folder / "metrics.jsonl").read_bytes().count(b"\n")
+    except FileNotFoundError:
+        rounds, done = "its", 0
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+    return f"{folder}: not finished, after {done} of {rounds} rounds; go on with `{way}`"
+
+
+def refuse_unfinished(folder: Path) -> None:
+    """Raise RunError if a run's folder is of one that is not over."""
+    if said := unfinished(folder):
+        raise RunError(said)
 
 
 # --- Folders with a manifest ----------------------------------------------------------------------

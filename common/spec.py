@@ -808,7 +808,8 @@ def read_run_file(path: Path) -> RunFile:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise SpecError(f"{path}: cannot be read ({error}); expected a run's TOML file") from error
+        said = getattr(error, "strerror", None) or error  # without the path, which stands before
+        raise SpecError(f"{path}: cannot be read ({said}); expected a run's TOML file") from error
     return parse_run_text(text, source=str(path))
 
 

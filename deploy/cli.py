@@ -127,6 +127,8 @@ def simulate(
         raise typer.BadParameter("--model: a run that goes on has begun already; leave it out")
     if engine not in ("local", "ray"):
         raise typer.BadParameter(f"--engine {engine!r}: expected local or ray")
+    if resume is not None:
+        simulation.load(resume)  # what is no such folder is told before anything is shown
     folder = resume if resume is not None else simulation.prepare(run or Path(), runs, model)
     report = conduct(folder, engine=engine, workers=workers)
     _show_report(report)
@@ -170,9 +172,11 @@ def report(
     folder: Annotated[Path, typer.Argument(help="A run's folder.", exists=True, file_okay=False)],
 ) -> None:
     """Write a run's report and model card again, from what its folder holds."""
+    from common.package import refuse_unfinished
     from server.card import write_card
     from server.report import write_report
 
+    refuse_unfinished(folder)
     write_card(folder)
     _show_report(write_report(folder))
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:  # each command imports what it needs: --help answers at once
 
 HOME_VARIABLE = "CLOISTER_COORDINATOR_HOME"
 _LOOK_SECONDS = 0.25
+_MARKS = {True: ("ok", "green"), False: ("!!", "red"), None: ("--", "yellow")}
 
 console = Console()
 
@@ -74,6 +75,7 @@ def start(
         log.setLevel(logging.INFO)
     _quieten_flower()
     run_service(found, settings, lambda heard: _say(f"Nodes are heard on {listen} port {heard}."))
+    _say("The service has ended. Its runs go on when it is started again.")
 
 
 def launch(
@@ -125,13 +127,17 @@ def runs(*, home: HomeOption = Path()) -> None:
     """
     from server.runs import open_home
 
-    table = Table(Column("run", no_wrap=True), "stands", "rounds", "since", "why")
+    table, why = Table(Column("run", no_wrap=True), "stands", "rounds", "since"), []
     for run in open_home(home).all_runs():
         state = run.state
         rounds = f"{run.finished_rounds} of {run.spec.rounds}"
         since = f"{state.since:%Y-%m-%d %H:%M}"
-        table.add_row(run.name, state.standing, rounds, since, Text(printable(state.reason)))
+        table.add_row(run.name, state.standing, rounds, since)
+        if state.reason:
+            why.append(f"{run.name}: {state.reason}")
     console.print(table)
+    for line in why:  # below: a command in it is to be copied whole
+        _say(line)
 
 
 def status(*, home: HomeOption = Path()) -> None:
@@ -200,11 +206,12 @@ def resume(
         raise RunError(f"run {run} is {standing}; launch a new one")
     if standing in OPEN - {Standing.WAITING}:
         raise RunError(f"run {run} is {standing}: there is nothing to resume")
+    told = found.told
     found.ask("resume")
     if not is_served(home_found):
         _say("No service runs on this home: `cloister coordinator start` goes on with it.")
     elif follow:
-        _follow(home_found, found)
+        _follow(home_found, found, told)
 
 
 def report(run: RunArgument, *, home: HomeOption = Path()) -> None:
@@ -212,11 +219,13 @@ def report(run: RunArgument, *, home: HomeOption = Path()) -> None:
 
     Example: `cloister coordinator report chest-20260711-093000-8f2c`
     """
+    from common.package import refuse_unfinished
     from server.card import write_card
     from server.report import write_report
     from server.runs import open_home
 
     folder = open_home(home).run(run).path
+    refuse_unfinished(folder)
     write_card(folder)
     _show_report(write_report(folder))
 
@@ -231,10 +240,10 @@ def doctor(*, home: HomeOption = Path()) -> None:
 
     found = list(examined(open_home(home)))
     for finding in found:
-        mark, style = ("ok", "green") if finding.well else ("!!", "red")
+        mark, style = _MARKS[finding.well]
         line = Text.assemble((f"{mark}  ", style), printable(f"{finding.what}: {finding.said}"))
         console.print(line, soft_wrap=True)
-    if not all(finding.well for finding in found):
+    if any(finding.well is False for finding in found):
         raise typer.Exit(1)
 
 
@@ -259,14 +268,14 @@ def _nobody_yet(roster: Roster) -> Callable[[], Mapping[str, str]]:
     return lambda: {site.name: "" for site in roster.sites()}
 
 
-def _follow(home: CoordinatorHome, run: Run) -> None:
-    """Show a run until it is over, or the person has seen enough."""
+def _follow(home: CoordinatorHome, run: Run, start: int = 0) -> None:
+    """Show a run until it is over, or the person has seen enough; `start` as of a `Follower`."""
     from deploy.live import LiveObserver
     from server.runs import OPEN, Standing
 
     try:
         with LiveObserver(console).showing() as observer:
-            _tell(home, run, observer)
+            _tell(home, run, observer, start)
     except KeyboardInterrupt:
         _say(f"The run goes on: `cloister coordinator watch {run.name}`")
         return
@@ -284,11 +293,11 @@ def _follow(home: CoordinatorHome, run: Run) -> None:
     _say(f"{run.name} is {state.standing}. {state.reason}")
 
 
-def _tell(home: CoordinatorHome, run: Run, observer: LiveObserver) -> None:
+def _tell(home: CoordinatorHome, run: Run, observer: LiveObserver, start: int) -> None:
     from server.coordinator import is_served
     from server.runs import OPEN, Follower
 
-    follower = Follower(run, observer)
+    follower = Follower(run, observer, start)
     while True:
         over = run.state.standing not in OPEN and not run.asked("resume")
         gone = not is_served(home)

@@ -227,7 +227,9 @@ def take_in(source: Source, cohort: Path, spec: RunSpec, listing: Path | None = 
         ConfigError: if the listing cannot be written; the cohort is there all the same.
     """
     from client.intake.run import intake
+    from common.files import refuse_what_is_there
 
+    refuse_what_is_there(cohort)
     with progress_bar() as progress:
         task = progress.add_task("Taking in", total=len(source))
         summary = intake(

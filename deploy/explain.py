@@ -89,6 +89,12 @@ def outcome(folder: Path) -> Iterator[RenderableType]:
             name, str(site["declared_size"]), site["unit"], str(site["rounds"]), spent, delta
         )
     yield table
+    if again := [n for n, s in privacy["sites"].items() if s["rounds"] > last["round"]]:
+        yield Text(
+            f"{', '.join(again)}: asked more often than there were rounds; one that is asked again "
+            "after an interruption counts again, so that ε can exceed what the run's file asks for",
+            style="yellow",
+        )
     if not privacy["protected"]:
         yield Text(
             "accounted, not protected: the randomness of this simulation came from a seed",

@@ -39,13 +39,15 @@ def _sentences(spec: RunSpec) -> Iterator[str]:
     )
     changes = [name for name, asked in looks.model_dump(exclude=_NO_CHANGE).items() if asked]
     if changes:
-        yield f"augments by {', '.join(changes)}, {looks.multiplicity} cop(ies) averaged"
+        copies = words.counted(looks.multiplicity, "copy")
+        yield f"augments by {', '.join(changes)}, {copies} averaged"
     yield from _special(spec)
     federation, strategy = spec.federation, spec.aggregation.strategy
     yield (
         f"a round closes when all sites have answered, or after "
-        f"{federation.deadline_seconds:g} s with at least {federation.quorum} update(s); "
-        f"aggregation by {strategy}, {_weighting(spec)}"
+        f"{federation.deadline_seconds:g} s with at least "
+        f"{words.counted(federation.quorum, 'update')}; aggregation by {strategy}, "
+        f"{_weighting(spec)}"
     )
     evaluation = spec.evaluation
     early = (
@@ -53,9 +55,11 @@ def _sentences(spec: RunSpec) -> Iterator[str]:
         if evaluation.patience
         else ""
     )
-    yield f"is evaluated centrally every {evaluation.every} round(s){early}"
+    every = "round" if evaluation.every == 1 else f"{evaluation.every} rounds"
+    yield f"is evaluated centrally every {every}{early}"
     if evaluation.gallery:
-        yield f"its report shows up to {evaluation.gallery} image(s) of the evaluation cohort"
+        images = words.counted(evaluation.gallery, "image")
+        yield f"its report shows up to {images} of the evaluation cohort"
     if evaluation.federated:
         yield (
             "after the last round every site's held-out patients are counted, once, with a noise "

@@ -318,7 +318,10 @@ def load(folder: Path) -> tuple[RunSpec, Simulation]:
         text = (folder / "spec.json").read_text()
         table = json.loads((folder / "simulation.json").read_text())
     except (OSError, ValueError) as error:
-        raise RunError(f"{folder}: not the folder of a simulated run ({error})") from error
+        raise RunError(
+            f"{folder}: not the folder of a simulated run, which holds spec.json and "
+            f"simulation.json ({getattr(error, 'strerror', None) or error})"
+        ) from error
     return RunSpec.from_json(text, source=str(folder)), read_simulation(table, str(folder))
 
 

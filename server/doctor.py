@@ -20,14 +20,18 @@ from server.tls import ServerTls
 _LEAST_FREE = 5 * 2**30
 _SOON_DAYS = 30
 _LEAST_FILES = 4096
+_NO_SERVICE = "does not run; `cloister coordinator start` starts it"
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What came of one look: of what, whether it is well, and in words."""
+    """What came of one look: of what, whether it is well, and in words.
+
+    ``well`` is None of what is not wrong, and not yet there.
+    """
 
     what: str
-    well: bool
+    well: bool | None
     said: str
 
 
@@ -35,13 +39,14 @@ def examined(home: CoordinatorHome) -> Iterator[Finding]:
     """Every finding, in the order in which things are needed."""
     for what, look in _LOOKS.items():
         try:
-            yield Finding(what, True, look(home))
+            said = look(home)
+            yield Finding(what, None if said == _NO_SERVICE else True, said)
         except (CloisterError, OSError) as error:
             yield Finding(what, False, str(error))
 
 
 def _service(home: CoordinatorHome) -> str:
-    return "runs" if is_served(home) else "does not run; `cloister coordinator start` starts it"
+    return "runs" if is_served(home) else _NO_SERVICE
 
 
 def _certificate(home: CoordinatorHome) -> str:

@@ -33,6 +33,7 @@ from server.witness import WITNESS_FILE
 if TYPE_CHECKING:  # who lists runs need not wait for torch
     from server.rounds import Observer
 
+EVENTS = "events.jsonl"
 _LARGEST = 2**20
 
 
@@ -186,6 +187,14 @@ class Run:
         except FileNotFoundError:
             return 0
 
+    @property
+    def told(self) -> int:
+        """Bytes of ``events.jsonl``."""
+        try:
+            return (self.path / EVENTS).stat().st_size
+        except FileNotFoundError:
+            return 0
+
     def ask(self, what: Literal["stop", "resume"]) -> None:
         """Ask whoever holds the run.
 
@@ -266,10 +275,11 @@ class Follower:
     Args:
         run: that is followed.
         observer: is told.
+        start: from which byte of it on.
     """
 
-    def __init__(self, run: Run, observer: Observer) -> None:
-        self._run, self._observer, self._read = run, observer, 0
+    def __init__(self, run: Run, observer: Observer, start: int = 0) -> None:
+        self._run, self._observer, self._read = run, observer, start
 
     def follow(self) -> int:
         """Tell what has come since the last time; how much that was."""
@@ -285,7 +295,7 @@ class Follower:
 
     def _lines(self) -> Iterator[str]:
         try:
-            with (self._run.path / "events.jsonl").open("rb") as file:
+            with (self._run.path / EVENTS).open("rb") as file:
                 file.seek(self._read)
                 whole = file.read().rpartition(b"\n")[0]
         except FileNotFoundError:

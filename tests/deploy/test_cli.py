@@ -16,6 +16,7 @@ import typer.main
 from common import accounting
 from common.accounting import SubsampledGaussian
 from deploy import cli
+from deploy.simulation import prepare
 
 Write = Callable[..., Path]
 Cloister = Callable[..., Any]
@@ -147,7 +148,7 @@ def test_a_message_with_marks_in_it_is_shown_as_it_is(cloister: Cloister, write_
         (("simulate", "run.toml", "--resume", "runs/x"), "--resume"),
         (("simulate", "run.toml", "--engine", "cloud"), "local or ray"),
         (("simulate", "run.toml", "--workers", "-1"), "workers"),
-        (("simulate", "missing.toml"), "missing.toml: cannot be read"),
+        (("simulate", "missing.toml"), "missing.toml: cannot be read (No such file or directory)"),
         (("simulate", "--resume", "missing"), "missing: not the folder of a simulated run"),
         (("spec", "explain", "missing.toml"), "missing.toml: cannot be read"),
         (("spec", "explain", "missing.toml", "--declared-size", "0"), "declared-size"),
@@ -163,6 +164,7 @@ def test_what_cannot_be_done_is_said_without_a_stack(
     assert result.code == 2
     assert said in result.err
     assert "Traceback" not in result.err
+    assert result.out == ""  # it refuses before it begins
 
 
 def test_a_folder_that_is_no_run_has_no_report(cloister: Cloister, tmp_path: Path):
@@ -170,6 +172,21 @@ def test_a_folder_that_is_no_run_has_no_report(cloister: Cloister, tmp_path: Pat
     assert said.code == 2
     assert said.err.startswith("error: ")
     assert str(tmp_path) in said.err
+
+
+@pytest.mark.parametrize("command", ["report", "export", "generate"])
+def test_a_run_that_is_not_over_says_how_far_it_is_and_how_it_goes_on(
+    cloister: Cloister, write_run: Write, tmp_path: Path, command: str
+):
+    folder = prepare(write_run(), tmp_path / "runs")
+    (folder / "metrics.jsonl").write_text("{}\n{}\n")
+    words = [command, folder] if command == "report" else [command, folder, tmp_path / "out"]
+    said = cloister(*words)
+    assert said.code == 2
+    way = f"cloister simulate --resume {folder}"
+    assert f"not finished, after 2 of 3 rounds; go on with `{way}`" in said.err
+    (folder / "simulation.json").rename(folder / "standing.json")
+    assert f"`cloister coordinator resume {folder.name}`" in cloister(*words).err
 
 
 def test_runs_that_cannot_be_written_are_said_without_a_stack(
@@ -219,3 +236,15 @@ def test_a_run_shows_its_rounds_its_cost_and_where_its_report_is(
     (folder / "report.html").unlink()
     assert cloister("report", folder).code == 0
     assert (folder / "report.html").exists()
+    assert "asked more often" not in again.words
+
+
+def test_a_round_that_was_asked_twice_is_said_to_count_twice(
+    cloister: Cloister, write_run: Write, tmp_path: Path
+):
+    folder = prepare(write_run(), tmp_path / "runs")
+    # Killed before anything of the round was recorded.
+    (folder / "asked.jsonl").write_text('{"round": 1, "sites": ["north"]}\n')
+    said = cloister("simulate", "--resume", folder, "--workers", 0)
+    assert said.code == 0
+    assert "north: asked more often than there were rounds" in said.words

@@ -29,3 +29,14 @@ def test_a_line_that_a_full_disk_has_cut_takes_no_other_with_it(tmp_path: Path):
         EventLog(path, LogObserver()).round_opened(number)
         follower.follow()
     assert told.rounds == [1, 2, 3]
+
+
+def test_who_watches_a_run_that_is_resumed_is_told_nothing_of_what_failed(tmp_path: Path):
+    run, told = Run(tmp_path), Told()
+    assert run.told == 0
+    path = tmp_path / "events.jsonl"
+    EventLog(path, LogObserver()).round_opened(1)
+    follower = Follower(run, told, run.told)
+    EventLog(path, LogObserver()).round_opened(2)
+    follower.follow()
+    assert told.rounds == [2]
