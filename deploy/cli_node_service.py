@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -63,7 +64,8 @@ def start(
     log_to_stderr()
     try:
         service = NodeService(home)
-        log.warning("%s", printable(_beginning(service.folder)))
+        takes, beginning = _beginning(service.folder)
+        log.log(logging.INFO if takes else logging.WARNING, "%s", printable(beginning))
         service.run(Watch(service, None if health == "none" else health).watching())
     except CloisterError as error:
         shown = Text.assemble(("error:", "red"), f" {printable(str(error))}")
@@ -116,8 +118,8 @@ def doctor(home: HomeArgument = Path()) -> None:
     raise typer.Exit(0 if good else 1)
 
 
-def _beginning(node: NodeFolder) -> str:
-    """Who starts, where it goes, and why no run could be taken yet, if none could."""
+def _beginning(node: NodeFolder) -> tuple[bool, str]:
+    """Whether a run could be taken; and who starts, where it goes, and why none could."""
     from client.credentials import Credentials
     from client.folder import cohort_digest
     from deploy.node_words import idle
@@ -134,7 +136,7 @@ def _beginning(node: NodeFolder) -> str:
     finally:
         ledger.disconnect()
     why = f"; takes no run yet: {'; '.join(lacking)}" if lacking else ""
-    return f"{node.policy.site}, {where}{why}"
+    return not lacking, f"{node.policy.site}, {where}{why}"
 
 
 def _tell(finding: Finding) -> None:

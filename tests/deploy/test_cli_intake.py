@@ -92,13 +92,15 @@ def test_medmnist_warns_of_its_unit(run_file: Path, tmp_path: Path) -> None:
     images, labels = np.zeros((3, 8, 8), dtype=np.uint8), np.eye(3, 1, dtype=np.uint8)
     np.savez(tmp_path / "x.npz", test_images=images, test_labels=labels)
 
-    taken = call(
-        "medmnist", tmp_path / "x.npz", tmp_path / "c", "--spec", run_file, "--part", "test"
-    )
+    words = ("medmnist", tmp_path / "x.npz", tmp_path / "c", "--spec", run_file, "--part", "test")
+    taken = call(*words)
 
     assert taken.exit_code == 0, taken.output
     assert "Attention: The source names no patients: the unit is the image" in taken.output
     assert len(Cohort.open(tmp_path / "c")) == 3
+    again = call(*words)
+    assert "is there already" in str(again.exception)
+    assert again.output == ""  # it refuses before it begins
 
 
 def test_names_with_brackets_are_shown_as_they_are(run_file: Path, tmp_path: Path) -> None:
