@@ -161,11 +161,12 @@ class Reports(_Objects):
         objects = _objects_of(study.images)
         count = len(objects)
         part = f"answered {count} of {count + study.refused} objects of the study"
+        said = (WARNING, part, *study.caveats)
         first = objects[0]
         with quiet():
             source = self._source(self.header(study.items[first.place], first.sha256))
             evidence = [self._evidence(source, named) for named in objects]
-            groups = list(self._groups(study, part))
+            groups = list(self._groups(study, said))
             report = hdsr.MeasurementReport(
                 observation_context=hdsr.ObservationContext(observer_device_context=self._device),
                 procedure_reported=codes.SCT.ImagingProcedure,
@@ -222,11 +223,11 @@ class Reports(_Objects):
         one.StudyInstanceUID, one.SeriesInstanceUID = named.study, named.series
         return one
 
-    def _groups(self, study: ToldStudy, part: str) -> Iterator[_Group]:
+    def _groups(self, study: ToldStudy, said: Sequence[str]) -> Iterator[_Group]:
         """Of a model of studies one group; else one an image or volume, or of each a box."""
         if self.spec.input.of_studies:
             seen = [told for told in study.images if told.row["seen"]]
-            yield self._said(self._measured("study", study.row, seen), part, study.row)
+            yield self._said(self._measured("study", study.row, seen), said, study.row)
             return
         for told in study.images:
             boxes = told.row.get("boxes")
@@ -236,14 +237,14 @@ class Reports(_Objects):
             else:
                 groups = [self._measured(_name_of(told), told.row, [told])]
             for group in groups:
-                yield self._said(group, part, told.row)
+                yield self._said(group, said, told.row)
 
     @staticmethod
-    def _said(group: _Group, part: str, row: Row) -> _Group:
+    def _said(group: _Group, said: Sequence[str], row: Row) -> _Group:
         """With the warning, and all that whoever reads a group must bear in mind."""
-        said = "; ".join([WARNING, part, *row["caveats"]])
+        text = "; ".join(dict.fromkeys((*said, *row["caveats"])))
         group[0].ContentSequence.append(
-            hdsr.TextContentItem(codes.DCM.Comment, said, hdsr.RelationshipTypeValues.CONTAINS)
+            hdsr.TextContentItem(codes.DCM.Comment, text, hdsr.RelationshipTypeValues.CONTAINS)
         )
         return group
 

@@ -50,7 +50,7 @@ from client.prediction.reading import (
     StudyReader,
     reason_of,
 )
-from client.prediction.rows import NOTHING, Row, Rows, Seen, Study, asked_of
+from client.prediction.rows import NOTHING, UNPLACED, Row, Rows, Seen, Study, asked_of
 from client.prediction.tables import columns_of, every_line, head_of, warnings_of
 from common.cohort import PIXEL_MAX, Cohort
 from common.errors import CohortError, ConfigError, IntakeError, PackageError
@@ -73,7 +73,6 @@ NOT_MADE = "it could not be made"
 NOT_NUMBERS = "the network's outputs are not numbers"
 NOT_WHOLE = "an object of its series is not answered, and a volume is used whole"
 LATE = "its study was answered before it came, or before it was changed: ask for it apart"
-UNREAD = "objects of the source that could not be read, and may be slices of this volume: {}"
 PSEUDONYMS = "Pseudonyms of a cohort; its images have no true identifiers."
 _AT_ONCE = 256
 
@@ -125,12 +124,14 @@ class ToldStudy(NamedTuple):
     Attributes:
         items: find each object by its place.
         refused: how many of its objects were not answered.
+        caveats: what must be borne in mind of all that is said of it.
     """
 
     images: Sequence[Told]
     row: Row
     refused: int
     items: Mapping[str, Item]
+    caveats: tuple[str, ...] = ()
 
 
 class Addition(Protocol):
@@ -332,9 +333,9 @@ class _Prediction:
         self._likeness: list[Likeness] = []
         self._images = 0
         self._refused: list[Row] = []
-        self._lost: Counter[str] = Counter()
+        self._lost: defaultdict[str, set[str]] = defaultdict(set)
         self._gaps: set[str] = set()
-        self._unread = 0
+        self._unplaced = 0
         for entry in results.entries():
             self._count(entry)
         self.summary.before = self.summary.studies
@@ -385,10 +386,12 @@ class _Prediction:
             reason: why.
             entry: of its study; None if it was refused before its study was asked about.
         """
-        if entry is None and _key(named) in self._results.answered.get(named.study, ()):
+        if entry is None and named.key in self._results.answered.get(named.study, ()):
             return  # an earlier start has answered it, or said why not
+        if named.key in self._lost[named.study]:
+            return  # for another of its frames
         if reason != COPY:
-            self._lost[named.study] += 1
+            self._lost[named.study].add(named.key)
             self._gaps.add(named.series)
         row = {
             "file": named.place,
@@ -400,7 +403,7 @@ class _Prediction:
             "reason": reason,
         }
         if entry is None:
-            self._unread += not named.series
+            self._unplaced += not named.placed
             self._refused.append(row)
             self.summary.refused.append(NotUsed(named.place, reason))
         else:
@@ -467,7 +470,7 @@ class _Prediction:
     def _is_new(self, named: Named) -> bool:
         """Whether no earlier start has answered its study; what has come to one is refused."""
         known = self._results.answered.get(named.study)
-        if known is not None and _key(named) not in known:
+        if known is not None and named.key not in known:
             self.refuse(named, LATE)
         return known is None
 
@@ -490,7 +493,7 @@ class _Prediction:
         """The images or volumes of a study; what cannot be read is refused on the way."""
         said = (TWO_ORDERS,) if len(self._orders[entry.study]) > 1 else ()
         for unit, reply in read:
-            entry.objects += map(_key, unit)
+            entry.objects += [named.key for named in unit]
             self._progress("Answering", done + len(entry.objects), total)
             if isinstance(reply, Prepared) and not reply.reason:
                 for frame in reply.frames:
@@ -504,12 +507,12 @@ class _Prediction:
     def _volume(self, unit: list[Named], reply: PreparedSeries, said: tuple[str, ...]) -> Seen:
         """A series that was read, and what must be borne in mind of it."""
         caveats = [*reply.caveats, *said]
-        if self._unread:
-            caveats.append(UNREAD.format(self._unread))
+        if self._unplaced:
+            caveats.append(UNPLACED.format(self._unplaced))
         scan = reply.scan
         size = (0, 0) if scan is None else scan.shape[1:]
         frame = Frame(0, NOTHING, None, tuple(caveats))
-        return Seen(unit[0], frame, size, 1, tuple(unit), scan)
+        return Seen(unit[0], frame, size, 1, tuple(unit), scan, whole=not self._unplaced)
 
     def _refuse_unit(self, entry: Entry, unit: list[Named], reply: Any) -> None:
         """Refuse what could not be read, and the rest of its series with it."""
@@ -534,7 +537,7 @@ class _Prediction:
                 study = _study_name(cohort, row)
                 modality = str(cohort.modalities[row]) if self._rows.spec.input.modalities else ""
                 named = Named(name, patient=patient, study=study, instance=name, modality=modality)
-                entry.objects.append(_key(named))
+                entry.objects.append(named.key)
                 yield Seen(named, Frame(0, NOTHING, None, said), pixels.shape[-2:]), pixels
 
     # --- Their answers ------------------------------------------------------------------------
@@ -546,10 +549,11 @@ class _Prediction:
         answer = self._one_decision if self._asked == "study" else self._each
         study, told = answer(entry, seen)
         if study is not None:
-            study.refused, study.gaps = self._lost[entry.study], self._gaps
+            study.lost, study.gaps = self._lost[entry.study], self._gaps
+            study.unplaced = self._unplaced
             row = study.row()
             if entry.add("studies", row):
-                self._add(entry, ToldStudy(told, row, study.refused, items))
+                self._add(entry, ToldStudy(told, row, study.refused, items, study.caveats))
             else:
                 self.refuse(replace(study.named, place=f"study {entry.study}"), NOT_WRITTEN, entry)
         self._results.commit(entry)
@@ -680,11 +684,6 @@ class _Prediction:
         self._likeness += entry.likeness
         if self._order.pictures is not None:
             self._order.pictures.compared = len(self._likeness)
-
-
-def _key(named: Named) -> str:
-    """What tells an object from any other, and from itself before it was changed."""
-    return f"{named.sha256} {named.place}"
 
 
 def _study_name(cohort: Cohort, row: int) -> str:

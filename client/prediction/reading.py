@@ -18,6 +18,7 @@ from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
+from pydicom.datadict import tag_for_keyword
 from pydicom.dataset import Dataset
 
 from client.intake.deid.burned_in import risk_of
@@ -75,6 +76,16 @@ class Named:
     sop_class: str = ""
     modality: str = ""
     number: int = _LAST
+
+    @property
+    def key(self) -> str:
+        """What tells it from any other object, and from itself before it was changed."""
+        return f"{self.sha256} {self.place}"
+
+    @property
+    def placed(self) -> bool:
+        """Whether it is known of which series it is."""
+        return is_uid(self.series)
 
     @property
     def order(self) -> tuple[str, str, int, str, str]:
@@ -220,8 +231,7 @@ class StudyReader:
         if text_of(header, "SOPClassUID") in SECONDARY_CAPTURE:
             raise IntakeError("it is a secondary capture, no image as a scanner makes it")
         for keyword in ("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID"):
-            uid = text_of(header, keyword)
-            if not _UID.fullmatch(uid) or len(uid) > _LONGEST_UID:
+            if not is_uid(text_of(header, keyword)):
                 raise IntakeError(f"its {keyword} is missing or no UID: no answer could name it")
         photometric = text_of(header, "PhotometricInterpretation")
         if photometric not in PHOTOMETRICS:
@@ -337,6 +347,11 @@ class StudyReader:
         return Frame(number, to_shape(kept.pixels, self.settings), plane, said)
 
 
+def is_uid(text: str) -> bool:
+    """Whether a text is an UID (PS3.5 9.1)."""
+    return len(text) <= _LONGEST_UID and _UID.fullmatch(text) is not None
+
+
 def check_use(use: Use, header: Dataset, geometry: Geometry) -> None:
     """Refuse an image for which the model is not meant, or that does not say what it is.
 
@@ -388,18 +403,27 @@ def reason_of(error: Exception) -> str:
 
 
 def _named(place: str, sha256: str, header: Dataset) -> Named:
-    number = text_of(header, "InstanceNumber")
+    """Who and what it is; nothing of a header's last element, which may have been cut off.
+
+    Of a whole image that is one of its pixels' description.
+    """
+    last = max(header.keys(), default=None)
+
+    def said(keyword: str) -> str:
+        return "" if tag_for_keyword(keyword) == last else text_of(header, keyword)
+
+    number = said("InstanceNumber")
     return Named(
         place=place,
         sha256=sha256,
-        patient=text_of(header, "PatientID"),
-        issuer=text_of(header, "IssuerOfPatientID"),
-        accession=text_of(header, "AccessionNumber"),
-        study=text_of(header, "StudyInstanceUID"),
-        series=text_of(header, "SeriesInstanceUID"),
-        instance=text_of(header, "SOPInstanceUID"),
-        sop_class=text_of(header, "SOPClassUID"),
-        modality=text_of(header, "Modality"),
+        patient=said("PatientID"),
+        issuer=said("IssuerOfPatientID"),
+        accession=said("AccessionNumber"),
+        study=said("StudyInstanceUID"),
+        series=said("SeriesInstanceUID"),
+        instance=said("SOPInstanceUID"),
+        sop_class=said("SOPClassUID"),
+        modality=said("Modality"),
         number=int(number) if number.isdecimal() and len(number) < _DIGITS else _LAST,
     )
 

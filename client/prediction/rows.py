@@ -39,6 +39,11 @@ HOW = {
 }
 WARNING = "Not for clinical use; made by a model, verified by nobody"
 NOT_ALL = "objects of the study that were not answered, and did not move the decision: {}"
+PARTLY = "objects of the study of which some frames alone were answered: {}"
+UNPLACED = (
+    "objects of the source of which the series could not be read, and which may be of this study "
+    "(no volume is said): {}"
+)
 _SUREST = 1e-6  # what is printed of a probability is never that it cannot be otherwise
 _PARALLEL = 1e-3
 _REGULAR = 0.1
@@ -75,6 +80,7 @@ class Seen:
         count: frames of its object.
         objects: of a volume, as its scan numbers them.
         scan: where a volume's voxels lie; None of an image, and of a cohort, which does not say.
+        whole: whether a volume has all its slices, as far as that can be known.
     """
 
     named: Named
@@ -83,6 +89,7 @@ class Seen:
     count: int = 1
     objects: tuple[Named, ...] = ()
     scan: Scan | None = None
+    whole: bool = True
 
     @property
     def without_pixels(self) -> Seen:
@@ -188,7 +195,7 @@ class Rows:
         each = math.prod(spacing)
         return {
             "voxels": voxels,
-            "volume_mm3": {name: _finite(count * each) for name, count in voxels.items()},
+            "volume_mm3": {n: _finite(c * each) if seen.whole else None for n, c in voxels.items()},
         }
 
     def _boxes(self, seen: Seen, boxes: NDArray[np.float32]) -> list[Row]:
@@ -209,17 +216,20 @@ class Study:
     """What is said of one study, from the rows of its images; it holds no image.
 
     Attributes:
-        refused: how many of its objects were not answered.
+        lost: its objects that were not answered, or not all of their frames.
         gaps: series of which one was not answered: they have no volume.
+        unplaced: how many objects of the source may be of any series: then none has a volume.
         decided: what is said of it by one decision, where it has one.
     """
 
     spec: RunSpec
     named: Named
     images: int = 0
-    refused: int = 0
+    lost: Set[str] = frozenset()
+    unplaced: int = 0
     gaps: Set[str] = frozenset()
     decided: Row = field(default_factory=dict)
+    _answered: set[str] = field(default_factory=set)
     _caveats: dict[str, None] = field(default_factory=dict)
     _values: dict[tuple[str, str], list[float]] = field(default_factory=lambda: defaultdict(list))
     _slices: dict[str, list[tuple[Plane | None, Mapping[str, float | None]]]] = field(
@@ -231,6 +241,7 @@ class Study:
     def add(self, seen: Seen, row: Row) -> None:
         """Count one of its images in."""
         self.images += 1
+        self._answered |= {named.key for named in seen.objects or (seen.named,)}
         self._caveats |= dict.fromkeys(row["caveats"])
         for key in ("raw_probability", "probability", "pixels"):
             for name, value in (row.get(key) or {}).items():
@@ -247,11 +258,23 @@ class Study:
         if "area_mm2" in row:
             self._slices[seen.named.series].append((seen.frame.plane, row["area_mm2"]))
 
+    @property
+    def refused(self) -> int:
+        """How many of its objects were not answered."""
+        return len(self.lost - self._answered)
+
+    @property
+    def caveats(self) -> tuple[str, ...]:
+        """What must be borne in mind of the study as a whole."""
+        said = (
+            (NOT_ALL, self.refused if self.decided else 0),
+            (PARTLY, len(self.lost & self._answered)),
+            (UNPLACED, self.unplaced),
+        )
+        return tuple(text.format(count) for text, count in said if count)
+
     def row(self) -> Row:
         """What is said of it."""
-        caveats = [*self._caveats]
-        if self.decided and self.refused:
-            caveats.append(NOT_ALL.format(self.refused))
         return {
             "patient_id": self.named.patient,
             "issuer": self.named.issuer,
@@ -261,7 +284,7 @@ class Study:
             "refused": self.refused,
             **dict(self._said()),
             **self.decided,
-            "caveats": caveats,
+            "caveats": list(dict.fromkeys((*self._caveats, *self.caveats))),
         }
 
     def _said(self) -> Iterator[tuple[str, Any]]:
@@ -279,7 +302,7 @@ class Study:
             yield (
                 "volume_mm3",
                 {
-                    series: None if series in self.gaps else volumes(slices)
+                    series: None if self.unplaced or series in self.gaps else volumes(slices)
                     for series, slices in self._slices.items()
                 },
             )
@@ -302,6 +325,8 @@ def volumes(
 ) -> Mapping[str, float | None] | None:
     """Volumes by class of the slices of one series; None unless they are parallel and regular.
 
+    Positions in two frames of reference say nothing of the distance between them (PS3.3 C.7.4.1).
+
     Args:
         slices: of each where it lies, and its areas by class in mm².
 
@@ -312,6 +337,8 @@ def volumes(
     if len(planes) != len(slices) or len(planes) < 2:
         return None
     normal = planes[0].normal
+    if len({plane.reference for plane in planes}) > 1:
+        return None
     if any(np.abs(plane.normal - normal).max() > _PARALLEL for plane in planes):
         return None
     places = np.sort([float(plane.position @ normal) for plane in planes])

@@ -50,7 +50,7 @@ from client.prediction.predict import (
     predict_cohort,
 )
 from client.prediction.reading import CHANGED, CUT_OFF, NO_MODALITY, NOWHERE, Prepare, Prepared
-from client.prediction.rows import WARNING, Rows
+from client.prediction.rows import PARTLY, UNPLACED, WARNING, Rows
 from client.prediction.tables import head_of
 from common import explanation
 from common.calibration import Calibration
@@ -650,13 +650,13 @@ def slice_of(number: int, marked: NDArray[Any]) -> dict[str, Any]:
     }
 
 
-def marked_slices(clinic: Any, count: int = 3) -> list[NDArray[np.uint16]]:
+def marked_slices(clinic: Any, count: int = 3, **attributes: Any) -> list[NDArray[np.uint16]]:
     masks = []
     for number in range(count):
         values = np.zeros((16, 64), np.uint16)
         values[4 : 8 + 2 * number, 8:24] = 4000
         values[4:8, 40:48] = 2000
-        made = slice_of(number, values)
+        made = slice_of(number, values) | attributes
         clinic.hospital.film(f"{count - number}.dcm", made.pop("pixels"), **made)
         masks.append(np.where(values == 4000, 1, np.where(values == 2000, 2, 0)))
     return masks
@@ -1013,6 +1013,70 @@ def test_a_series_of_which_a_slice_was_refused_has_no_volume(clinic: Any) -> Non
     clinic.hospital.film("3b.dcm", **made)
     (study,) = clinic.answer(clinic.model(Bright(), **SEGMENTATION)).json["studies"]
     assert list(study["volume_mm3"].values()) == [None]
+
+
+def series_at(path: Path) -> int:
+    """Where in a file the value of its Series Instance UID ends."""
+    uid = str(dcmread(path).SeriesInstanceUID)
+    return path.read_bytes().index(b"\x20\x00\x0e\x00UI") + 8 + len(uid)
+
+
+@pytest.mark.parametrize("cut", [0, 150, 400, -1, -2, -3, -4, 0.5], ids=str)
+def test_a_slice_that_breaks_anywhere_costs_the_volume_and_is_said(clinic: Any, cut: float) -> None:
+    """Also the last one, of which the rest are evenly spaced; -1 cuts the last digit of its UID."""
+    marked_slices(clinic, 5, SeriesInstanceUID="1.2.3.98.76")
+    model = clinic.model(Bright(), **SEGMENTATION)
+    (study,) = clinic.answer(model, "whole").json["studies"]
+    assert [each["organ"] for each in study["volume_mm3"].values()] == [1920.0]
+    assert not any("no volume is said" in word for word in study["caveats"])
+    path = clinic.hospital.folder / "1.dcm"
+    whole, end = path.read_bytes(), series_at(path)
+    far = int(len(whole) * cut) if isinstance(cut, float) else cut
+    path.write_bytes(whole[: end + far if far < 0 else far])
+    found = clinic.answer(model, additions=(Reports(model.package),))
+    (study,) = found.json["studies"]
+    assert set(found.refused) == {"1.dcm"}
+    assert list(study["volume_mm3"].values()) == [None]
+    placed = cut == 0.5
+    assert (UNPLACED.format(1) in study["caveats"]) == (not placed)
+    (report,) = found.files("sr")
+    assert (UNPLACED.format(1) in texts_of(report)) == (not placed)
+    assert cut in (0, 150, 400) or "answered 4 of 5 objects" in texts_of(report)
+
+
+def test_slices_in_two_frames_of_reference_have_no_volume(clinic: Any) -> None:
+    marked_slices(clinic, 4)
+    for name in ("1.dcm", "2.dcm"):
+        header = dcmread(clinic.hospital.folder / name)
+        header.FrameOfReferenceUID = "1.2.9.9"
+        header.save_as(clinic.hospital.folder / name)
+    (study,) = clinic.answer(clinic.model(Bright(), **SEGMENTATION)).json["studies"]
+    assert list(study["volume_mm3"].values()) == [None]
+
+
+class DarkAlone(nn.Module):
+    """Answers dark images alone with a number."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        mean = images.mean(dim=(1, 2, 3))
+        return torch.where(mean > mean.median(), torch.nan, mean)[:, None]
+
+
+def test_an_object_of_which_some_frames_are_answered_is_one_object(clinic: Any) -> None:
+    frames = np.zeros((6, 20, 30), np.uint16)
+    frames[:3] = np.random.default_rng(0).integers(0, 4000, (3, 20, 30))
+    frames[:3, 0] = 4000
+    clinic.hospital.film("m.dcm", frames[0], NumberOfFrames=6, PixelData=frames.tobytes())
+    clinic.hospital.film("bad.dcm", PhotometricInterpretation="CIELAB")
+    model = clinic.model(DarkAlone(), input={"frames": "all", "window": "range"})
+    found = clinic.answer(model, additions=(Reports(model.package),))
+    (study,) = found.json["studies"]
+    assert (study["images"], study["refused"]) == (3, 1)
+    assert PARTLY.format(1) in study["caveats"]
+    assert sorted(row["file"] for row in found.json["refused"]) == ["bad.dcm", "m.dcm"]
+    said = texts_of(found.files("sr")[0])
+    assert "answered 1 of 2 objects of the study" in said
+    assert PARTLY.format(1) in said
 
 
 def test_an_image_without_a_box_has_none(clinic: Any) -> None:

@@ -25,8 +25,9 @@ from client.intake.take import Order as Intake
 from client.intake.take import take_in
 from client.prediction.dicom_objects import Reports, Segmentations
 from client.prediction.explained import Explainer
-from client.prediction.predict import NOT_WHOLE, UNREAD
+from client.prediction.predict import NOT_WHOLE
 from client.prediction.reading import CUT_OFF
+from client.prediction.rows import UNPLACED
 from common.cohort import Cohort
 from common.errors import ConfigError
 
@@ -279,8 +280,15 @@ def test_a_series_that_is_no_volume_is_refused_whole_and_costs_no_other(
 def test_what_could_not_be_read_at_all_may_have_been_a_slice(clinic: Any, model: Any) -> None:
     write_series(clinic, AXIAL)
     (clinic.hospital.folder / "broken.dcm").write_bytes(b"no DICOM")
-    (row,) = clinic.answer(model()).json["images"]
-    assert UNREAD.format(1) in row["caveats"]
+    found = clinic.answer(model())
+    (row,), (study,) = found.json["images"], found.json["studies"]
+    assert UNPLACED.format(1) in row["caveats"]
+    assert study["caveats"].count(UNPLACED.format(1)) == 1
+    assert set(row["volume_mm3"].values()) == {None}
+    assert all(row["voxels"].values())
+    (clinic.hospital.folder / "broken.dcm").unlink()
+    (row,) = clinic.answer(model(), "whole").json["images"]
+    assert all(row["volume_mm3"].values())
 
 
 def test_a_multi_frame_object_is_a_volume_too(clinic: Any, model: Any) -> None:
