@@ -68,6 +68,7 @@ def test_a_simulated_model_is_exported_signed_checked_and_made_smaller(
     said = cloister("optimise", run, smaller, "--prune", 0.5, "--sign", "--home", home)
     assert said.code == 0, said.err
     assert "pruned" in said.words
+    assert "of every layer but the last" not in said.words
     assert "AUROC" in said.words
     assert "the file has the size that it had until it is compressed" in said.words
     assert cloister("verify-model", smaller / "pruned", *believed).code == 0
@@ -161,7 +162,10 @@ def test_a_withdrawn_model_and_what_is_made_of_it_is_refused_by_the_node(
     """Signed or not: what a signature says is true for ever, and does not say that it is good."""
     node, smaller, onnx = make_node(), tmp_path / "smaller", tmp_path / "onnx"
     pruned, sha256 = smaller / "pruned", Package.open(run, unsigned=True).model_sha256
-    assert cloister("optimise", run, smaller, "--prune", 0.5).code == 0
+    said = cloister("optimise", run, smaller, "--prune", 0.5, "--structured")
+    assert said.code == 0
+    assert "50% of the filters of every layer but the last" in said.words
+    assert f"It lies in {smaller}" in said.out
     assert cloister("export", pruned, onnx, "--format", "onnx").code == 0
     for model in (run, pruned):
         assert opened_model(model, node, None, unsigned=True)
