@@ -45,6 +45,7 @@ CHANGES: dict[str, Any] = {
     "data.classes": ["no", "maybe"],
     "data.shape": [3, 32, 48],
     "data.preprocessing": "ab" * 32,
+    "data.modalities": ["CT", "MR"],
     "data.synthetic": "made/cohort",
     "data.synthetic_without_privacy": True,
     "release.pace": 0.25,
