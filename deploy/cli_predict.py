@@ -80,10 +80,12 @@ def predict(
 
     Example: `cloister predict chest.package /archive/today answers --node north --sr`
     """
+    from client.intake.items import check_source
     from client.prediction.answering import Model
     from client.prediction.output import check_target
 
     check_target(out)
+    check_source(studies)
     package = opened_model(model, node, authority, unsigned=unsigned, expect=expect)
     opened = Model(package)
     made = _additions(opened, sr=sr, seg=seg)
@@ -197,13 +199,29 @@ def _print_reasons(title: str, refused: Sequence[NotUsed], where: Path) -> None:
     """How many for each reason; which ones is in the folder, for their names may be patients'."""
     if refused:
         title = f"{title}: {len(refused)}, named in {where}"
-        table = Table("reason", "how many", title=title, title_justify="left")
         counts = Counter(each.reason for each in refused).most_common()
-        for reason, count in counts[:_REASONS_SHOWN]:
-            table.add_row(escape(printable(reason)), str(count))
-        if len(counts) > _REASONS_SHOWN:
-            table.add_row(f"{len(counts) - _REASONS_SHOWN} more reasons", "")
-        console.print(table)
+        _print_counts(title, ("reason", "how many"), counts)
+
+
+def _print_caveats(summary: Summary, thing: str) -> None:
+    """Of how many answers each caveat must be borne in mind."""
+    images, studies = summary.caveats["images"], summary.caveats["studies"]
+    if studies:
+        order = (images + studies).most_common()
+        counts = [(text, images[text], studies[text]) for text, _ in order]
+        _print_counts("To be borne in mind", ("caveat", thing, "studies"), counts)
+
+
+def _print_counts(
+    title: str, headings: tuple[str, ...], counts: Sequence[tuple[str | int, ...]]
+) -> None:
+    """A table of texts with numbers beside them, as long as a screen has."""
+    table = Table(*headings, title=escape(title), title_justify="left")
+    for text, *numbers in counts[:_REASONS_SHOWN]:
+        table.add_row(escape(printable(str(text))), *map(str, numbers))
+    if len(counts) > _REASONS_SHOWN:
+        table.add_row(f"{len(counts) - _REASONS_SHOWN} more {headings[0]}s")
+    console.print(table)
 
 
 def _conclude(summary: Summary, out: Path, thing: str) -> None:
@@ -218,6 +236,7 @@ def _conclude(summary: Summary, out: Path, thing: str) -> None:
     for name, count in summary.decisions.most_common():
         table.add_row(f"decided for {escape(name)}", str(count))
     console.print(table)
+    _print_caveats(summary, thing)
     console.print(
         f"[bold]{escape(str(out))}[/] names patients: it is readable by you alone, and must stay "
         "within the hospital",

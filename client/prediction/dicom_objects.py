@@ -56,7 +56,7 @@ _LONGEST, _SHORT_TEXT, _HASHED = 64, 16, 10
 _UTF_8 = "ISO_IR 192"
 _SAME = 4  # decimals of a cosine or of a spacing in mm
 _MOST_PIXELS = 2**27
-"""Of one segmentation: a longer series becomes several."""
+"""Of one segmentation: a longer series becomes several, a larger object none."""
 _SERIES = {"sr": 9901, "seg": 9902}
 _DATE, _TIME = re.compile(r"\d{8}"), re.compile(r"\d{2}(\d{2}(\d{2}(\.\d{1,6})?)?)?")
 _FORMS = {"PatientBirthDate": _DATE, "StudyDate": _DATE, "StudyTime": _TIME}
@@ -391,7 +391,18 @@ class Segmentations(_Objects):
             )
 
     def _content(self, items: Mapping[str, Item], part: Sequence[_Piece]) -> bytes:
-        """Of one segmentation; empty where nothing was found."""
+        """Of one segmentation; empty where nothing was found.
+
+        Raises:
+            IntakeError: if its source has more frames than can be held at its own size: DICOM
+                knows no segmentation of some frames that highdicom would make.
+        """
+        count, (rows, columns) = part[0].count, part[0].size
+        if count > 1 and count * rows * columns > _MOST_PIXELS:
+            raise IntakeError(
+                f"its masks are {count} frames of {rows} x {columns} pixels; at most "
+                f"{_MOST_PIXELS} pixels of one object are held"
+            )
         masks = [piece.mask() for piece in part]
         if not any(mask.any() for mask in masks):
             return b""

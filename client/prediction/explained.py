@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import io
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
 from client.prediction.answering import Drawn, Likeness, Model
+from client.prediction.rows import WARNING
 from common import explanation
 from common.errors import ConfigError, ModelError
 from common.explanation import Explanation, Similarity, decided, explain, explains, scaled
@@ -20,6 +22,7 @@ from common.tasks.answers import Answer
 # As in `common.tasks.explained`: what torch and captum raise, such as for lack of memory.
 _FAILURES = (ModelError, RuntimeError, ValueError, AssertionError, MemoryError)
 _NOT_COMPARED = "not known: it could not be compared with that of random weights"
+_FONT, _FONTS = 14, 60  # pixels a letter is high; a wide picture's letters are a part of its width
 _EXAMINED = 8  # images whose maps are compared with those of random weights
 
 
@@ -94,12 +97,15 @@ class Explainer:
         asked = images[None] if self._spec.input.of_studies else images
         found = explain(self._model.network, self._spec, asked, [number])
         likeness = self._likeness(asked, number, found, patient)
+        name = self._spec.task.classes[number]
+        said = _caption(name, [*found])
         maps = {method: scaled(each.maps) for method, each in found.items()}
         for place, levels in enumerate(pictures.grey_levels(images)):
             overlaid = [pictures.overlaid(levels, each[place]) for each in maps.values()]
             picture = pictures.beside([pictures.canvas(levels), *overlaid])
             like = likeness[place] if place < len(likeness) else None
-            yield Drawn(_png(picture), self._spec.task.classes[number], tuple(found), like)
+            png = _png(_captioned(picture, said), said, self._model.package.model_sha256)
+            yield Drawn(png, name, tuple(found), like)
 
     def _likeness(
         self,
@@ -124,7 +130,38 @@ class Explainer:
         return [{"patient": patient, "methods": each} for each in methods]
 
 
-def _png(picture: NDArray[np.uint8]) -> bytes:
+def _caption(name: str, methods: Sequence[str]) -> str:
+    """What must be known of a picture, for it is shown without its folder; it names no patient."""
+    columns = ", ".join(["the image", *(explanation.TITLES[method] for method in methods)])
+    return (
+        f"What moved the answer, for the class: {name}\n"
+        f"From left to right: {columns}. Orange speaks for the class, blue against it; each map "
+        f"has its own scale.\n{WARNING}."
+    )
+
+
+def _captioned(picture: NDArray[np.uint8], said: str) -> Image.Image:
+    """A picture, (H, W, 3), with words beneath it, in lines as long as it is wide."""
+    tall, wide, _ = picture.shape
+    high = max(_FONT, wide // _FONTS)
+    font = ImageFont.load_default(high)
+    letters = max(_FONTS, int(wide / font.getlength("n")))
+    text = "\n".join(textwrap.fill(line, letters) for line in said.split("\n"))
+    ruler = ImageDraw.Draw(Image.new("RGB", (1, 1)))
+    _, _, right, bottom = map(int, ruler.multiline_textbbox((0, 0), text, font))
+    margin = high // 2
+    sides = (max(wide, right + 2 * margin), tall + bottom + 2 * margin)
+    made = Image.new("RGB", sides, "white")
+    made.paste(Image.fromarray(picture))
+    ImageDraw.Draw(made).multiline_text((margin, tall + margin), text, "black", font)
+    return made
+
+
+def _png(picture: Image.Image, said: str, model: str) -> bytes:
+    """In a file that says the same in words, and of which model it is."""
+    words = PngImagePlugin.PngInfo()
+    words.add_itxt("Description", said)
+    words.add_itxt("Model SHA-256", model)
     content = io.BytesIO()
-    Image.fromarray(picture).save(content, "PNG")
+    picture.save(content, "PNG", pnginfo=words)
     return content.getvalue()

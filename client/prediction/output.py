@@ -314,10 +314,12 @@ def check_target(target: Path) -> None:
     if os.path.lexists(target) and place.is_dir() and not (place / _ANSWERS).exists():
         with suppress(OSError), locked(place):
             shutil.rmtree(place)
-    if os.path.lexists(target) or not target.parent.is_dir():
+    if os.path.lexists(target):
         raise ConfigError(
-            f"{target}: results cannot be put there; expected a new name in a folder that is there"
+            f"{target}: is there already, and nothing is written over; expected a new name"
         )
+    if not target.parent.is_dir():
+        raise ConfigError(f"{target}: there is no folder {target.parent} to put it into")
 
 
 def flattened(row: Row) -> Iterator[tuple[str, Any]]:

@@ -197,6 +197,7 @@ class Summary:
         refused: what was not, and why.
         not_made: reports and segmentations that could not be made, and why.
         decisions: how many images, or studies, each class was decided for.
+        caveats: of ``images`` and of ``studies``, how many must be read with each.
     """
 
     images: int = 0
@@ -205,6 +206,7 @@ class Summary:
     refused: list[NotUsed] = field(default_factory=list)
     not_made: list[NotUsed] = field(default_factory=list)
     decisions: Counter[str] = field(default_factory=Counter)
+    caveats: dict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
 
     def add(self, entry: Entry) -> None:
         """Count what is said of one study."""
@@ -212,6 +214,9 @@ class Summary:
         self.studies += len(entry.rows["studies"])
         self.refused += [NotUsed(row["file"], row["reason"]) for row in entry.rows["refused"]]
         self.not_made += [NotUsed(row["what"], row["reason"]) for row in entry.rows["not_made"]]
+        for part in ("images", "studies"):
+            for row in entry.rows[part]:
+                self.caveats[part].update(row["caveats"] if row.get("seen", True) else ())
         for row in (*entry.rows["images"], *entry.rows["studies"]):
             decided = row.get("model_decision", ())
             self.decisions.update([decided] if isinstance(decided, str) else decided)

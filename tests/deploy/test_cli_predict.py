@@ -90,6 +90,9 @@ def test_studies_are_answered_in_worker_processes_and_summed_up(
     assert "3.dcm" not in said.out + said.err
     assert "'MR'" in found["refused"][0]["reason"]
     assert len(list((out / "sr").iterdir())) == 2
+    assert "To be borne in mind" in said.out
+    assert len({row["caveats"][0] for row in found["images"]}) == 1
+    assert found["images"][0]["caveats"][0].split()[0] in said.out
 
 
 def test_where_nothing_is_answered_it_says_so_and_fails(
@@ -171,5 +174,15 @@ def test_a_folder_that_is_there_is_never_written_into(
 ) -> None:
     said = cloister("predict", run, source, source, "--unsigned")
     assert said.code == 2
-    assert "expected a new name" in said.err
+    assert "is there already" in said.err
     assert len(list(source.iterdir())) == 4
+
+
+def test_a_source_that_is_not_there_is_said_before_anything_of_the_model(
+    cloister: Cloister, run: Path
+) -> None:
+    said = cloister("predict", run, run.parent / "nowhere", run.parent / "out", "--unsigned")
+    assert said.code == 2
+    assert "nowhere" in said.err
+    assert "signed" not in said.out + said.err
+    assert not (run.parent / "out").exists()

@@ -1117,9 +1117,16 @@ def test_an_answer_is_explained_by_a_picture_that_nothing_of_a_patient_names(
         "explanations/000001.png",
         row["model_decision"],
     )
-    picture = np.asarray(Image.open(found.folder / row["explanation"]))
-    assert picture.shape[1] > 2 * picture.shape[0]  # the image, and a map by each method
+    opened = Image.open(found.folder / row["explanation"])
+    assert f"for the class: {row['model_decision']}\n" in opened.info["Description"]
+    assert "Not for clinical use" in opened.info["Description"]
+    assert opened.info["Model SHA-256"] == model.package.model_sha256
+    picture = np.asarray(opened)
     assert (picture[..., 0] != picture[..., 2]).any()
+    words = picture[-20:]  # beneath the maps: black on white
+    assert words.max() == 255
+    assert words.min() == 0
+    assert (words[..., 0] == words[..., 2]).all()
     assert (found.folder / row["explanation"]).stat().st_mode & 0o777 == 0o600
     with pytest.raises(ConfigError, match="cannot be explained"):
         Explainer(clinic.model(**DETECTION))

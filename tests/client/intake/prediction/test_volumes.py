@@ -310,6 +310,20 @@ def test_a_multi_frame_object_is_a_volume_too(clinic: Any, model: Any) -> None:
     assert (np.asarray(back) == true[::-1]).all()  # its frames run from the last slice to the first
 
 
+def test_masks_of_an_object_too_large_to_hold_are_not_made_and_cost_no_answer(
+    clinic: Any, model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("client.prediction.dicom_objects._MOST_PIXELS", 1000)
+    clinic.hospital.folder.mkdir(exist_ok=True)
+    _enhanced().save_as(clinic.hospital.folder / "e.dcm", enforce_file_format=True)
+    asked = model(spacing=list(SPACING))
+    found = clinic.answer(asked, additions=(Segmentations(asked.package),))
+    assert len(found.json["images"]) == 1
+    (lost,) = found.json["not_made"]
+    assert "at most 1000 pixels" in lost["reason"]
+    assert found.files("seg") == []
+
+
 def _enhanced() -> Any:
     """`drawn` as one enhanced CT, its last slice first."""
     meta = FileMetaDataset()
