@@ -80,12 +80,9 @@ def predict(
 
     Example: `cloister predict chest.package /archive/today answers --node north --sr`
     """
-    from client.intake.items import check_source
     from client.prediction.answering import Model
-    from client.prediction.output import check_target
 
-    check_target(out)
-    check_source(studies)
+    _check_places(studies, out)
     package = opened_model(model, node, authority, unsigned=unsigned, expect=expect)
     opened = Model(package)
     made = _additions(opened, sr=sr, seg=seg)
@@ -94,6 +91,15 @@ def predict(
     cohort = _cohort(studies, node, cohort_key)
     _print_model(opened)
     _conclude(_shown(order, cohort), out, _thing(opened))
+
+
+def _check_places(studies: Path, out: Path) -> None:
+    """Before the model is looked at, of which a lot is said."""
+    from client.intake.items import check_source
+    from client.prediction.output import check_target
+
+    check_target(out)
+    check_source(studies)
 
 
 def _order(model: Model, studies: Path, out: Path, *, explain: bool) -> Order:
