@@ -48,6 +48,7 @@ from client.prediction.reading import (
     PreparedSeries,
     PrepareSeries,
     StudyReader,
+    is_one_patient,
     reason_of,
 )
 from client.prediction.rows import NOTHING, UNPLACED, Row, Rows, Seen, Study, asked_of
@@ -67,6 +68,7 @@ COPY = "a copy of another object, byte for byte, which is answered"
 AMBIGUOUS = "other bytes have the same SOP Instance UID: one of them has a wrong one"
 TWO_PATIENTS = "its study names two patients: whose it is, is not known"
 TWO_ORDERS = "the objects of its study have different accession numbers"
+TWO_NAMES = "the objects of its study name its one patient in different ways"
 UNEXPLAINED = "what moved its answer could not be drawn"
 NOT_WRITTEN = "what is said of it holds a number that is none"
 NOT_MADE = "it could not be made"
@@ -350,8 +352,10 @@ class _Prediction:
         by_place = {item.place: item for item in items}
         wanted = self._wanted(self._looked(items, readers))
         self._orders: defaultdict[str, set[str]] = defaultdict(set)
+        self._names: defaultdict[str, set[str]] = defaultdict(set)
         for named in wanted:
             self._orders[named.study].add(named.accession)
+            self._names[named.study] |= {named.name} - {""}
         units = self._units([named for named in wanted if self._is_new(named)])
         done = len(wanted) - sum(map(len, units))
         replies = readers.map(self._question(unit, by_place) for unit in units)
@@ -448,14 +452,15 @@ class _Prediction:
 
     def _of_one_patient(self, found: Sequence[Named]) -> Iterator[Named]:
         """The objects of studies that are of one patient, as a study has to be (PS3.3 A.1.2)."""
-        patients: defaultdict[str, set[tuple[str, str]]] = defaultdict(set)
+        studies: defaultdict[str, list[Named]] = defaultdict(list)
         for named in found:
-            patients[named.study].add((named.issuer, named.patient))
-        for named in found:
-            if len(patients[named.study]) > 1:
-                self.refuse(named, TWO_PATIENTS)
+            studies[named.study].append(named)
+        for objects in studies.values():
+            if is_one_patient(objects):
+                yield from objects
             else:
-                yield named
+                for named in objects:
+                    self.refuse(named, TWO_PATIENTS)
 
     def _whole(self, found: Sequence[Named]) -> Iterator[Named]:
         """The objects of series of which none was refused: a volume that lost its end looks whole.
@@ -496,7 +501,8 @@ class _Prediction:
         self, entry: Entry, read: Iterable[tuple[list[Named], Any]], done: int, total: int
     ) -> Iterator[tuple[Seen, Any]]:
         """The images or volumes of a study; what cannot be read is refused on the way."""
-        said = (TWO_ORDERS,) if len(self._orders[entry.study]) > 1 else ()
+        several = ((TWO_ORDERS, self._orders), (TWO_NAMES, self._names))
+        said = tuple(caveat for caveat, of in several if len(of[entry.study]) > 1)
         for unit, reply in read:
             entry.objects += [named.key for named in unit]
             self._progress("Answering", done + len(entry.objects), total)

@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import BinaryIO
+from unicodedata import normalize
 
 import numpy as np
 from numpy.typing import NDArray
@@ -62,6 +64,9 @@ class Named:
         place: its path within the source.
         sha256: of its bytes.
         issuer: of the patient's identifier, without which that may be of two patients.
+        name: the patient's, as names are compared; of several ways to write it the first.
+        birth: the patient's date of birth.
+        sex: the patient's.
         number: its Instance Number, or the last there can be.
     """
 
@@ -76,6 +81,9 @@ class Named:
     sop_class: str = ""
     modality: str = ""
     number: int = _LAST
+    name: str = ""
+    birth: str = ""
+    sex: str = ""
 
     @property
     def key(self) -> str:
@@ -425,7 +433,27 @@ def _named(place: str, sha256: str, header: Dataset) -> Named:
         sop_class=said("SOPClassUID"),
         modality=said("Modality"),
         number=int(number) if number.isdecimal() and len(number) < _DIGITS else _LAST,
+        name=_compared(said("PatientName")),
+        birth="".join(filter(str.isdecimal, said("PatientBirthDate"))),
+        sex=said("PatientSex").upper(),
     )
+
+
+def is_one_patient(objects: Iterable[Named]) -> bool:
+    """Whether objects may be of one patient; a patient without an identifier is told by the name.
+
+    Who has one identifier, but two names, may have married, or was spelled in two ways.
+    """
+    every = list(objects)
+    whose = {(one.issuer, one.patient, "" if one.patient else one.name) for one in every}
+    births, sexes = ({getattr(one, of) for one in every} - {""} for of in ("birth", "sex"))
+    return max(map(len, (whose, births, sexes))) <= 1
+
+
+def _compared(name: str) -> str:
+    """A name, of which case, width, and how its parts are set apart say nothing (PS3.5 6.2.1)."""
+    ways = (way.replace("^", " ").split() for way in normalize("NFKC", name).casefold().split("="))
+    return next(filter(None, map(" ".join, ways)), "")
 
 
 def check_same(stream: BinaryIO, sha256: str) -> None:

@@ -41,6 +41,7 @@ from client.prediction.predict import (
     COPY,
     NOT_NUMBERS,
     NOT_WRITTEN,
+    TWO_NAMES,
     TWO_ORDERS,
     TWO_PATIENTS,
     UNEXPLAINED,
@@ -359,6 +360,55 @@ def test_a_study_of_two_patients_is_of_none(clinic: Any, other: dict[str, str]) 
     assert found.refused == dict.fromkeys(["a.dcm", "b.dcm"], TWO_PATIENTS)
     assert [row["file"] for row in found.json["images"]] == ["c.dcm"]
     assert len(found.files("sr")) == 1
+
+
+DOE = {"PatientName": "Doe^Jane", "PatientBirthDate": "19500101", "PatientSex": "F"}
+TWO_PEOPLE: list[tuple[str, dict[str, str]]] = [
+    ("1", {"PatientName": "Roe^Max", "PatientBirthDate": "19600101"}),
+    ("1", {"PatientBirthDate": "19500102"}),
+    ("1", {"PatientSex": "M"}),
+    ("", {"PatientName": "Roe^Jane"}),
+    ("", {"PatientName": ""}),
+    ("", {"PatientSex": "M"}),
+]
+ONE_PERSON: list[tuple[str, dict[str, str], bool]] = [
+    ("1", {"PatientName": "Roe^Jane"}, True),
+    ("1", {"PatientName": "", "PatientBirthDate": "", "PatientSex": ""}, False),
+    ("", {"PatientName": "DOE^JANE^^", "PatientBirthDate": "1950.01.01"}, False),
+    ("", {"PatientName": "Doe Jane==\uff24\uff4f\uff45", "PatientSex": ""}, False),
+]
+
+
+@pytest.mark.filterwarnings("ignore:.*:UserWarning:pydicom")
+@pytest.mark.parametrize(("identifier", "other"), TWO_PEOPLE, ids=str)
+def test_a_study_of_two_people_under_one_identifier_is_of_neither(
+    clinic: Any, identifier: str, other: dict[str, str]
+) -> None:
+    of = {"StudyInstanceUID": "1.2.3.1", "PatientID": identifier, **DOE}
+    clinic.hospital.film("a.dcm", **of)
+    clinic.hospital.film("b.dcm", **of | other)
+    model = clinic.model()
+    found = clinic.answer(model, additions=(Reports(model.package),))
+    assert found.refused == dict.fromkeys(["a.dcm", "b.dcm"], TWO_PATIENTS)
+    assert found.files("sr") == []
+
+
+@pytest.mark.filterwarnings("ignore:.*:UserWarning:pydicom")
+@pytest.mark.parametrize(("identifier", "other", "named"), ONE_PERSON, ids=str)
+def test_one_person_may_be_written_in_two_ways_and_another_name_is_said(
+    clinic: Any, identifier: str, other: dict[str, str], named: bool
+) -> None:
+    of = {"StudyInstanceUID": "1.2.3.1", "PatientID": identifier, **DOE}
+    clinic.hospital.film("a.dcm", **of)
+    clinic.hospital.film("b.dcm", **of | other | {"SpecificCharacterSet": "ISO_IR 192"})
+    model = clinic.model()
+    found = clinic.answer(model, additions=(Reports(model.package),))
+    assert found.refused == {}
+    rows = [*found.json["images"], *found.json["studies"]]
+    assert [TWO_NAMES in row["caveats"] for row in rows] == [named] * 3
+    (report,) = map(dcmread, found.files("sr"))
+    said = [one.value for one in report.iterall() if one.keyword == "TextValue"]
+    assert sum(TWO_NAMES in text for text in said) == 2 * named
 
 
 def test_two_accession_numbers_of_a_study_are_said_of_each_image(clinic: Any) -> None:
