@@ -433,7 +433,7 @@ def _named(place: str, sha256: str, header: Dataset) -> Named:
         sop_class=said("SOPClassUID"),
         modality=said("Modality"),
         number=int(number) if number.isdecimal() and len(number) < _DIGITS else _LAST,
-        name=_compared(said("PatientName")),
+        name="" if tag_for_keyword("PatientName") == last else _name_of(header),
         birth="".join(filter(str.isdecimal, said("PatientBirthDate"))),
         sex=said("PatientSex").upper(),
     )
@@ -450,9 +450,13 @@ def is_one_patient(objects: Iterable[Named]) -> bool:
     return max(map(len, (whose, births, sexes))) <= 1
 
 
-def _compared(name: str) -> str:
-    """A name, of which case, width, and how its parts are set apart say nothing (PS3.5 6.2.1)."""
-    ways = (way.replace("^", " ").split() for way in normalize("NFKC", name).casefold().split("="))
+def _name_of(header: Dataset) -> str:
+    """The patient's name; case, width, and how its parts are set apart say nothing (PS3.5 6.2.1).
+
+    Of several ways to write it the first.
+    """
+    name = normalize("NFKC", str(header.get("PatientName") or "")).casefold()
+    ways = (way.replace("^", " ").split() for way in name.split("="))
     return next(filter(None, map(" ".join, ways)), "")
 
 
