@@ -320,6 +320,16 @@ def check_folder(
     return Checked(manifest, signer)
 
 
+def origins_in(path: Path, checked: Checked) -> frozenset[str]:
+    """`origins_of` the spec and the card in a checked folder of any kind.
+
+    Raises:
+        PackageError: if one of them is missing, cannot be read, or is no longer what was checked.
+    """
+    there = _Reader(path, checked)
+    return origins_of(there.spec(), there.card())
+
+
 def origins_of(spec: RunSpec, card: Mapping[str, Any]) -> frozenset[str]:
     """SHA-256 of the weights that a card is of, and of those one step before them.
 

@@ -140,6 +140,8 @@ class Task(Section):
     def _classes_differ(self) -> Self:
         if len(set(self.classes)) != len(self.classes):
             raise ValueError("classes must be different from each other")
+        if unfit := [name for name in self.classes if not (name.strip() and name.isprintable())]:
+            raise ValueError(f"classes {unfit!r}: expected names that can be printed")
         return self
 
     @property

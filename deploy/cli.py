@@ -26,6 +26,7 @@ from deploy.cli_model import export, verify_model  # noqa: E402
 from deploy.cli_node import node_app  # noqa: E402
 from deploy.cli_optimise import optimise  # noqa: E402
 from deploy.cli_predict import predict  # noqa: E402
+from deploy.screen import printable  # noqa: E402
 from deploy.workers import fork_server  # noqa: E402
 
 app = typer.Typer(
@@ -231,6 +232,7 @@ def main() -> None:
     try:
         app(prog_name="cloister")
     except CloisterError as error:
-        shown = Text.assemble(("error:", "red"), f" {error}")  # its brackets are no markup
+        said = "\n".join(map(printable, str(error).split("\n")))
+        shown = Text.assemble(("error:", "red"), f" {said}")  # its brackets are no markup
         Console(stderr=True).print(shown, soft_wrap=True)
         raise SystemExit(2) from None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from enum import StrEnum
 from pathlib import Path
@@ -130,8 +129,7 @@ def verify_model(
 
     Example: `cloister verify-model chest.model --node /srv/cloister`
     """
-    from common.package import CARD, SPEC, Package, check_folder, origins_of
-    from common.spec import RunSpec
+    from common.package import Package, check_folder, origins_in
 
     believed = believed_authority(node, authority)
     checked = check_folder(folder, authority=believed, unsigned=unsigned)
@@ -140,8 +138,7 @@ def verify_model(
             raise ConfigError(
                 f"--expect {expect}: is of packages; this is an export as {checked.manifest.kind}"
             )
-        spec = RunSpec.from_json((folder / SPEC).read_text(), source=str(folder / SPEC))
-        _check_withdrawn(folder, node, origins_of(spec, json.loads((folder / CARD).read_bytes())))
+        _check_withdrawn(folder, node, origins_in(folder, checked))
         _say(f"{folder} is whole: a model as {checked.manifest.kind}.")
     else:
         model = Package.open(folder, authority=believed, unsigned=unsigned)

@@ -240,7 +240,7 @@ def _conclude(summary: Summary, out: Path, thing: str) -> None:
     if summary.before:
         table.add_row("of these by an earlier start", str(summary.before))
     for name, count in summary.decisions.most_common():
-        table.add_row(f"decided for {escape(name)}", str(count))
+        table.add_row(f"decided for {escape(printable(name))}", str(count))
     console.print(table)
     _print_caveats(summary, thing)
     console.print(

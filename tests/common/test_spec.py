@@ -529,6 +529,14 @@ WRONG = {
         changed('"normal", "finding"', '"normal", "normal"'),
         ["run.toml:4: task", "different from each other"],
     ),
+    "a class that would steer a terminal": (
+        changed('"normal", "finding"', r'"normal", "\u001b[2J"'),
+        ["run.toml:4: task", "names that can be printed"],
+    ),
+    "a class without a name": (
+        changed('"normal", "finding"', '"normal", " "'),
+        ["run.toml:4: task", "names that can be printed"],
+    ),
     "three classes for two": (
         changed('"normal", "finding"', '"a", "b", "c"'),
         ["run.toml:4: task", "exactly two classes"],
@@ -769,13 +777,14 @@ def test_a_run_of_one_step_takes_the_full_rate():
 rates = st.floats(1e-6, 1e3)
 fractions = st.floats(0, 0.99)
 texts = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=8)
+names = texts.filter(lambda text: text.isprintable() and bool(text.strip()))
 
 
 @st.composite
 def specs(draw: st.DrawFn) -> RunSpec:
     """Any run: not sensible, but valid."""
     rounds = draw(st.integers(1, 500))
-    classes = draw(st.lists(texts, min_size=2, max_size=5, unique=True))
+    classes = draw(st.lists(names, min_size=2, max_size=5, unique=True))
     privacy = draw(
         st.sampled_from(
             [

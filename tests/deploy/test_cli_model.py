@@ -12,7 +12,7 @@ import pytest
 
 from common.clock import Clock
 from common.errors import ConfigError, IdentityError, PackageError
-from common.package import CARD, PERSONAL, Package, origins_of
+from common.package import CARD, MANIFEST, PERSONAL, SPEC, Manifest, Package, entry_of, origins_of
 from deploy.cli_model import believed_authority, opened_model
 from deploy.fine_tune import MUST_NOT_LEAVE
 from server.authority import Authority, NewFederation, Signed
@@ -198,3 +198,45 @@ def test_what_a_model_was_made_of_is_read_from_any_card(make_spec: Any, card: di
     spec = make_spec(start={"model_sha256": "b" * 64})
     assert origins_of(spec, card) == {"a" * 64, "b" * 64}
     assert origins_of(make_spec(), {"model": "x", "smaller": {"of_model_sha256": 3}}) == frozenset()
+
+
+@pytest.mark.parametrize(
+    ("file", "says"),
+    [
+        ((SPEC, None), SPEC),
+        ((SPEC, b"\xff\xfe"), "finished run"),
+        ((CARD, None), CARD),
+        ((CARD, b"[]"), "a JSON object"),
+        ((CARD, b"[" * 200_000), "no JSON"),
+        ((CARD, b"\xff{"), "no JSON"),
+    ],
+)
+def test_an_export_that_is_whole_and_makes_no_sense_is_refused_in_a_line(
+    cloister: Cloister,
+    make_spec: Callable[..., Any],
+    tmp_path: Path,
+    file: tuple[str, bytes | None],
+    says: str,
+):
+    found = dict([(SPEC, make_spec().canonical_json.encode()), (CARD, b"{}"), file])
+    there = {each: inner for each, inner in found.items() if inner is not None}
+    for each, inner in there.items():
+        (tmp_path / each).write_bytes(inner)
+    files = {each: entry_of(tmp_path / each) for each in there}
+    made = Manifest(kind="onnx", made=Clock().date(), files=files)
+    (tmp_path / MANIFEST).write_text(made.model_dump_json())
+    said = cloister("verify-model", tmp_path, "--unsigned")
+    assert said.code == 2
+    assert says in said.words
+
+
+def test_the_name_of_a_file_steers_no_terminal(cloister: Cloister, tmp_path: Path):
+    (tmp_path / "a").touch()
+    files = {"a": entry_of(tmp_path / "a")}
+    made = Manifest(kind="onnx", made=Clock().date(), files=files)
+    (tmp_path / MANIFEST).write_text(made.model_dump_json())
+    (tmp_path / "a\x1b]0;owned\x07\x1b[2J").symlink_to(tmp_path)
+    said = cloister("verify-model", tmp_path, "--unsigned")
+    assert said.code == 2
+    assert "\\x1b[2J" in said.err
+    assert "\x1b" not in said.err
