@@ -53,7 +53,7 @@ from client.prediction.reading import (
 )
 from client.prediction.rows import NOTHING, UNPLACED, Row, Rows, Seen, Study, asked_of
 from client.prediction.tables import columns_of, every_line, head_of, warnings_of
-from common.cohort import PIXEL_MAX, Cohort
+from common.cohort import PIXEL_MAX, Cohort, index_file
 from common.errors import CohortError, ConfigError, IntakeError, PackageError
 from common.files import disk_refuses
 from common.package import Package
@@ -268,20 +268,27 @@ def predict_cohort(order: Order, cohort: Cohort, progress: Progress | None = Non
     if order.additions:
         names = " and ".join(f"a {addition.name}" for addition in order.additions)
         raise ConfigError(f"{cohort.path}: {names} needs DICOM files, and this is a cohort")
-    with _results(order, cohort.path) as results:
+    with _results(order, cohort.path, cohort) as results:
         work = _Prediction(order, results, progress or _silent)
         work.cohort(cohort)
         work.finish({"identities": PSEUDONYMS})
     return work.summary
 
 
-def _results(order: Order, source: Path) -> AbstractContextManager[Results]:
+def _results(
+    order: Order, source: Path, cohort: Cohort | None = None
+) -> AbstractContextManager[Results]:
     model = order.model
-    return Results.at(order.target, asked(order, source), columns_of(model), every_line(model))
+    question = asked(order, source, cohort)
+    return Results.at(order.target, question, columns_of(model), every_line(model))
 
 
-def asked(order: Order, source: Path) -> dict[str, str]:
-    """All that an answer depends on, in words, so that no folder has answers to two questions."""
+def asked(order: Order, source: Path, cohort: Cohort | None = None) -> dict[str, str]:
+    """All that an answer depends on, in words, so that no folder has answers to two questions.
+
+    The objects of a source are told apart by their bytes; a cohort's images have but numbers, which
+    mean something in this cohort alone. Its index has the SHA-256 of each of them.
+    """
     package = order.model.package
     made = ["tables", *(one.name for one in order.additions)]
     calibration = "" if package.calibration is None else package.calibration.model_dump_json()
@@ -294,11 +301,16 @@ def asked(order: Order, source: Path) -> dict[str, str]:
         "the profile": _digest(order.profile.model_dump_json()),
         "what is made": " and ".join([*made, *["explanation"] * (order.pictures is not None)]),
         "the source": str(source.resolve()),
-    }
+    } | ({} if cohort is None else {"the cohort": _digest_of(index_file(cohort.path))})
 
 
 def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _digest_of(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def _silent(_what: str, _done: int, _total: int) -> None: ...

@@ -22,7 +22,8 @@ from client.intake.deid.profile import Profile
 from client.prediction.dicom_objects import Reports
 from client.prediction.explained import Explainer
 from client.prediction.output import Results, working_folder
-from client.prediction.predict import LATE, Order, predict
+from client.prediction.predict import LATE, Order, predict, predict_cohort
+from common.cohort import Cohort
 from common.errors import ConfigError, RunError
 
 STUDIES = 7
@@ -153,6 +154,45 @@ def test_answers_to_two_questions_are_never_in_one_folder(
         predict(asked(source, "out", **other(source)), pool=source.in_this_process)
     assert {path: path.read_bytes() for path in place.rglob("*") if path.is_file()} == before
     predict(asked(source, "another", **other(source)), pool=source.in_this_process)
+
+
+def cohort_of(clinic: Any, seed: int) -> Any:
+    """Four studies of four patients, of whom no other seed has one, always at the same place."""
+    place = clinic.hospital.place
+    for old in (clinic.hospital.folder, place / "cohort", place / "cohort.intake"):
+        shutil.rmtree(old, ignore_errors=True)
+    generator = np.random.default_rng(seed)
+    for number in range(4):
+        values = generator.integers(0, 4096, (20, 30), dtype=np.uint16)
+        named = {"StudyInstanceUID": f"1.2.{seed}.{number}", "PatientID": f"S{seed}P{number}"}
+        clinic.hospital.film(f"{number}.dcm", values, **named)
+    labels = {f"S{seed}P{number}": "normal" for number in range(4)}
+    return clinic.hospital.take_in(clinic.hospital.labels(labels)).cohort
+
+
+def test_a_cohort_that_took_the_place_of_another_gets_its_own_answers(
+    clinic: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, cohort = clinic.model(), cohort_of(clinic, 7)
+    order = Order(model, cohort.path, clinic.hospital.place / "out")
+    with monkeypatch.context() as patch:
+        stop_at(patch, "commit", 3)
+        with pytest.raises(Killed):
+            predict_cohort(order, cohort)
+    kept = clinic.hospital.place / "kept"
+    shutil.copytree(cohort.path, kept)
+    other = cohort_of(clinic, 8)
+    assert other.path == cohort.path
+    with pytest.raises(ConfigError, match=r"the cohort was [0-9a-f]{64}, and is [0-9a-f]{64}\."):
+        predict_cohort(order, other)
+    predict_cohort(replace(order, target=clinic.hospital.place / "another"), other)
+    told = {row["patient_id"] for row in said(clinic.hospital.place / "another")["images"]}
+    assert told == set(other.patients)
+    shutil.rmtree(other.path)
+    kept.rename(cohort.path)
+    assert predict_cohort(order, Cohort.open(cohort.path)).before == 2
+    told = {row["patient_id"] for row in said(order.target)["images"]}
+    assert told == set(cohort.patients)
 
 
 def test_what_came_to_a_study_that_was_answered_is_refused_and_the_rest_is_new(
