@@ -1,14 +1,15 @@
 """What part of the body an image shows, as its header says.
 
-Body Part Examined (0018,0015) goes first. Where it is empty, the codes of Anatomic Region Sequence
-(0008,2218) are read, of an enhanced object those of its Frame Anatomy Sequence (PS3.3
-C.7.6.16.2.8) as well, and translated into the defined terms of Body Part Examined by PS3.16 Table
-L-1. Codes of SNOMED RT, with which older objects are written, become those of SNOMED CT first.
+Where a frame of an enhanced object has a Frame Anatomy Sequence (PS3.3 C.7.6.16.2.8) of its own,
+the codes in it go first. Then comes Body Part Examined (0018,0015); where that is empty, the codes
+of Anatomic Region Sequence (0008,2218), of an enhanced object those of all its frames as well.
+Codes are translated into the defined terms of Body Part Examined by PS3.16 Table L-1; those of
+SNOMED RT, with which older objects are written, become those of SNOMED CT first.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from pydicom.dataset import Dataset
 from pydicom.sr._snomed_dict import mapping
@@ -56,21 +57,61 @@ PARTS = dict(row.split() for row in _TABLE.replace("\n", " ").split(","))
 def body_parts(header: Dataset) -> tuple[str, ...]:
     """The parts of the body that a header names, in capitals, each once; none if it names none.
 
-    Body Part Examined says one; a sequence of regions may say several.
+    Of frames that have an anatomy of their own these are the parts of any.
     """
-    said = text_of(header, "BodyPartExamined").upper()
-    return (said,) if said else tuple(dict.fromkeys(_regions(header)))
+    common = _common(header)
+    frames = items_of(header, "PerFrameFunctionalGroupsSequence") or [Dataset()]
+    return _once(part for frame in frames for part in _once(_of_group(frame)) or common)
 
 
-def _regions(header: Dataset) -> Iterator[str]:
-    shared = items_of(header, "SharedFunctionalGroupsSequence")[:1]
-    frames = items_of(header, "PerFrameFunctionalGroupsSequence")
-    groups = (*shared, *frames)
-    anatomy = (item for group in groups for item in items_of(group, "FrameAnatomySequence"))
-    for level in (header, *anatomy):
-        for code in items_of(level, "AnatomicRegionSequence"):
-            scheme, value = (text_of(code, k) for k in ("CodingSchemeDesignator", "CodeValue"))
-            if scheme in _RETIRED:
-                scheme, value = "SCT", mapping["SRT"].get(value, "")
-            if scheme == "SCT" and value in PARTS:
-                yield PARTS[value]
+def parts_of_frame(header: Dataset, number: int) -> tuple[str, ...]:
+    """The parts of the body that frame `number`, from 0, shows, as `body_parts` has them."""
+    return _own(header, number) or _common(header)
+
+
+def contradicts(header: Dataset, number: int) -> bool:
+    """Whether the codes that hold for frame `number`, from 0, lack the part that the word names."""
+    word = _word(header)
+    coded = _own(header, number) or _once(_of_all(header))
+    return bool(word and coded) and word not in coded
+
+
+def _common(header: Dataset) -> tuple[str, ...]:
+    """What is said of the whole object; the word goes first, and says one."""
+    word = _word(header)
+    return (word,) if word else _once(_of_all(header))
+
+
+def _word(header: Dataset) -> str:
+    return text_of(header, "BodyPartExamined").upper()
+
+
+def _own(header: Dataset, number: int) -> tuple[str, ...]:
+    """What codes say of a frame alone."""
+    groups = items_of(header, "PerFrameFunctionalGroupsSequence")[number : number + 1]
+    return _once(part for group in groups for part in _of_group(group))
+
+
+def _of_all(header: Dataset) -> Iterator[str]:
+    """What codes say of all frames of an object."""
+    yield from _regions(header)
+    for group in items_of(header, "SharedFunctionalGroupsSequence")[:1]:
+        yield from _of_group(group)
+
+
+def _of_group(group: Dataset) -> Iterator[str]:
+    for anatomy in items_of(group, "FrameAnatomySequence"):
+        yield from _regions(anatomy)
+
+
+def _regions(level: Dataset) -> Iterator[str]:
+    for code in items_of(level, "AnatomicRegionSequence"):
+        scheme, value = (text_of(code, k) for k in ("CodingSchemeDesignator", "CodeValue"))
+        if scheme in _RETIRED:
+            scheme, value = "SCT", mapping["SRT"].get(value, "")
+        if scheme == "SCT" and value in PARTS:
+            yield PARTS[value]
+
+
+def _once(parts: Iterable[str]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(parts))

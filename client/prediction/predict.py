@@ -519,6 +519,8 @@ class _Prediction:
             entry.objects += [named.key for named in unit]
             self._progress("Answering", done + len(entry.objects), total)
             if isinstance(reply, Prepared) and not reply.reason:
+                if reply.left_out:
+                    self.refuse(unit[0], reply.left_out, entry)
                 for frame in reply.frames:
                     told = replace(frame, caveats=(*frame.caveats, *said))
                     yield Seen(unit[0], told, reply.size, reply.count), frame.pixels

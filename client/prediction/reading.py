@@ -11,8 +11,9 @@ is the opposite of a cohort's: the true identifiers, by which a hospital can act
 from __future__ import annotations
 
 import hashlib
+import itertools
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import BinaryIO
@@ -37,7 +38,7 @@ from client.intake.pixels import placement, to_shape
 from client.intake.quiet import quiet
 from client.intake.scans import ScanFrame, brightness_of, frame_of_scan
 from client.intake.volumes import volume_of
-from client.prediction.anatomy import body_parts
+from client.prediction.anatomy import body_parts, contradicts, parts_of_frame
 from client.prediction.geometry import Scan, Source
 from common.errors import IntakeError
 from common.spec import MOST_VOXELS, Input, Use
@@ -45,12 +46,14 @@ from common.spec import MOST_VOXELS, Input, Use
 _UID = re.compile(r"[0-9]{1,64}(\.[0-9]{1,64})*")
 _LONGEST_UID = 64
 _PIECE = 2**20
+_MOST_RUNS = 20
 _LAST, _DIGITS = 2**31 - 1, 10
 _LEAST_SPACING, _MOST_SPACING, _FARTHEST = 1e-4, 1e4, 1e6  # mm
 NOWHERE = "where it lies cannot be: areas and volumes are not known"
 _SEEN_AS_CUT = 0.5  # pixels: less is rounding
 BLANKED = "what looks like text was blanked in some of its slices"
 CUT_OFF = "what does not fit the model's input was cut off, and was not seen"
+TWO_PARTS = "its Body Part Examined and the codes of its region name different parts of the body"
 CHANGED = "it was changed while it was being read"
 NO_MODALITY = "the model does not say for which modalities it is meant"
 NO_BODY_PART = "the model does not say for which body parts it is meant"
@@ -134,12 +137,14 @@ class Prepared:
         size: rows and columns of the source.
         frames: that are answered.
         count: how many frames the object has.
+        left_out: which frames are not answered, and why; empty if all are that the run takes.
     """
 
     reason: str = ""
     size: tuple[int, int] = (0, 0)
     frames: tuple[Frame, ...] = ()
     count: int = 0
+    left_out: str = ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -266,11 +271,13 @@ class StudyReader:
         clean, said = self.deidentify(file.header), caveats_of(self.use, file.header)
         if self._cut_off(geometry):
             said = (*said, CUT_OFF)
-        frames = tuple(
-            self._frame(file.header, clean, decode, number, said)
-            for number in frames_of(geometry, self.settings, self.limits)
-        )
-        return Prepared("", (geometry.rows, geometry.columns), frames, geometry.frames)
+        wanted = frames_of(geometry, self.settings, self.limits)
+        shown = [number for number in wanted if is_meant(self.use, file.header, number)]
+        left_out = _left_out(self.use, file.header, sorted({*wanted} - {*shown}))
+        if not shown:
+            raise IntakeError(left_out)
+        frames = tuple(self._frame(file.header, clean, decode, number, said) for number in shown)
+        return Prepared("", (geometry.rows, geometry.columns), frames, geometry.frames, left_out)
 
     def _prepare_series(self, task: PrepareSeries) -> PreparedSeries:
         try:
@@ -317,7 +324,13 @@ class StudyReader:
             raise IntakeError(f"its series has more than {MOST_VOXELS} voxels, which are not held")
         decode, clean = FrameDecoder(file, element, geometry), self.deidentify(file.header)
         said |= dict.fromkeys(caveats_of(self.use, file.header))
-        for number in range(geometry.frames):
+        every = range(geometry.frames)
+        strange = [number for number in every if not is_meant(self.use, file.header, number)]
+        if strange:
+            raise IntakeError(_left_out(self.use, file.header, strange))
+        for number in every:
+            if contradicts(file.header, number):
+                said[TWO_PARTS] = None
             stored = decode(number)
             shown = brightness(stored, clean.header, number, self.settings.window)
             kept = clean.frame(number, shown)
@@ -345,6 +358,8 @@ class StudyReader:
         """What the intake does to a frame of a file for a cohort (`client.intake.dicom`)."""
         shown = brightness(decode(number), clean.header, number, self.settings.window)
         kept = clean.frame(number, shown)
+        if contradicts(header, number):
+            said = (*said, TWO_PARTS)
         if kept.boxes:
             said = (*said, f"what looks like text was blanked: {counted(len(kept.boxes))} boxes")
         plane = None
@@ -381,6 +396,32 @@ def check_use(use: Use, header: Dataset, geometry: Geometry) -> None:
         raise IntakeError(f"{shown} sides of at least {use.smallest_side}")
     if use.largest_side is not None and max(sides) > use.largest_side:
         raise IntakeError(f"{shown} sides of at most {use.largest_side}")
+
+
+def is_meant(use: Use, header: Dataset, number: int) -> bool:
+    """Whether the model is meant for the part of the body that frame `number`, from 0, shows."""
+    return not use.body_parts or bool({*parts_of_frame(header, number)} & {*use.body_parts})
+
+
+def _left_out(use: Use, header: Dataset, frames: Sequence[int]) -> str:
+    """Why frames, numbered from 0, are not answered; empty if there are none."""
+    if not frames:
+        return ""
+    parts = dict.fromkeys(part for one in frames for part in parts_of_frame(header, one))
+    told = ", ".join(map(quoted, parts)) or "not given"
+    which = f"{'frame' if len(frames) == 1 else 'frames'} {_runs_of(frames)}"
+    meant = ", ".join(use.body_parts)
+    return f"the body part of its {which} is {told}; the model is meant for {meant}"
+
+
+def _runs_of(frames: Sequence[int]) -> str:
+    """Numbers of frames as DICOM counts, from 1, in as few words as they need, and not too many."""
+    runs = [
+        [number + 1 for _, number in run]
+        for _, run in itertools.groupby(enumerate(frames), lambda pair: pair[1] - pair[0])
+    ]
+    said = [str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs]
+    return ", ".join(said[:_MOST_RUNS]) + ", and others" * (len(said) > _MOST_RUNS)
 
 
 def caveats_of(use: Use, header: Dataset) -> tuple[str, ...]:

@@ -6,13 +6,17 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from pydicom.dataset import Dataset
 from pydicom.sr._concepts_dict import concepts
 from pydicom.sr.codedict import codes
 from pydicom.sr.coding import Code
+from pydicom.uid import EnhancedCTImageStorage
 
 from client.prediction.anatomy import PARTS, body_parts
+from client.prediction.reading import TWO_PARTS
+from client.prediction.rows import PARTLY
 
 CONCEPTS: Any = concepts
 CHEST, LIVER = codes.SCT.Chest, codes.SCT.Liver
@@ -59,6 +63,78 @@ def test_an_enhanced_object_names_it_in_its_functional_groups() -> None:
     group.FrameAnatomySequence = [anatomy]
     header.SharedFunctionalGroupsSequence = [group]
     assert body_parts(header) == ("LIVER",)
+
+
+HEAD = Code("69536005", "SCT", "Head")
+CT = {"SOPClassUID": EnhancedCTImageStorage, "Modality": "CT", "RescaleIntercept": 0,
+      "RescaleSlope": 1, "ImageType": ["ORIGINAL", "PRIMARY", "VOLUME", "NONE"]}  # fmt: skip
+
+
+def enhanced(clinic: Any, *codes: Code | None, **attributes: Any) -> None:
+    """An enhanced CT, of whose frames each has the anatomy of its own that is given, or none."""
+    frames = []
+    for code in codes:
+        group, anatomy = Dataset(), Dataset()
+        if code is not None:
+            anatomy.AnatomicRegionSequence = region(code)
+            group.FrameAnatomySequence = [anatomy]
+        frames.append(group)
+    values = np.random.default_rng(4).integers(0, 4096, (len(codes), 20, 30), dtype=np.uint16)
+    made = {**CT, "NumberOfFrames": len(codes), "PerFrameFunctionalGroupsSequence": frames}
+    made |= {"Rows": 20, "Columns": 30}
+    clinic.hospital.film("e.dcm", values, **made | attributes)
+
+
+JUDGED: list[tuple[tuple[Code | None, ...], str, list[int], str]] = [
+    ((HEAD, CHEST), "", [2], "frame 1 is 'HEAD'; the model is meant for CHEST"),
+    ((HEAD, CHEST, LIVER, HEAD), "CHEST", [2], "frames 1, 3-4 is 'HEAD', 'LIVER'; the model"),
+    ((None, CHEST), "", [2], "frame 1 is not given"),
+    ((HEAD, None), "CHEST", [2], "frame 1 is 'HEAD'"),
+    ((CHEST, CHEST), "HEAD", [1, 2], ""),
+    ((HEAD, HEAD), "CHEST", [], "its body part is 'HEAD'; the model is meant for CHEST"),
+]
+
+
+@pytest.mark.parametrize(("codes", "word", "answered", "reason"), JUDGED)
+def test_a_frame_that_says_what_it_shows_is_judged_by_that(
+    clinic: Any, codes: tuple[Code | None, ...], word: str, answered: list[int], reason: str
+) -> None:
+    enhanced(clinic, *codes, BodyPartExamined=word)
+    asked = clinic.model(use={"body_parts": ["CHEST"]}, input={"frames": "all"})
+    found = clinic.answer(asked)
+    rows = found.json["images"]
+    assert [row["frame"] for row in rows] == answered
+    assert reason in found.refused.get("e.dcm", "")
+    assert bool(reason) == bool(found.refused)
+    for row in rows:
+        alone = codes[row["frame"] - 1] is None
+        assert (TWO_PARTS in row["caveats"]) == (word == "HEAD" and not alone)
+    if rows and reason:
+        assert PARTLY.format(1) in found.json["studies"][0]["caveats"]
+    plain = clinic.answer(clinic.model(input={"frames": "all"}), "plain")
+    assert len(plain.json["images"]) == len(codes)
+
+
+def test_the_one_frame_that_is_taken_has_to_be_of_the_part(clinic: Any) -> None:
+    enhanced(clinic, CHEST, HEAD, CHEST)
+    use = {"body_parts": ["CHEST"]}
+    found = clinic.answer(clinic.model(use=use, input={"frames": "middle"}))
+    assert "frame 2 is 'HEAD'" in found.refused["e.dcm"]
+    assert clinic.answer(clinic.model(use=use, input={"frames": "first"}), "first").refused == {}
+
+
+def test_a_word_and_a_code_that_disagree_are_said(clinic: Any) -> None:
+    said = {"a": [HEAD], "b": [CHEST, HEAD], "c": []}
+    for name, codes_of in said.items():
+        of = region(*codes_of)
+        clinic.hospital.film(f"{name}.dcm", BodyPartExamined="CHEST", AnatomicRegionSequence=of)
+    found = clinic.answer(clinic.model(use={"body_parts": ["CHEST"]}))
+    caveats = {row["file"]: row["caveats"] for row in found.json["images"]}
+    assert {name: TWO_PARTS in said for name, said in caveats.items()} == {
+        "a.dcm": True,
+        "b.dcm": False,
+        "c.dcm": False,
+    }
 
 
 WORDS = {"CSPINE": "cervical", "TSPINE": "thoracic", "LSPINE": "lumbar", "CHEST": "thora",

@@ -26,7 +26,7 @@ from client.intake.take import take_in
 from client.prediction.dicom_objects import Reports, Segmentations
 from client.prediction.explained import Explainer
 from client.prediction.predict import NOT_WHOLE
-from client.prediction.reading import CUT_OFF
+from client.prediction.reading import CUT_OFF, TWO_PARTS
 from client.prediction.rows import UNPLACED
 from common.cohort import Cohort
 from common.errors import ConfigError
@@ -106,8 +106,9 @@ def write_series(
 
 @pytest.fixture
 def model(clinic: Any) -> Callable[..., Any]:
-    def _model(**seen: Any) -> Any:
-        return clinic.model(Bright(), **{**VOLUMES, "input": VOLUMES["input"] | seen})
+    def _model(use: Any = None, **seen: Any) -> Any:
+        changes = {**VOLUMES, "input": VOLUMES["input"] | seen, "use": use or {}}
+        return clinic.model(Bright(), **changes)
 
     return _model
 
@@ -308,6 +309,27 @@ def test_a_multi_frame_object_is_a_volume_too(clinic: Any, model: Any) -> None:
         ignore_spatial_locations=True, assert_missing_frames_are_empty=True,
     )  # fmt: skip
     assert (np.asarray(back) == true[::-1]).all()  # its frames run from the last slice to the first
+
+
+def test_a_volume_of_which_a_frame_shows_another_part_is_refused_whole(
+    clinic: Any, model: Any
+) -> None:
+    made = _enhanced()
+    made.BodyPartExamined = "CHEST"
+    code, anatomy = Dataset(), Dataset()
+    code.CodeValue, code.CodingSchemeDesignator, code.CodeMeaning = "69536005", "SCT", "Head"
+    anatomy.AnatomicRegionSequence = [code]
+    clinic.hospital.folder.mkdir(exist_ok=True)
+    made.save_as(clinic.hospital.folder / "e.dcm", enforce_file_format=True)
+    asked = model(use={"body_parts": ["CHEST"]}, spacing=list(SPACING))
+    assert clinic.answer(asked).refused == {}
+    made.PerFrameFunctionalGroupsSequence[3].FrameAnatomySequence = [anatomy]
+    made.save_as(clinic.hospital.folder / "e.dcm", enforce_file_format=True)
+    found = clinic.answer(asked, "again")
+    assert "its frame 4 is 'HEAD'; the model is meant for CHEST" in found.refused["e.dcm"]
+    assert found.json["images"] == []
+    (row,) = clinic.answer(model(spacing=list(SPACING)), "plain").json["images"]
+    assert TWO_PARTS in row["caveats"]
 
 
 def test_masks_of_an_object_too_large_to_hold_are_not_made_and_cost_no_answer(
