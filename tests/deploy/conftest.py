@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -61,8 +62,9 @@ made_of = cache(typer.main.get_command)
 @pytest.fixture
 def cloister(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Callable[..., Said]:
+) -> Iterator[Callable[..., Said]]:
     """`cloister("spec", "explain", path)`: the whole command line, in this process."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
     monkeypatch.setattr(typer.main, "get_command", made_of)  # once, and not at every call
     monkeypatch.setenv("COLUMNS", "100")
     monkeypatch.setenv("NO_COLOR", "1")
@@ -79,7 +81,9 @@ def cloister(
         assert isinstance(code, int)
         return Said(code, out, err)
 
-    return run
+    yield run
+    for number, handler in handlers.items():  # for the children of later tests as well
+        signal.signal(number, handler)
 
 
 OFFICE = "trial-office"

@@ -280,6 +280,8 @@ def _add_many(site: Path, start: int) -> None:
 def test_several_processes_add_at_once(site: Path, officer: Path) -> None:
     with get_context("fork").Pool(4) as pool:
         pool.starmap(_add_many, [(site, start) for start in (0, 50, 100, 150)])
+        pool.close()
+        pool.join()
 
     found = read(site / "table", officer)
 
