@@ -26,6 +26,7 @@ import csv
 import json
 import os
 import shutil
+import stat
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -127,7 +128,7 @@ class Results:
 
         Raises:
             ConfigError: if there is something already, nothing can be written there, or what waits
-                there was asked otherwise.
+                there was asked otherwise, or is not this user's alone.
             RunError: if the disk is full.
         """
         check_target(target)
@@ -136,6 +137,7 @@ class Results:
             place.mkdir(mode=0o700, exist_ok=True)
         except OSError as error:
             raise ConfigError(f"{target}: cannot be written ({error.strerror})") from error
+        _check_own(place)
         try:
             with locked(place):
                 results = cls(place, columns, every)
@@ -171,7 +173,8 @@ class Results:
         """Write a file of its own, such as ``sr/1.dcm``; it belongs to the entry that is next."""
         path = self.folder / name
         path.parent.mkdir(mode=0o700, exist_ok=True)
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+        descriptor = os.open(path, flags, 0o600)
         with os.fdopen(descriptor, "wb") as file:
             file.write(content)
             file.flush()
@@ -237,8 +240,9 @@ class Results:
             write_durably(self._place / _ASKED, json.dumps(asked).encode(), mode=0o600)
         self.folder.mkdir(mode=0o700, exist_ok=True)
         known, self._files = set(self._files), []
-        for path in [path for path in self.folder.rglob("*") if path.is_file()]:
-            if str(path.relative_to(self.folder)) not in known:
+        for path in list(self.folder.rglob("*")):
+            folder = stat.S_ISDIR(path.lstat().st_mode)
+            if not folder and str(path.relative_to(self.folder)) not in known:
                 path.unlink()
         self._count.update(name.partition("/")[0] for name in known)
 
@@ -262,7 +266,8 @@ class Results:
 
     def _lines(self) -> Iterator[bytes]:
         """The whole lines of the journal; the last one may have been cut off."""
-        with (self._place / _JOURNAL).open("rb") as journal:
+        path = self._place / _JOURNAL
+        with os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW), "rb") as journal:
             for line in journal:
                 if not line.endswith(b"\n"):
                     return
@@ -289,7 +294,7 @@ class Results:
     def _opened(path: Path, flags: int) -> TextIO:
         # The name of a file may be no text in UTF-8, and no file may stop the others.
         return os.fdopen(
-            os.open(path, os.O_WRONLY | os.O_CREAT | flags, 0o600),
+            os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | flags, 0o600),
             "w",
             encoding="utf-8",
             errors="backslashreplace",
@@ -308,7 +313,8 @@ def check_target(target: Path) -> None:
     Of a prediction that was killed when its results had their name already, what is left is gone.
 
     Raises:
-        ConfigError: if there is something already, or no folder for it.
+        ConfigError: if there is something already, or no folder for it, or where it would grow is
+            something that is not this user's alone.
     """
     place = working_folder(target)
     if os.path.lexists(target) and place.is_dir() and not (place / _ANSWERS).exists():
@@ -320,6 +326,40 @@ def check_target(target: Path) -> None:
         )
     if not target.parent.is_dir():
         raise ConfigError(f"{target}: there is no folder {target.parent} to put it into")
+    _check_own(place)
+
+
+def _check_own(place: Path) -> None:
+    """What waits is this user's, and nobody else's to open: whoever made it first would read all.
+
+    Its rights are not mended, for who has opened a file keeps it.
+
+    Raises:
+        ConfigError: otherwise.
+    """
+    folders, files = (place, place / _ANSWERS), (place / _ASKED, place / _JOURNAL)
+    for path in (*folders, *files):
+        try:
+            found = path.lstat()
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            raise ConfigError(f"{path}: cannot be looked at ({error.strerror})") from error
+        kind = "folder" if path in folders else "file"
+        is_kind = stat.S_ISDIR if kind == "folder" else stat.S_ISREG
+        if not is_kind(found.st_mode):
+            wrong = f"is a link, no {kind}" if stat.S_ISLNK(found.st_mode) else f"is no {kind}"
+        elif found.st_uid != os.geteuid():
+            wrong = "belongs to another user"
+        elif found.st_mode & 0o077:
+            wrong = f"is open to others (mode {stat.S_IMODE(found.st_mode):04o})"
+        else:
+            continue
+        raise ConfigError(
+            f"{path}: {wrong}; expected a {kind} of your own that nobody else can open, for "
+            f"answers name patients. Give another name, or remove {place}; a file system that "
+            "keeps no rights does not do"
+        )
 
 
 def flattened(row: Row) -> Iterator[tuple[str, Any]]:

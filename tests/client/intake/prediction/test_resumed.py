@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -214,6 +215,91 @@ def test_what_came_to_a_study_that_was_answered_is_refused_and_the_rest_is_new(
     files = [row["file"] for row in found["images"]]
     assert len(files) == len(set(files)) == 2 * STUDIES + 1
     assert "new.dcm" in files
+
+
+def made_before(place: Path, name: str, mode: int) -> Path:
+    """What waits, as another may have made it; all else of it is as it should be."""
+    place.mkdir(mode=0o700)
+    (place / "answers").mkdir(mode=0o700)
+    (place / "journal.jsonl").touch(mode=0o600)
+    (place / "asked.json").touch(mode=0o600)
+    (place / name).chmod(mode)
+    return place / name
+
+
+OPEN = {"": 0o001, "answers": 0o002, "journal.jsonl": 0o004, "asked.json": 0o040}
+
+
+@pytest.mark.parametrize(("name", "bit"), [*OPEN.items(), ("", 0o010), ("", 0o020)])
+def test_nothing_is_written_where_others_may_look(clinic: Any, name: str, bit: int) -> None:
+    clinic.hospital.film("0.dcm")
+    target = clinic.hospital.place / "out"
+    path = made_before(working_folder(target), name, 0o700 | bit)
+    with path.open("rb") if path.is_file() else nullcontext() as reader:
+        with pytest.raises(ConfigError, match=rf"{path}: is open to others \(mode 07..\)") as said:
+            predict(asked(clinic, "out"), pool=clinic.in_this_process)
+        assert reader is None or reader.read() == b""
+    assert f"Give another name, or remove {working_folder(target)}" in str(said.value)
+    assert not target.exists()
+    path.chmod(0o700)
+    assert predict(asked(clinic, "out"), pool=clinic.in_this_process).images == 1
+
+
+def test_nothing_is_written_where_another_is_the_owner(
+    clinic: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clinic.hospital.film("0.dcm")
+    path = made_before(working_folder(clinic.hospital.place / "out"), "", 0o700)
+    monkeypatch.setattr(os, "geteuid", lambda: path.stat().st_uid + 1)
+    with pytest.raises(ConfigError, match=f"{path}: belongs to another user"):
+        predict(asked(clinic, "out"), pool=clinic.in_this_process)
+    assert not any((path / "answers").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("name", "there"), [*((name, True) for name in OPEN), ("", False), ("journal.jsonl", False)]
+)
+def test_no_link_is_followed_to_where_answers_would_go(clinic: Any, name: str, there: bool) -> None:
+    clinic.hospital.film("0.dcm")
+    place, away = working_folder(clinic.hospital.place / "out"), clinic.hospital.place / "away"
+    if there:
+        made_before(away, "", 0o700)
+    if name:
+        made_before(place, "", 0o700)
+        path = place / name
+        path.rmdir() if path.is_dir() else path.unlink()
+    (place / name).symlink_to(away / name)
+    with pytest.raises(ConfigError, match=f"{place / name}: is a link, no "):
+        predict(asked(clinic, "out"), pool=clinic.in_this_process)
+    assert not there or not [p for p in away.rglob("*") if p.is_file() and p.stat().st_size]
+
+
+def test_a_file_where_answers_would_wait_is_left_and_named(clinic: Any) -> None:
+    clinic.hospital.film("0.dcm")
+    place = working_folder(clinic.hospital.place / "out")
+    place.write_text("mine")
+    place.chmod(0o600)
+    with pytest.raises(ConfigError, match=f"{place}: is no folder"):
+        predict(asked(clinic, "out"), pool=clinic.in_this_process)
+    assert place.read_text() == "mine"
+
+
+def test_a_link_among_the_answers_is_neither_followed_nor_kept(
+    source: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        stop_at(patch, "commit", 3)
+        with pytest.raises(Killed):
+            predict(asked(source, "out"), pool=source.in_this_process)
+    away = source.hospital.place / "away"
+    away.write_text("mine")
+    answers = working_folder(source.hospital.place / "out") / "answers"
+    for name in ("predictions.json", "folder"):
+        (answers / name).symlink_to(away if name != "folder" else source.hospital.folder)
+    (answers / "studies.csv").symlink_to("nowhere")
+    assert predict(asked(source, "out"), pool=source.in_this_process).before == 2
+    assert away.read_text() == "mine"
+    assert not [p for p in (source.hospital.place / "out").rglob("*") if p.is_symlink()]
 
 
 def test_two_at_once_do_not_write_into_one_folder(source: Any) -> None:
