@@ -446,6 +446,7 @@ class Segmentations(_Objects):
             device_serial_number=self.model,
             content_label="CLOISTER",
             content_description=WARNING,
+            specific_character_set=_UTF_8,
         )
         made.SeriesDescription = self.description
         if part[0].plane is None:

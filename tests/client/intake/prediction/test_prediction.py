@@ -947,17 +947,21 @@ NAMES = [
     ("ISO_IR 192", "王^小东", "号7"),
     ("ISO_IR 100", "Müller^Jörg", "Ä7"),
     (None, "Müller^Jörg", "Ä7"),
+    (["", "ISO 2022 IR 87"], "Yamada^Tarou=山田^太郎=やまだ^たろう", "P7"),
+    (["ISO 2022 IR 6", "ISO 2022 IR 149"], "Hong^Gildong=洪^吉洞=홍^길동", "P7"),
+    ("GB18030", "王^小东", "号7"),
 ]
 
 
 @pytest.mark.filterwarnings("ignore:.*:UserWarning:pydicom")
 @pytest.mark.parametrize(("charset", "name", "patient"), NAMES)
 def test_a_patient_s_name_is_in_every_object_as_it_was(
-    clinic: Any, charset: str | None, name: str, patient: str
+    clinic: Any, charset: str | list[str] | None, name: str, patient: str
 ) -> None:
     path = clinic.hospital.folder / "a.dcm"
     made = slice_of(0, np.full((16, 64), 4000, np.uint16))
     made |= {"PatientName": name, "PatientID": patient, "WindowCenter": 100, "WindowWidth": 50}
+    made |= {"StudyDescription": name, "ReferringPhysicianName": name}
     clinic.hospital.film("a.dcm", SpecificCharacterSet=charset or "ISO_IR 100", **made)
     if charset is None:
         header = dcmread(path)
@@ -970,9 +974,11 @@ def test_a_patient_s_name_is_in_every_object_as_it_was(
     additions = (Reports(model.package), Segmentations(model.package))
     found = clinic.answer(model, additions=additions)
     assert found.refused == {}
+    assert found.json["not_made"] == []
     for written in (*found.files("sr"), *found.files("seg")):
         header = dcmread(written)
         assert (str(header.PatientName), header.PatientID) == (name, patient)
+        assert str(header.ReferringPhysicianName) == name
         assert header.SpecificCharacterSet == "ISO_IR 192"
         assert name.encode() in written.read_bytes()
     segments = dcmread(found.files("seg")[0]).SegmentSequence
