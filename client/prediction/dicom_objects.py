@@ -26,6 +26,7 @@ import numpy as np
 from highdicom import UID, AlgorithmIdentificationSequence
 from highdicom import seg as hdseg
 from highdicom import sr as hdsr
+from highdicom._standard_utils import ModuleUsageValues, get_module_usage
 from numpy.typing import NDArray
 from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
 from pydicom.sr.codedict import codes
@@ -33,7 +34,7 @@ from pydicom.sr.coding import Code
 from pydicom.uid import ExplicitVRLittleEndian
 
 from client.intake.deidentify import text_of
-from client.intake.frames import Plane
+from client.intake.frames import Plane, plane_of
 from client.intake.items import Item
 from client.intake.part10 import DicomFile, Limits
 from client.intake.quiet import quiet
@@ -320,9 +321,20 @@ class _Piece:
     mask: Callable[[], Mask]
 
     @property
+    def placed(self) -> bool:
+        """Whether where it lies is known: a position says nothing without what it is told by."""
+        return self.plane is not None and bool(self.plane.reference)
+
+    @property
+    def position(self) -> tuple[float, ...]:
+        """Where its first pixel lies; nothing where that is not known."""
+        found = () if self.plane is None else self.plane.position.round(_SAME) + 0.0
+        return tuple(map(float, found))
+
+    @property
     def where(self) -> tuple[str | float, ...]:
         """All of where it lies but its position; nothing where that is not known."""
-        if self.plane is None:
+        if self.plane is None or not self.placed:
             return ()
         plane = self.plane
         numbers = np.concatenate([plane.across, plane.down, plane.spacing]).round(_SAME)
@@ -332,7 +344,7 @@ class _Piece:
     def together(self) -> tuple[object, ...]:
         """What all frames of one segmentation have in common."""
         many = self.count > 1
-        apart = (self.named.instance,) if many else self.where
+        apart = self.where if self.placed and not many else (self.named.instance,)
         return self.named.series, self.size, self.named.sop_class, many, apart
 
 
@@ -423,9 +435,11 @@ class Segmentations(_Objects):
         sources = [self.header(items[one.place], one.sha256) for one in named]
         if len({piece.where for piece in part}) > 1:
             raise IntakeError("its frames differ in direction or pixel spacing")
-        if part[0].plane is None:
+        placed = part[0].placed
+        if not placed:
             for source, keyword in itertools.product(sources, _PLACE):
                 source.pop(keyword, None)
+        _check_place(sources[0], part[0].count, placed)
         stack = np.stack(masks)
         if part[0].count > 1:
             stack = np.zeros((part[0].count, *masks[0].shape), dtype=self._type)
@@ -449,7 +463,7 @@ class Segmentations(_Objects):
             specific_character_set=_UTF_8,
         )
         made.SeriesDescription = self.description
-        if part[0].plane is None:
+        if not placed:
             made.PatientOrientation = ""  # of type 2C where no orientation is known (PS3.3 C.7.6.1)
         return made
 
@@ -475,20 +489,58 @@ class Segmentations(_Objects):
         ]
 
 
+def _check_place(source: Dataset, count: int, placed: bool) -> None:
+    """See that there can be a segmentation of an image or of `count` frames that lie so.
+
+    Raises:
+        IntakeError: if there cannot.
+    """
+    if not placed:
+        if count > 1:
+            raise IntakeError(
+                "it has several frames and does not say where they lie, or in which frame of "
+                "reference; a segmentation is then of one frame alone"
+            )
+        usage = get_module_usage("frame-of-reference", source.SOPClassUID)
+        if usage is ModuleUsageValues.MANDATORY:
+            raise IntakeError(
+                "it does not say where it lies, or in which frame of reference; an object of its "
+                "kind has to, and so has its segmentation"
+            )
+    elif count > 1:
+        places = [tuple(plane_of(source, number).position.round(_SAME)) for number in range(count)]
+        if len({*places}) < count:
+            raise IntakeError("several of its frames lie at one place, such as echoes or phases")
+
+
 def _parts_of(pieces: Sequence[_Piece]) -> Iterator[list[_Piece]]:
     """Frames that go into one segmentation: of one series and geometry, and not too many.
 
-    A segmentation has one pixel spacing, one direction and one frame of reference for all.
+    A segmentation has one pixel spacing, one direction and one frame of reference for all, and of
+    single images no two at one place: the first echo at each place is one, the second another.
     """
 
     def together(piece: _Piece) -> tuple[object, ...]:
         return piece.together
 
     for _, group in itertools.groupby(sorted(pieces, key=together), key=together):
-        part = list(group)
-        most = max(1, _MOST_PIXELS // max(1, part[0].size[0] * part[0].size[1]))
-        step = len(part) if part[0].count > 1 else most
-        yield from (part[start : start + step] for start in range(0, len(part), step))
+        for part in _without_doubles(group):
+            most = max(1, _MOST_PIXELS // max(1, part[0].size[0] * part[0].size[1]))
+            step = len(part) if part[0].count > 1 else most
+            yield from (part[start : start + step] for start in range(0, len(part), step))
+
+
+def _without_doubles(group: Iterable[_Piece]) -> list[list[_Piece]]:
+    """Frames in sets of which none has a place twice; those of one object stay together."""
+    sets: list[list[_Piece]] = []
+    seen: Counter[tuple[float, ...]] = Counter()
+    for piece in group:
+        number = seen[piece.position] if piece.count == 1 else 0
+        seen[piece.position] += 1
+        if number == len(sets):
+            sets.append([])
+        sets[number].append(piece)
+    return sets
 
 
 def _nth(volume: Callable[[], Mask], number: int) -> Mask:

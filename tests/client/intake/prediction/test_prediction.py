@@ -23,7 +23,11 @@ from numpy.typing import NDArray
 from PIL import Image
 from pydicom import dcmread
 from pydicom.sr.codedict import codes
-from pydicom.uid import CTImageStorage, SecondaryCaptureImageStorage
+from pydicom.uid import (
+    CTImageStorage,
+    SecondaryCaptureImageStorage,
+    XRayAngiographicImageStorage,
+)
 from torch import Tensor, nn
 
 from client.intake.deid.profile import Profile
@@ -1159,6 +1163,89 @@ def test_a_mask_of_an_image_that_lies_nowhere_is_a_segmentation_too(clinic: Any)
     pixels = segmentation.get_pixels_by_source_instance([uid], combine_segments=True)
     assert (pixels[0] == (values == 4000)).all()
     assert found.json["images"][0]["area_mm2"] == {"organ": None, "tumour": None}
+
+
+def masks_of(clinic: Any, frames: str = "all") -> tuple[Any, list[dict[str, NDArray[Any]]]]:
+    """What is answered, and of each segmentation the mask of each source image, read by pydicom."""
+    size = {"height": 64, "width": 64, "window": "range", "frames": frames}
+    model = clinic.model(Bright(), **{**SEGMENTATION, "input": size})
+    found = clinic.answer(model, additions=(Segmentations(model.package),))
+    every = []
+    for header in map(dcmread, found.files("seg")):
+        masks: dict[str, NDArray[Any]] = {}
+        stack = header.pixel_array.reshape(-1, header.Rows, header.Columns)
+        for values, group in zip(stack, header.PerFrameFunctionalGroupsSequence, strict=True):
+            uid = group.DerivationImageSequence[0].SourceImageSequence[0].ReferencedSOPInstanceUID
+            number = group.SegmentIdentificationSequence[0].ReferencedSegmentNumber
+            masks.setdefault(uid, np.zeros(values.shape, int))[values > 0] = number
+        every.append(masks)
+    return found, every
+
+
+def striped(number: int) -> NDArray[np.uint16]:
+    values = np.zeros((16, 64), np.uint16)
+    values[2 : 4 + number, 8:24] = 4000
+    values[12:14, number : number + 4] = 2000
+    return values
+
+
+def test_echoes_and_phases_at_one_place_are_a_segmentation_each(clinic: Any) -> None:
+    true = {}
+    for number, (place, echo) in enumerate((p, e) for p in range(3) for e in range(2)):
+        made = slice_of(place, striped(number)) | {"InstanceNumber": number}
+        made["SOPInstanceUID"] = f"1.2.3.8.{echo}.{place}"
+        true[made["SOPInstanceUID"]] = made["pixels"]
+        clinic.hospital.film(f"{number}.dcm", **made)
+    found, masks = masks_of(clinic)
+    assert found.json["not_made"] == []
+    assert sorted(map(len, masks)) == [3, 3]
+    assert sorted({uid.split(".")[4] for uid in each}.pop() for each in masks) == ["0", "1"]
+    for uid, mask in (pair for each in masks for pair in each.items()):
+        assert (mask == np.select([true[uid] == 4000, true[uid] == 2000], [1, 2])).all()
+
+
+@pytest.mark.parametrize("place", [{}, {"ImagePositionPatient": [0, 0, 1]}])
+def test_images_without_a_frame_of_reference_are_a_segmentation_each(
+    clinic: Any, place: dict[str, Any]
+) -> None:
+    place = place and place | {
+        "ImageOrientationPatient": [1, 0, 0, 0, 1, 0],
+        "PixelSpacing": [1, 1],
+    }
+    for number in range(2):
+        clinic.hospital.film(f"{number}.dcm", striped(number), **place)
+    found, masks = masks_of(clinic)
+    assert found.json["not_made"] == []
+    assert [len(each) for each in masks] == [1, 1]
+    assert not any("FrameOfReferenceUID" in dcmread(path) for path in found.files("seg"))
+
+
+ANGIO: dict[str, Any] = {
+    "SOPClassUID": XRayAngiographicImageStorage, "Modality": "XA", "NumberOfFrames": 3,
+    "Rows": 16, "Columns": 64,
+}  # fmt: skip
+NOWHERE_AT_ALL = dict.fromkeys(
+    ["ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "FrameOfReferenceUID"]
+)
+NO_SEGMENTATION: list[tuple[dict[str, Any], str, str]] = [
+    (ANGIO | NOWHERE_AT_ALL, "all", "it has several frames and does not say where they lie"),
+    (ANGIO | NOWHERE_AT_ALL, "middle", "it has several frames and does not say where they lie"),
+    ({"FrameOfReferenceUID": None}, "all", "or in which frame of reference; an object of its kind"),
+    ({"FrameOfReferenceUID": ""}, "all", "or in which frame of reference; an object of its kind"),
+    (ANGIO, "all", "several of its frames lie at one place, such as echoes or phases"),
+]
+
+
+@pytest.mark.parametrize(("attributes", "frames", "reason"), NO_SEGMENTATION)
+def test_why_there_is_no_segmentation_is_said_in_words(
+    clinic: Any, attributes: dict[str, Any], frames: str, reason: str
+) -> None:
+    values = np.stack([striped(number) for number in range(attributes.get("NumberOfFrames", 1))])
+    clinic.hospital.film("a.dcm", **slice_of(0, values.squeeze()) | attributes)
+    found, masks = masks_of(clinic, frames)
+    assert (found.refused, masks) == ({}, [])
+    (lost,) = found.json["not_made"]
+    assert reason in lost["reason"]
 
 
 def test_an_answer_is_explained_by_a_picture_that_nothing_of_a_patient_names(
