@@ -18,14 +18,13 @@ from pathlib import Path
 
 from client.folder import cohort_digest
 from common.accounting import Unit
-from common.cohort import Cohort
+from common.cohort import SYNTHETIC, Cohort
 from common.errors import CohortError
 from common.spec import Behind, DpSgd, NoPrivacy, RunSpec
 from common.studies import rows_for
 
 log = logging.getLogger("cloister.synthetic")
 
-SOURCE = "synthetic"
 ABOUT = "about.json"
 PRIVATE = "differential_privacy"
 UNIT = "unit_of_privacy"
@@ -66,9 +65,9 @@ def synthetic_cohort(path: Path, key: bytes | None = None, *, without_privacy: b
         CohortError: if it is not synthetic, or its generator had no privacy and that is not said.
     """
     cohort = Cohort.open(path, key)
-    if cohort.meta.source != SOURCE:
+    if cohort.meta.source != SYNTHETIC:
         raise CohortError(
-            f"{path}: its source is {cohort.meta.source!r}, expected {SOURCE!r}, as `cloister "
+            f"{path}: its source is {cohort.meta.source!r}, expected {SYNTHETIC!r}, as `cloister "
             "generate` makes it: patients are never mixed in without being counted"
         )
     unit = _protected_unit(path)

@@ -52,6 +52,8 @@ PIXEL = np.dtype("<u2")
 PIXEL_MAX = 65535
 BOX_NUMBERS = 5
 SPLITS = ("", "train", "validation", "test")
+SYNTHETIC = "synthetic"
+"""The source of a cohort of ``cloister generate``; see `Cohort.check_fits`."""
 SCHEMA_SQL = """
 CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE image (
@@ -463,11 +465,19 @@ class Cohort:
         A patient-level claim needs patients: it is refused on an image-level cohort. An
         image-level claim on a cohort that knows its patients is refused as well (a patient of
         several images would be protected less than the cohort allows), unless there is no
-        privacy at all.
+        privacy at all. Synthetic images are refused where there is: the claim would be of nobody,
+        and whoever is behind them in no account (docs/privacy.md, Synthetic images).
 
         Raises:
             CohortError: naming everything that differs.
         """
+        if self.meta.source == SYNTHETIC and spec.privacy.mechanism != "none":
+            raise CohortError(
+                f"{self.path}: its source is {SYNTHETIC!r}, and the run claims privacy for those "
+                "that it trains on; expected patients. Mix synthetic images in beside them "
+                "(synthetic in [data] or [simulation], augmentation.synthetic of the run), or "
+                'train on them alone in a run with privacy.mechanism = "none"'
+            )
         problem = spec.task.problem_with(self.kind, self.classes)
         differences = [problem] if problem else []
         if problem := problem_with_modalities(self.meta.modalities, spec.input):

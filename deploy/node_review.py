@@ -21,7 +21,7 @@ from client.policy import Data, Policy
 from client.recovery import Standing, inspect
 from common import accounting, models
 from common.accounting import Share
-from common.cohort import Cohort
+from common.cohort import SYNTHETIC, Cohort
 from common.errors import CohortError, ConfigError, ModelError, Refusal, SpecError
 from common.spec import RunSpec
 from deploy.node_budget import allowed
@@ -119,6 +119,12 @@ def examine(home: NodeFolder) -> Iterator[Finding]:
     except (CohortError, ConfigError) as error:
         yield Finding(False, str(error))
         return
+    if cohort.meta.source == SYNTHETIC and not policy.allow_no_privacy:
+        yield Finding(
+            False,
+            "The cohort is of synthetic images, and every run that is taken here claims privacy "
+            "for patients: take some in. Synthetic ones are named by [data] synthetic.",
+        )
     differences = list(_differences(cohort, policy.data))
     yield from (Finding(False, text) for text in differences)
     if not differences:

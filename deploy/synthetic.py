@@ -2,11 +2,12 @@
 
 What it writes is synthetic and says so: the cohort's source and every pseudonym, the text in each
 picture, and ``about.json`` beside them, which says as well whether the model's patients were
-protected: if not, the images may give them away. A run, or an intake, reads them like any other::
+protected: if not, the images may give them away. A run mixes the cohort in; no intake takes the
+pictures for patients'::
 
     OUT/images/000001.png …    one picture an image, 16 bits deep if grey
-    OUT/labels.csv             file and label, as `cloister intake` takes them
-    OUT/cohort/                what [simulation] takes
+    OUT/labels.csv             file and label
+    OUT/cohort/                what ``synthetic`` of [data] or [simulation] names
     OUT/about.json             of which run and model it is, and how it was drawn
 """
 
@@ -31,15 +32,13 @@ from torch import nn
 from client.folder import cohort_digest
 from client.intake.builder import CohortBuilder, ImageRecord
 from client.synthetic import ABOUT, COHORT, PRIVATE, UNIT
-from common.cohort import PIXEL_MAX, CohortMeta
+from common.cohort import PIXEL_MAX, SYNTHETIC, CohortMeta
 from common.errors import RunError
 from common.files import new_folder, write_durably
 from common.package import Package
 from common.spec import RunSpec
 from common.tasks import task_for
 from common.tasks.generation import Drawn, Generation
-
-SYNTHETIC = "synthetic"
 
 
 @dataclass(frozen=True)
@@ -150,7 +149,7 @@ def write_pictures(folder: Path, drawn: Drawn, text: str) -> Iterator[str]:
 
 
 def _label_table(names: list[str], drawn: Drawn, spec: RunSpec) -> bytes:
-    """A CSV as `cloister intake` takes it."""
+    """A CSV of file and label, or a column for each class of a multilabel task."""
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
     many, classes = spec.task.kind == "multilabel", spec.task.classes

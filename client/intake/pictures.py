@@ -8,6 +8,9 @@ Masks and boxes: `client.intake.annotations`.
 A mask is a picture of its own, in grey or with a palette, of the same size, whose values are
 class numbers; where there are two classes, 255 may stand for the second. Whatever is annotated
 moves with its picture to the run's size (`client.intake.pixels`).
+
+A picture of ``cloister generate`` says in its text what it is, and is not taken: no patient stands
+behind it, and a cohort of pictures is one of patients or of their images.
 """
 
 from __future__ import annotations
@@ -29,7 +32,7 @@ from client.intake.labels import LabelEntry, LabelTable, modality_of, read_label
 from client.intake.part10 import CLOSED_FOLDER, Limits
 from client.intake.pixels import box_to_shape, mask_to_shape, shown, to_shape
 from client.intake.source import Kept, NotUsed, Step
-from common.cohort import Unit
+from common.cohort import SYNTHETIC, Unit
 from common.errors import ConfigError, IntakeError
 from common.spec import RunSpec
 from common.task_sections import Detection
@@ -241,7 +244,26 @@ def _is_turned(path: Path) -> bool:
 
 def _read(path: Path, limits: Limits) -> tuple[NDArray[Any], int]:
     """The picture upright as (height, width[, 3]), and its value of full brightness."""
-    return _opened(path, limits, lambda picture: _values(ImageOps.exif_transpose(picture)))
+
+    def read(picture: Image.Image) -> tuple[NDArray[Any], int]:
+        values = _values(ImageOps.exif_transpose(picture))
+        _check_mark(picture)  # a PNG may have its text behind its pixels
+        return values
+
+    return _opened(path, limits, read)
+
+
+def _check_mark(picture: Image.Image) -> None:
+    """Refuse a picture that `deploy.synthetic` made, also one that was stored as JPEG since."""
+    text = picture.info.get("Comment", picture.info.get("comment", ""))
+    if isinstance(text, bytes):
+        text = text.decode("latin-1")
+    if str(text).partition(";")[0].strip().lower() == SYNTHETIC:
+        raise IntakeError(
+            f"its text says {str(text)[:80]!r}: it is no patient's picture, and is counted as "
+            "nobody's; name the cohort that `cloister generate` wrote beside it, as synthetic in "
+            "[data] or [simulation]"
+        )
 
 
 def _opened(path: Path, limits: Limits, read: Callable[[Image.Image], _Read]) -> _Read:

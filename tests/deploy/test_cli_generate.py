@@ -70,7 +70,7 @@ def opened(cohort: Path, run: Path) -> Cohort:
     ],
     ids=["grey", "colour", "multilabel"],
 )
-def test_what_is_made_opens_as_a_cohort_and_is_taken_in_as_pictures(
+def test_what_is_made_opens_as_a_cohort_and_the_pictures_are_the_same_images(
     cloister: Cloister, finished, tmp_path: Path, changes
 ):
     run, out = finished(**changes), tmp_path / "out"
@@ -82,7 +82,7 @@ def test_what_is_made_opens_as_a_cohort_and_is_taken_in_as_pictures(
     assert made.unit == "image"
     assert all(name.startswith("synthetic-") for name in made.patients)
     spec = spec_of(run)
-    source = Pictures.of(out / "images", out / "labels.csv", spec, SiteKey.random())
+    source = Pictures.of(unmarked(out / "images"), out / "labels.csv", spec, SiteKey.random())
     intake(source, tmp_path / "again", spec)
     again = opened(tmp_path / "again", run)
     distance = np.abs(again.images(range(9)) - made.images(range(9))[:, None]).max((2, 3, 4))
@@ -90,6 +90,51 @@ def test_what_is_made_opens_as_a_cohort_and_is_taken_in_as_pictures(
     assert sorted(place) == list(range(9))
     assert distance.min(axis=1).max() <= (1 / 65535 if spec.input.channels == 1 else 1 / 255)
     assert np.array_equal(again.labels[place], made.labels)
+
+
+def unmarked(pictures: Path) -> Path:
+    """Pictures whose text is gone: what they say of themselves keeps them out of an intake."""
+    for path in pictures.iterdir():
+        with Image.open(path) as picture:
+            picture.load()
+            picture.info.clear()
+            picture.save(path)
+    return pictures
+
+
+def test_pictures_and_cohort_are_no_patients_of_a_run_under_privacy(
+    cloister: Cloister, finished, tmp_path: Path
+):
+    run, out = finished(privacy={"mechanism": "none", "unit": "image"}), tmp_path / "out"
+    cloister("generate", run, out, "--images", 9)
+    free = spec_of(run)
+    source = Pictures.of(out / "images", out / "labels.csv", free, SiteKey.random())
+    said = [item.reason for step in source.steps() for item in step.not_used]
+    assert len(said) == 9
+    assert all("it is no patient's picture" in reason for reason in said)
+    cohort = Cohort.open(out / "cohort")
+    cohort.check_fits(free)
+    private = RunSpec.from_json(json.dumps(json.loads(free.canonical_json) | {"privacy": WHOLE_DP}))
+    with pytest.raises(CohortError, match=r"its source is 'synthetic'.*expected patients"):
+        cohort.check_fits(private)
+
+
+def test_a_node_admits_no_synthetic_cohort_unless_it_takes_runs_without_privacy(
+    cloister: Cloister, finished, tmp_path: Path
+):
+    run, out, home = finished(), tmp_path / "out", tmp_path / "north"
+    cloister("generate", run, out, "--images", 9)
+    node = ("--site", "north", "--declared-size", 9, "--epsilon", 3, "--delta", 1e-4)
+    assert cloister("node", "init", home, *node, "--cohort", out / "cohort").code == 0
+    settings = home / "node.toml"
+    settings.write_text(settings.read_text().replace("least_patients = 50", "least_patients = 5"))
+    person = ("--reason", "looked at it", "--by", "Ada")
+    said = cloister("node", "admit", home, *person)
+    assert said.code == 1
+    assert "Synthetic ones are named by [data] synthetic" in said.words
+    open_to_all = settings.read_text().replace("privacy = false", "privacy = true")
+    settings.write_text(open_to_all)
+    assert cloister("node", "admit", home, *person).code == 0
 
 
 def test_it_says_of_each_part_that_it_is_synthetic(cloister: Cloister, finished, tmp_path: Path):
@@ -104,6 +149,7 @@ def test_it_says_of_each_part_that_it_is_synthetic(cloister: Cloister, finished,
 
 
 DP = {"mechanism": "dp-sgd", "noise_multiplier": 1.0, "delta": 1e-5, "unit": "image"}
+WHOLE_DP = DP | {"clip_norm": 1.0}
 LAST_STEP = {"model_sha256": "a" * 64}
 
 

@@ -489,10 +489,14 @@ def test_what_a_coordinator_wrote_does_not_steer_the_terminal(
     task = spec.task.model_copy(update={"classes": ("no\x1b[2J", "\u202eyes\r")})
     evil = spec.model_copy(update={"task": task})
     NodeFolder.open(home).requests.put(evil)
-    said = cloister("node", "show", evil.digest, "--home", home)
-    assert "\x1b" not in said.out + said.err
-    assert "\u202e" not in said.out + said.err
-    assert r"no\x1b[2J, \u202eyes\r" in said.words
+    shown = cloister("node", "show", evil.digest, "--home", home)
+    listed = cloister("node", "requests", home)
+    assert (shown.code, listed.code) == (2, 0)
+    for said in (shown, listed):
+        assert "\x1b" not in said.out + said.err
+        assert "\u202e" not in said.out + said.err
+        assert "expected names that can be printed" in said.words
+    assert "No run waits." in listed.words
 
 
 def test_a_path_that_holds_control_characters_is_no_path(make_node: MakeNode):

@@ -124,6 +124,18 @@ def test_synthetic_images_are_mixed_in_and_the_card_says_whose_they_may_be(
     assert "mixed in the same synthetic images" in " ".join(card["limitations"])
 
 
+def test_a_simulation_trains_on_synthetic_images_alone_where_it_claims_to_protect_nobody(
+    write_run: Write, made: str, tmp_path: Path
+):
+    alone = SPLIT.replace('"south"', '"made/cohort"').replace("sites = 3", "sites = 1")
+    private = 'mechanism = "dp-sgd"\nnoise_multiplier = 1.0\ndelta = 1e-4'
+    image = (private, f'{private}\nunit = "image"')
+    with pytest.raises(CohortError, match=r"its source is 'synthetic'.*expected patients"):
+        prepare(write_run(alone, [image]), tmp_path / "runs")
+    none = (private, 'mechanism = "none"\nunit = "image"')
+    assert prepare(write_run(alone, [none]), tmp_path / "runs").is_dir()
+
+
 def test_nobody_is_trained_on_who_is_evaluated_on(write_run: Write, tmp_path: Path):
     same = SPLIT.replace('evaluation = "evaluation"', 'evaluation = "south"')
     with pytest.raises(CohortError, match=r"trains on are in the .* part.*\(split\)"):

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from client.intake.keys import SiteKey
 from client.intake.pictures import Pictures
@@ -71,6 +72,44 @@ def test_with_a_patient_column_the_unit_is_the_patient(folder: Path, take: Take)
     assert (cohort.unit, len(cohort), len(cohort.patients)) == ("patient", 3, 2)
     assert sorted(cohort.splits) == ["test", "train", "train"]
     assert reasons == {"d.png": "no patient identifier"}
+
+
+def marked(text: str, path: Path) -> None:
+    """A picture with a text in it, as `cloister generate` writes its own."""
+    marks = PngInfo()
+    marks.add_text("Comment", text)
+    Image.fromarray(GREY).save(path, pnginfo=marks)
+
+
+def behind_its_pixels(path: Path) -> None:
+    """Move the text of a PNG behind its pixels, where other programs put it."""
+    raw, chunks, at = path.read_bytes(), list[bytes](), 8
+    while at < len(raw):
+        end = at + 12 + int.from_bytes(raw[at : at + 4])
+        chunks.append(raw[at:end])
+        at = end
+    last = sorted(chunks, key=lambda chunk: (chunk[4:8] == b"IEND", chunk[4:8] == b"tEXt"))
+    assert last != chunks
+    path.write_bytes(raw[:8] + b"".join(last))
+
+
+def test_a_picture_that_says_that_it_is_synthetic_is_no_patient_s(folder: Path, take: Take) -> None:
+    for name, text in (
+        ("made.png", "synthetic; my-run"),
+        ("late.png", "Synthetic; my-run"),
+        ("bare.png", "synthetic"),
+        ("real.png", "no synthetic image; checked"),
+    ):
+        marked(text, folder / name)
+    behind_its_pixels(folder / "late.png")
+    Image.fromarray(GREY).save(folder / "stored.jpg", comment="synthetic; my-run")
+    names = ("made.png", "late.png", "bare.png", "real.png", "stored.jpg")
+
+    cohort, reasons, _ = take("file,label\n" + "".join(f"{name},normal\n" for name in names))
+
+    assert len(cohort) == 1
+    assert set(reasons) == set(names) - {"real.png"}
+    assert all("name the cohort that `cloister generate` wrote" in r for r in reasons.values())
 
 
 def bomb(width: int, height: int) -> bytes:
