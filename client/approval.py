@@ -14,6 +14,7 @@ from dataclasses import astuple, dataclass
 from importlib.metadata import version
 from pathlib import Path
 
+from client.book import Said
 from common import accounting
 from common.accounting import Share
 from common.errors import ConfigError, Refusal, RefusalCode
@@ -32,12 +33,14 @@ class Asked:
         spec: the run.
         cohort: digest of the cohort's index.
         shares: what the run would do at this site.
+        synthetic: the images that it would mix in, and what is known of those behind them.
         version: of Cloister.
     """
 
     spec: RunSpec
     cohort: str
     shares: tuple[Share, ...]
+    synthetic: str = ""
     version: str = version("cloister")
 
     @property
@@ -54,7 +57,14 @@ class Asked:
         epsilon = None if self.epsilon is None else f"{self.epsilon:.4f}"
         does = [(part, astuple(mechanism), rounds) for part, mechanism, rounds in self.shares]
         shown = [self.version, self.spec.digest, self.cohort, epsilon, does]
+        shown += [self.synthetic] if self.synthetic else []
         return hashlib.sha256(json.dumps(shown).encode()).hexdigest()
+
+    @property
+    def said(self) -> Said:
+        """What the ledger keeps of it when the run is set aside."""
+        said: Said = {"name": self.spec.name, "run_id": self.spec.run_id}
+        return said | ({"synthetic": self.synthetic} if self.synthetic else {})
 
 
 class Requests:

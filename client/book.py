@@ -34,7 +34,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 from common import accounting
 from common.accounting import Part, Share, SubsampledGaussian, Unit
@@ -154,6 +154,7 @@ class RunBook:
     Attributes:
         run_id: the identity that the coordinator gave it.
         name: the run's name, for people.
+        synthetic: the images that it mixed in when it was set aside; empty: none.
         state: ``open``, ``lapsed``, ``closed``, or ``""`` before it was set aside.
         shares: what is set aside, by part.
         attempts: (part, round) -> the task, which no later attempt may change.
@@ -167,6 +168,7 @@ class RunBook:
 
     run_id: str = ""
     name: str = ""
+    synthetic: str = ""
     state: str = ""
     decision: Decision | None = None
     shares: dict[Part, Share] = field(default_factory=dict)
@@ -328,6 +330,7 @@ class Book:
         if run.state == "closed":
             raise LedgerError(f"entry {entry.number}: earmarks a run that is closed")
         run.run_id, run.state = str(entry.said.get("run_id", "")), "open"
+        run.synthetic = str(entry.said.get("synthetic", ""))
         run.begun = run.begun or entry.time
         mechanism = entry.mechanism
         if mechanism is not None:
@@ -419,6 +422,26 @@ def book_of(entries: Iterable[Entry]) -> Book:
 def note(**said: Any) -> str:
     """A note's canonical JSON."""
     return json.dumps(said, sort_keys=True, separators=(",", ":"))
+
+
+class Said(TypedDict, total=False):
+    """What an entry that sets a run aside says of it: an identity is one run's for good.
+
+    Attributes:
+        name: the run's, for people.
+        run_id: the identity that the coordinator gave it.
+        synthetic: the images that it mixes in, as `client.synthetic.Synthetic` says of them.
+    """
+
+    name: str
+    run_id: str
+    synthetic: str
+
+
+def aside(said: Said) -> str:
+    """The note of an entry that sets a run aside."""
+    always: Said = {"name": "", "run_id": ""}
+    return note(**(always | said))
 
 
 def columns(mechanism: SubsampledGaussian | None) -> Mapping[str, Any]:

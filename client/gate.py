@@ -31,12 +31,12 @@ from client.incident import REFUSED, incident_reply
 from client.ledger import Ledger, Signed, TaskKey, stamp
 from client.policy import Policy
 from client.rules import check_open, check_sound
+from client.synthetic import Synthetic, check_synthetic
 from client.training import LocalResult, LocalTrainer, check_weights
 from common import accounting, models
 from common.accounting import Share, SubsampledGaussian
 from common.clock import Clock
 from common.errors import (
-    CohortError,
     LedgerError,
     MessageError,
     ModelError,
@@ -56,7 +56,7 @@ from common.messages import (
     TrainTask,
 )
 from common.noise import Keystream, KeystreamSource, fresh_keystream
-from common.spec import Behind, RunSpec
+from common.spec import RunSpec
 
 log = logging.getLogger("cloister.gate")
 
@@ -80,9 +80,7 @@ class Site:
         requests: where runs wait for a person; needed where the policy says ``ask``.
         check_cohort: raises if the cohort on the disk is not the one with that digest any more;
             called before each attempt.
-        check_synthetic: raises if a run mixes in synthetic images and those of the site, which
-            are no patients, are too few or do not fit.
-        behind_synthetic: whether the patients behind those are protected, as the run counts.
+        synthetic: images that runs may mix in, if the site has some.
         diary: where losses and numbers of patients are written for the hospital itself.
     """
 
@@ -92,8 +90,11 @@ class Site:
     requests: Requests | None = None
     diary: Diary | None = None
     check_cohort: Callable[[], None] = lambda: None
-    check_synthetic: Callable[[RunSpec], object] = lambda _: None
-    behind_synthetic: Callable[[RunSpec], Behind | None] = lambda _: None
+    synthetic: Synthetic | None = None
+
+    def mixed_in(self, spec: RunSpec) -> Synthetic | None:
+        """The synthetic images, for a run that mixes some in."""
+        return self.synthetic if spec.augmentation.synthetic else None
 
 
 class Gate:
@@ -156,13 +157,9 @@ class Gate:
             policy.check_new_run(book, asked, spec.digest)
             policy.check_earmark(book, spec.digest, shares)
 
-        self._ledger.earmark(
-            spec.digest,
-            shares,
-            name=spec.name,
-            run_id=spec.run_id,
-            allow=allow,
-        )
+        mixed_in = self._site.mixed_in(spec)
+        said = self._asked(spec, shares).said
+        self._ledger.earmark(spec.digest, shares, allow=allow, **said)
         return NodeCard(
             digest=spec.digest,
             site=policy.site,
@@ -170,7 +167,7 @@ class Gate:
             declared_size=policy.declared_size,
             paced=policy.release.pace > 0,
             witness=self._ledger.witness,
-            synthetic=self._site.behind_synthetic(spec) if spec.augmentation.synthetic else None,
+            synthetic=None if mixed_in is None else mixed_in.behind(spec),
         )
 
     def _release(self, task: TrainTask) -> Release:
@@ -275,7 +272,7 @@ class Gate:
             raise Refusal(RefusalCode.SPEC, str(error)) from error
         shares = self._policy.judge(spec, sum(map(math.prod, shapes.values())))
         self._check_memory(spec)
-        self._check_synthetic(spec)
+        check_synthetic(spec, self._site.synthetic, book.run(spec.digest))
         if book.admitted != self._site.cohort:
             raise Refusal(
                 RefusalCode.POLICY,
@@ -293,12 +290,6 @@ class Gate:
         if objections:
             raise Refusal(RefusalCode.POLICY, "; ".join(objections))
 
-    def _check_synthetic(self, spec: RunSpec) -> None:
-        try:
-            self._site.check_synthetic(spec)
-        except CohortError as error:
-            raise Refusal(RefusalCode.POLICY, str(error)) from error
-
     def _check_approved(self, spec: RunSpec, shares: tuple[Share, ...]) -> None:
         """Whether a person said no; and in ``ask`` mode, whether one said yes to just this.
 
@@ -309,11 +300,14 @@ class Gate:
         decision = self._ledger.book.run(spec.digest).decision
         if self._policy.approval == "automatic":
             return
-        asked = Asked(spec, self._site.cohort, shares)
-        if decision is None or decision.approval != asked.digest:
+        if decision is None or decision.approval != self._asked(spec, shares).digest:
             if self._site.requests is not None:
                 self._site.requests.put(spec)
             raise Refusal(RefusalCode.APPROVAL, f"run {spec.name!r} waits for a person")
+
+    def _asked(self, spec: RunSpec, shares: tuple[Share, ...]) -> Asked:
+        mixed_in = self._site.mixed_in(spec)
+        return Asked(spec, self._site.cohort, shares, str(mixed_in) if mixed_in else "")
 
     def _check_no_denial(self, spec: RunSpec) -> None:
         decision = self._ledger.book.run(spec.digest).decision

@@ -14,7 +14,7 @@ from client.diary import Diary
 from client.folder import KEY_FILE, LEDGER, POLICY_FILE, NodeFolder, check_budget, cohort_digest
 from client.gate import Counter, Gate, Site
 from client.policy import Policy
-from client.synthetic import Synthetic, fitting, synthetic_cohort
+from client.synthetic import Synthetic, fitting, synthetic_of
 from client.training import Compute, LocalTrainer, best_device
 from common.accounting import SubsampledGaussian
 from common.cohort import Cohort
@@ -43,29 +43,19 @@ class NodeHome(NodeFolder):
         """What happened in each round, for the hospital itself."""
         return Diary(self.path / "runs")
 
-    def check_cohort(self, digest: str) -> None:
-        """Check that the cohort on the disk, where pixels are read, is the one that was opened.
+    def check_cohort(self, digest: str, mixed_in: Synthetic | None = None) -> None:
+        """Check that the cohorts on the disk, where pixels are read, are those that were opened.
 
         Raises:
-            CohortError: if it is another one.
+            CohortError: if one of them is another.
         """
+        if mixed_in is not None:
+            mixed_in.check_same()
         if cohort_digest(self.cohort_path) != digest:
             raise CohortError(
                 f"{self.cohort_path}: another cohort lies there than when the node was started; "
                 "look at it with `cloister node check`, admit it, and start the node again"
             )
-
-    def open_synthetic(self) -> Synthetic | None:
-        """The synthetic cohort that runs may mix in; None where [data] names none.
-
-        Raises:
-            CohortError: as `synthetic_cohort`.
-        """
-        data = self.policy.data
-        if data is None or data.synthetic is None:
-            return None
-        path, key = self.path / data.synthetic, self.cohort_key
-        return synthetic_cohort(path, key, without_privacy=data.synthetic_without_privacy)
 
     def gate(self, keystream: KeystreamSource = fresh_keystream) -> Gate:
         """The gate of this node, for its worker process.
@@ -86,7 +76,7 @@ class NodeHome(NodeFolder):
         if admitted != ledger.book.admitted:
             Cohort.open(self.cohort_path, key)  # damaged, it opens no gate that would be kept
 
-        mixed_in = self.open_synthetic()
+        mixed_in = synthetic_of(self)
 
         @cache
         def whole() -> Cohort:  # read within a reply's slot: how long it takes tells its size
@@ -109,9 +99,8 @@ class NodeHome(NodeFolder):
             admitted,
             self.requests,
             self.diary,
-            check_cohort=lambda: self.check_cohort(admitted),
-            check_synthetic=lambda spec: fitting(spec, mixed_in),
-            behind_synthetic=lambda spec: mixed_in.behind(spec) if mixed_in else None,
+            check_cohort=lambda: self.check_cohort(admitted, mixed_in),
+            synthetic=mixed_in,
         )
         counter = counter_of(lambda: whole().with_split("test"), compute)
         return Gate(site, trainer_for=trainer_for, counter=counter, keystream=keystream)

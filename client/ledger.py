@@ -17,10 +17,10 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import NamedTuple, Self, Unpack
 
 from client.approval import Asked
-from client.book import Book, Entry, Kind, Limit, columns, note
+from client.book import Book, Entry, Kind, Limit, Said, aside, columns, note
 from client.chain import WAY_OUT, Chain, Entries
 from client.kept import KeptReleases
 from client.keyfile import NodeKey
@@ -296,9 +296,8 @@ class Ledger:
         run: str,
         shares: Iterable[Share],
         *,
-        name: str = "",
-        run_id: str = "",
         allow: Allow = lambda _: None,
+        **said: Unpack[Said],
     ) -> None:
         """Set a run aside whole, unless just this is set aside already.
 
@@ -306,11 +305,11 @@ class Ledger:
             Refusal: ``replay``: the run is over here, or its identity belongs to another spec;
                 or what `allow` raises.
         """
-        wanted, said = tuple(shares), note(name=name, run_id=run_id)
+        wanted = tuple(shares)
 
         def entries(book: Book) -> list[Entry]:
-            check_identity(book, run, run_id)
-            return earmarks(book, run, wanted, said, allow)
+            check_identity(book, run, said.get("run_id", ""))
+            return earmarks(book, run, wanted, aside(said), allow)
 
         self._write(entries)
 
@@ -320,14 +319,13 @@ class Ledger:
         Raises:
             Refusal: as `earmark`; nothing is booked then.
         """
-        run, name, run_id = asked.spec.digest, asked.spec.name, asked.spec.run_id
-        yes = note(approval=asked.digest, name=name, **signed._asdict())
+        run, said = asked.spec.digest, asked.said
+        yes = note(approval=asked.digest, name=asked.spec.name, **signed._asdict())
 
         def entries(book: Book) -> list[Entry]:
-            check_identity(book, run, run_id)
-            said = note(name=name, run_id=run_id)
-            aside = earmarks(book, run, asked.shares, said, allow)
-            return [Entry(0, Kind.APPROVED, run, note=yes), *aside]
+            check_identity(book, run, asked.spec.run_id)
+            held = earmarks(book, run, asked.shares, aside(said), allow)
+            return [Entry(0, Kind.APPROVED, run, note=yes), *held]
 
         self._write(entries)
 

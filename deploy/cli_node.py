@@ -127,7 +127,7 @@ def check(
         from common.spec import read_run_file
 
         spec = read_run_file(run).spec
-        judged = node_review.review(node.policy, spec, found.book, found.cohort)
+        judged = node_review.review(node, spec, found.book, found.cohort)
         _show(node_pages.run_page(spec, judged))
         _show(node_pages.verdict(judged))
         good = judged.answer != "no"
@@ -210,7 +210,7 @@ def requests(home: HomeArgument = Path()) -> None:
         _say("No run waits.")
         return
     book, cohort = _sound(node).book, cohort_digest(node.cohort_path)
-    judged = [(spec, node_review.review(node.policy, spec, book, cohort)) for spec in waiting]
+    judged = [(spec, node_review.review(node, spec, book, cohort)) for spec in waiting]
     _show([node_pages.waiting(judged)])
     _say("Look at one with `cloister node show DIGEST`.")
 
@@ -232,7 +232,7 @@ def show(digest: DigestArgument, home: HomeOption = Path()) -> None:
         (share,) = (run for run in _figures(node, book).runs if run.digest == found)
         _show(node_pages.known_run(book, found, share))
         return
-    judged = node_review.review(node.policy, spec, book, cohort_digest(node.cohort_path))
+    judged = node_review.review(node, spec, book, cohort_digest(node.cohort_path))
     _show(node_pages.whole_page(spec, judged))
 
 
@@ -276,7 +276,7 @@ def approve(
             "node show` printed, or --yes for whatever holds now"
         )
     lapse(ledger, node.policy, Clock())
-    judged = node_review.review(node.policy, spec, ledger.book, cohort_digest(node.cohort_path))
+    judged = node_review.review(node, spec, ledger.book, cohort_digest(node.cohort_path))
     _show(node_pages.whole_page(spec, judged))
     if judged.asked is None or judged.objections:
         _no(_NOT_APPROVED, "; ".join(judged.objections))

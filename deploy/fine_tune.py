@@ -267,7 +267,7 @@ def _private_spec(model: Package, home: NodeHome, wish: Wish, epsilon: float | N
 def _willing_gate(home: NodeHome, spec: RunSpec) -> Gate:
     """The node's gate, if nothing stands against the run but a person's yes."""
     ledger = home.ledger()
-    judged = node_review.review(home.policy, spec, ledger.book, cohort_digest(home.cohort_path))
+    judged = node_review.review(home, spec, ledger.book, cohort_digest(home.cohort_path))
     if judged.objections:
         raise ConfigError(f"{home.path}: this node says no: {'; '.join(judged.objections)}")
     return home.gate()

@@ -155,6 +155,7 @@ def approval(asked: Asked) -> RenderableType:
     return facts(
         [
             ("cohort", asked.cohort),
+            *([("mixed in", asked.synthetic)] if asked.synthetic else []),
             ("Cloister", asked.version),
             ("approval", asked.digest),
         ]

@@ -19,6 +19,7 @@ from client.book import Book
 from client.folder import KEY_FILE, LEDGER, NodeFolder, check_budget, cohort_digest
 from client.policy import Data, Policy
 from client.recovery import Standing, inspect
+from client.synthetic import check_synthetic, synthetic_of
 from common import accounting, models
 from common.accounting import Share
 from common.cohort import SYNTHETIC, Cohort
@@ -201,15 +202,17 @@ class Review:
     left_after: float = 1.0
 
 
-def review(policy: Policy, spec: RunSpec, book: Book, cohort: str | None) -> Review:
+def review(home: NodeFolder, spec: RunSpec, book: Book, cohort: str | None) -> Review:
     """Judge a run as the gate would at an invitation, naming every objection at once.
 
     Args:
-        policy: the node's.
+        home: the node's; its policy decides.
         spec: the run.
         book: what the ledger says; an empty one for a node that is not set up.
-        cohort: digest of the cohort as it is now; None leaves it out of the judgement.
+        cohort: digest of the cohort as it is now; None leaves what lies there out of the
+            judgement.
     """
+    policy = home.policy
     try:
         shares = accounting.shares(spec, policy.declared_size)
     except SpecError as error:
@@ -217,7 +220,13 @@ def review(policy: Policy, spec: RunSpec, book: Book, cohort: str | None) -> Rev
     objections = [*_objections(policy, spec, shares), *_booked(policy, spec, book, shares)]
     if cohort is not None and book.admitted != cohort:
         objections.append("the cohort is not admitted as it is now: `cloister node admit`")
-    asked = Asked(spec, cohort or "", shares)
+    mixed_in = ""
+    if cohort is not None:
+        try:
+            mixed_in = _mixed_in(home, spec, book)
+        except (CohortError, ConfigError, Refusal) as error:
+            objections.append(str(error))
+    asked = Asked(spec, cohort or "", shares, mixed_in)
     decision = book.run(spec.digest).decision
     said_yes = decision is not None and decision.approval == asked.digest
     free = policy.approval == "automatic" or said_yes
@@ -236,6 +245,15 @@ def _objections(policy: Policy, spec: RunSpec, shares: tuple[Share, ...]) -> Ite
         yield str(error)
     yield from policy.objections(spec, parameters, shares)
     yield from policy.objections_to_memory(memory)
+
+
+def _mixed_in(home: NodeFolder, spec: RunSpec, book: Book) -> str:
+    """The synthetic images of a run that mixes some in, if it can; else nothing."""
+    if not spec.augmentation.synthetic:
+        return ""
+    synthetic = synthetic_of(home)
+    check_synthetic(spec, synthetic, book.run(spec.digest))
+    return str(synthetic or "")
 
 
 def _booked(policy: Policy, spec: RunSpec, book: Book, shares: tuple[Share, ...]) -> Iterator[str]:

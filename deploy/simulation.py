@@ -409,7 +409,7 @@ def _gate(folder: Path, number: int) -> Gate:
             _policy(name, declared),
             _ledger(folder / "sites" / name, name),
             _COHORT,
-            behind_synthetic=lambda spec: simulation.synthetic_images().behind(spec),
+            synthetic=simulation.synthetic_images() if spec.augmentation.synthetic else None,
         ),
         trainer_for=trainer_for,
         counter=counter_of(lambda: simulation.held_out(number), compute),

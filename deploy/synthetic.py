@@ -17,7 +17,7 @@ import csv
 import io
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from torch import nn
 
 from client.folder import cohort_digest
 from client.intake.builder import CohortBuilder, ImageRecord
-from client.synthetic import ABOUT, COHORT, PRIVATE, UNIT
+from client.synthetic import ABOUT, COHORT, PRIVATE, Claim
 from common.cohort import PIXEL_MAX, SYNTHETIC, CohortMeta
 from common.errors import RunError
 from common.files import new_folder, write_durably
@@ -49,13 +49,14 @@ class Generator:
         task: the run's.
         network: in evaluation mode.
         model_sha256: of the run's model file.
-        protected: whether all patients that it was ever trained on were, as far as is known.
+        claim: of all patients that it was ever trained on; None: they are not known to be
+            protected.
     """
 
     task: Generation
     network: nn.Module
     model_sha256: str
-    protected: bool
+    claim: Claim | None
 
     def draw(self, images: int, seed: int) -> Drawn:
         """So many images with their labels; the same seed gives the same ones."""
@@ -77,14 +78,18 @@ def load_generator(run: Path) -> Generator:
             f"{run}: its task.name is {spec.task.name!r}, which makes no images; expected a run of "
             "'generation'"
         )
-    return Generator(task, package.network(), package.model_sha256, _protected(package))
+    return Generator(task, package.network(), package.model_sha256, _claim(package))
 
 
-def _protected(package: Package) -> bool:
+def _claim(package: Package) -> Claim | None:
     """By its card: a seeded run protects nobody, and what a run began with is not in its card."""
-    privacy = package.card.get("privacy")
-    said = privacy.get("protected") if isinstance(privacy, dict) else None
-    return said is True and package.spec.start is None
+    said = package.card.get("privacy")
+    if package.spec.start is not None or not isinstance(said, dict):
+        return None
+    if said.get("protected") is not True:
+        return None
+    figures = {"epsilon": said.get("all_sites_epsilon"), "delta": said.get("all_sites_delta")}
+    return Claim.of(figures | {"unit": package.spec.privacy.unit})
 
 
 def write(out: Path, generator: Generator, drawn: Drawn, seed: int) -> None:
@@ -105,8 +110,7 @@ def _write_parts(out: Path, generator: Generator, drawn: Drawn, seed: int) -> No
     about = {
         "what": "synthetic images; not to be taken for evidence of anything",
         "privacy": _privacy(generator),
-        PRIVATE: generator.protected,
-        UNIT: spec.privacy.unit if generator.protected else None,
+        PRIVATE: generator.claim and asdict(generator.claim),
         "run": spec.name,
         "run_digest": spec.digest,
         "model_sha256": generator.model_sha256,
@@ -123,9 +127,8 @@ def _write_parts(out: Path, generator: Generator, drawn: Drawn, seed: int) -> No
 
 
 def _privacy(generator: Generator) -> str:
-    if generator.protected:
-        unit = generator.task.spec.privacy.unit
-        return f"of a run with differential privacy, its unit the {unit}; its report says how much"
+    if generator.claim is not None:
+        return f"of a run with differential privacy: {generator.claim}, over all its sites"
     return "of a model that is not known to be protected: they may give patients away; keep them so"
 
 

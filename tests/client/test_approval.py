@@ -94,6 +94,7 @@ def changes(asked: Asked, make_spec: Spec) -> Iterator[tuple[str, Asked]]:
     yield "the spec", replace(asked, spec=make_spec(seed=2))
     yield "the run's identity", replace(asked, spec=asked.spec.identified("another"))
     yield "the cohort", replace(asked, cohort="d" * 64)
+    yield "what is mixed in", replace(asked, synthetic=f"{'e' * 64}, not known to be protected")
     yield "the declared size", replace(asked, shares=accounting.shares(asked.spec, 41))
     yield "the rounds", replace(asked, shares=(share._replace(rounds=4),))
     noise = replace(share.mechanism, noise_multiplier=1.0000001)  # it shows in no figure

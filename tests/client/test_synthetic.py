@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,11 @@ import torch
 
 from client.folder import cohort_digest
 from client.gate import Gate, Site
-from client.synthetic import Synthetic, fitting, synthetic_cohort
+from client.synthetic import fitting, synthetic_cohort
 from client.training import LocalTrainer
 from common.cohort import Cohort
 from common.errors import CohortError, Refusal, RefusalCode, SpecError
-from common.messages import Invitation, NodeCard, RefusalReply
+from common.messages import Invitation, NodeCard, RefusalReply, TrainTask
 from common.noise import Keystream
 from common.spec import RunSpec
 from common.tasks.generation import Drawn
@@ -147,8 +148,13 @@ def told(cohort: Cohort, **about: Any) -> Path:
     return cohort.path
 
 
+def protecting(unit: str | None, **figures: Any) -> dict[str, Any]:
+    """What is said of a generator that had privacy."""
+    return {"differential_privacy": {"unit": unit, "epsilon": 2.5, "delta": 1e-5} | figures}
+
+
 def test_patients_are_never_mixed_in(write_cohort: Any, make_spec: Any):
-    path = told(write_cohort(make_spec(), range(3)), differential_privacy=True)
+    path = told(write_cohort(make_spec(), range(3)), **protecting("patient"))
     with pytest.raises(CohortError, match="its source is 'test', expected 'synthetic'"):
         synthetic_cohort(path, without_privacy=True)
 
@@ -157,10 +163,20 @@ def test_patients_are_never_mixed_in(write_cohort: Any, make_spec: Any):
     "about",
     [
         {},
-        {"differential_privacy": False},
+        {"differential_privacy": None},
+        {"differential_privacy": True},  # by itself: of how much, nobody says
         {"differential_privacy": "yes"},
-        {"differential_privacy": True, "cohort_sha256": "c" * 64},
-        {"differential_privacy": True, "cohort_sha256": None},
+        protecting("patient") | {"cohort_sha256": "c" * 64},
+        protecting("patient") | {"cohort_sha256": None},
+        protecting("patient", epsilon=None),
+        protecting("patient", epsilon="8"),
+        protecting("patient", epsilon=True),
+        protecting("patient", epsilon=-1.0),
+        protecting("patient", epsilon=float("inf")),
+        protecting("patient", epsilon=10**400),
+        protecting("patient", delta=None),
+        protecting("patient", delta=0),
+        protecting("patient", delta=1.0),
     ],
 )
 def test_images_of_a_generator_without_privacy_take_a_word(
@@ -171,19 +187,20 @@ def test_images_of_a_generator_without_privacy_take_a_word(
         synthetic_cohort(path, without_privacy=False)
     assert len(synthetic_cohort(path, without_privacy=True).cohort) == 3
     assert "without differential privacy are mixed in" in caplog.text  # the node's own log
-    told(make_synthetic(), differential_privacy=True)
+    told(make_synthetic(), **protecting("patient"))
     assert len(synthetic_cohort(path, without_privacy=False).cohort) == 3
 
 
 @pytest.mark.parametrize(
     ("about", "unit", "behind"),
     [
-        ({"differential_privacy": True, "unit_of_privacy": "patient"}, "patient", "protected"),
-        ({"differential_privacy": True, "unit_of_privacy": "patient"}, "image", "protected"),
-        ({"differential_privacy": True, "unit_of_privacy": "image"}, "image", "protected"),
-        ({"differential_privacy": True, "unit_of_privacy": "image"}, "patient", "unprotected"),
-        ({"differential_privacy": True}, "patient", "unprotected"),  # as it was written before
-        ({"differential_privacy": False, "unit_of_privacy": "patient"}, "image", "unprotected"),
+        (protecting("patient"), "patient", "protected"),
+        (protecting("patient"), "image", "protected"),
+        (protecting("image"), "image", "protected"),
+        (protecting("image"), "patient", "unprotected"),
+        (protecting(None), "patient", "unprotected"),
+        (protecting("patient", epsilon=None), "image", "unprotected"),
+        ({"differential_privacy": None}, "image", "unprotected"),
     ],
 )
 @pytest.mark.parametrize("site_says", [True, False])
@@ -254,8 +271,8 @@ def test_too_few_or_others_are_refused_before_anything_is_set_aside(
 ):
     policy = make_policy(data={"synthetic": "made/cohort"})
     ledger, made = make_ledger(policy), make_synthetic()
-    known = Synthetic(made, "patient", without_privacy=False)
-    site = Site(policy, ledger, "c" * 64, check_synthetic=lambda spec: fitting(spec, known))
+    known = synthetic_cohort(told(made, **protecting("patient")), without_privacy=False)
+    site = Site(policy, ledger, "c" * 64, synthetic=known)
     gate, before = Gate(site, trainer_for=_never), ledger.book.last
     answer = gate.invite(Invitation(make_spec(augmentation={"synthetic": 4})))
     assert answer == RefusalReply(code=RefusalCode.POLICY)
@@ -268,3 +285,43 @@ def test_too_few_or_others_are_refused_before_anything_is_set_aside(
 
 def _never(*_: Any) -> Any:
     raise AssertionError("no trainer is made at an invitation")
+
+
+def test_a_run_goes_on_with_the_images_that_it_was_set_aside_with(
+    make_synthetic: Any, make_policy: Any, make_ledger: Any, make_spec: Any, global_weights: Any
+):
+    """The coordinator was told of them at the invitation, and the card says so of the site."""
+    policy = make_policy(data={"synthetic": "made/cohort"})
+    made, ledger = make_synthetic(), make_ledger(policy)
+    augmentation = {"synthetic": 3, "synthetic_without_privacy": True}
+    spec, trained = make_spec(augmentation=augmentation), list[str]()
+
+    def gate(**about: Any) -> Gate:
+        known = synthetic_cohort(told(made, **about), without_privacy=True)
+        site = Site(policy, ledger, "c" * 64, synthetic=known)
+        return Gate(site, trainer_for=lambda *_: trained.append(str(known)))  # type: ignore[arg-type]
+
+    protected = gate(**protecting("patient"))
+    card = protected.invite(Invitation(spec))
+    assert isinstance(card, NodeCard)
+    assert card.synthetic == "protected"
+    task, last = TrainTask(spec, 1, global_weights(spec)), ledger.book.last
+    for other in (gate(), gate(**protecting("patient", epsilon=9.0))):
+        for answer in (other.train(task), other.invite(Invitation(spec))):
+            assert answer == RefusalReply(code=RefusalCode.POLICY)
+    assert (ledger.book.last, trained) == (last, [])
+    gate(**protecting("patient")).train(task)
+    assert len(trained) == 1  # the same ones, in another process
+    assert isinstance(gate().invite(Invitation(spec.identified("another"))), NodeCard)
+
+
+def test_images_that_were_changed_under_a_node_at_work_are_not_trained_on(
+    make_synthetic: Any, make_spec: Any
+):
+    known = synthetic_cohort(told(make_synthetic()), without_privacy=True)
+    known.check_same()
+    shutil.rmtree(known.cohort.path)
+    drawn = Drawn(torch.ones(3, *make_spec().input.shape), torch.tensor([0, 1, 0]))
+    write_drawn(known.cohort.path, drawn, make_spec())
+    with pytest.raises(CohortError, match="other synthetic images lie there"):
+        known.check_same()

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from client.intake.keys import SiteKey
 from client.intake.pictures import Pictures
 from client.intake.run import intake
-from client.synthetic import synthetic_cohort
+from client.synthetic import Claim, synthetic_cohort
 from common import models
 from common.cohort import Cohort
 from common.errors import CohortError
@@ -154,37 +154,39 @@ LAST_STEP = {"model_sha256": "a" * 64}
 
 
 @pytest.mark.parametrize(
-    ("changes", "protected", "known"),
+    ("changes", "said", "known"),
     [
-        ({"privacy": {"mechanism": "none"}}, False, False),
-        ({"privacy": DP}, True, True),
-        ({"privacy": DP}, False, False),  # a simulation: its noise came from a seed
+        ({"privacy": {"mechanism": "none"}}, {"protected": False}, False),
+        ({"privacy": DP}, {"protected": True}, True),
+        ({"privacy": DP}, {"protected": False}, False),  # a simulation: its noise came from a seed
         ({"privacy": DP}, None, False),  # no card: nobody says so
-        ({"privacy": DP, "start": LAST_STEP}, True, False),  # of the steps before, nobody does
+        ({"privacy": DP}, {"protected": True, "all_sites_epsilon": None}, False),  # nor how much
+        # of the steps before, nobody does
+        ({"privacy": DP, "start": LAST_STEP}, {"protected": True}, False),
     ],
 )
 def test_it_says_whether_patients_may_be_given_away(  # noqa: PLR0913, PLR0917
-    cloister: Cloister, finished, tmp_path: Path, changes, protected, known
+    cloister: Cloister, finished, tmp_path: Path, changes, said, known
 ):
     run, out = finished(**changes), tmp_path / "out"
-    if protected is not None:
-        card(run, protected)
+    if said is not None:
+        card(run, **said)
     said = cloister("generate", run, out, "--images", 2)
     assert said.code == 0, said.err
     about = json.loads((out / "about.json").read_text())
-    assert about["differential_privacy"] is known
-    words = "its unit the image" if known else "they may give patients away"
+    words = "ε = 7.50 at δ = 1e-05 for each image" if known else "they may give patients away"
     assert words in about["privacy"]
     if known:
         found = synthetic_cohort(out / "cohort", without_privacy=False)
-        assert (len(found.cohort), found.unit) == (2, "image")
+        assert (len(found.cohort), found.claim) == (2, Claim("image", 7.5, 1e-5))
     else:
+        assert about["differential_privacy"] is None
         refused(out / "cohort")
 
 
 def test_what_is_said_is_of_one_cohort_alone(cloister: Cloister, finished, tmp_path: Path):
     run, out = finished(privacy=DP), tmp_path / "out"
-    card(run, True)
+    card(run, protected=True)
     cloister("generate", run, out, "--images", 2)
     synthetic_cohort(out / "cohort", without_privacy=False)
     shutil.rmtree(out / "cohort")
@@ -198,12 +200,12 @@ def refused(cohort: Path) -> None:
         synthetic_cohort(cohort, without_privacy=False)
 
 
-def card(run: Path, protected: bool) -> None:
+def card(run: Path, **privacy: Any) -> None:
     model = sha256((run / "model.safetensors").read_bytes()).hexdigest()
     text = {
         "spec_sha256": spec_of(run).digest,
         "model": {"safetensors_sha256": model},
-        "privacy": {"protected": protected},
+        "privacy": {"all_sites_epsilon": 7.5, "all_sites_delta": 1e-5} | privacy,
     }
     (run / "model_card.json").write_text(json.dumps(text))
 

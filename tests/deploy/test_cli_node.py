@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sqlite3
 import stat
@@ -14,6 +15,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+import torch
 
 from client.app import answer
 from client.approval import Asked
@@ -38,6 +40,8 @@ from common.messages import (
     read_reply,
 )
 from common.spec import RunSpec
+from common.tasks.generation import Drawn
+from deploy.synthetic import write_cohort as write_drawn
 
 Cloister = Callable[..., Any]
 MakeNode = Callable[..., Path]
@@ -480,6 +484,36 @@ def test_what_an_evaluation_books_is_shown_though_training_has_no_privacy(
     assert "of training NOTHING is booked" in said.words
     assert re.search(r"evaluation +1 round\(s\) of 1 step\(s\), q 1, σ 2", said.words)
     assert re.search(r"of the budget +[0-9.]+% for life", said.words)
+
+
+def test_whoever_approves_a_run_sees_what_is_known_of_the_synthetic_images_that_it_mixes_in(
+    cloister: Cloister, make_node: MakeNode, node_run: Any, make_spec: Any
+):
+    home = make_node([("[data]", '[data]\nsynthetic = "made/cohort"')], admitted=False)
+    (home / "made").mkdir()
+    drawn = Drawn(torch.zeros(4, *make_spec().input.shape), torch.tensor([0, 1, 0, 1]))
+    write_drawn(home / "made" / "cohort", drawn, make_spec())
+    told = {"unit": "patient", "epsilon": 6.25, "delta": 1e-5}
+    digest = cohort_digest(home / "made" / "cohort")
+    for epsilon in (3.5, 6.25):
+        about = {"cohort_sha256": digest, "differential_privacy": told | {"epsilon": epsilon}}
+        (home / "made" / "about.json").write_text(json.dumps(about))
+        assert cloister("node", "admit", home, *ADA).code == 0
+        spec = node_run(f"small-{int(epsilon)}", augmentation={"synthetic": 2})
+        assert invited(home, spec) is RefusalCode.APPROVAL
+        shown = cloister("node", "show", spec.digest, "--home", home)
+        assert f"{digest}, the patients" in shown.words
+        assert f"protected by ε = {epsilon:.2f} at δ = 1e-05 for each patient" in shown.words
+        done = cloister("node", "approve", spec.digest, "--home", home, *ADA, "--yes")
+        assert done.code == 0, done
+        assert isinstance(invited(home, spec), NodeCard)
+        assert "ε = " in NodeFolder.open(home).ledger().book.run(spec.digest).synthetic
+    (home / "made" / "about.json").unlink()
+    waiting = node_run("small-9", augmentation={"synthetic": 2})
+    NodeFolder.open(home).requests.put(waiting)
+    said = cloister("node", "approve", waiting.digest, "--home", home, *ADA, "--yes")
+    assert said.code == 1
+    assert "does not say that the images of just this cohort" in said.words
 
 
 def test_what_a_coordinator_wrote_does_not_steer_the_terminal(
