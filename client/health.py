@@ -17,7 +17,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -246,6 +246,7 @@ class Watch:
         self._device = device or Device()
         self._over = threading.Event()
         self._servicer = health.HealthServicer()
+        self._tell(dict.fromkeys((WHOLE, LIVE, READY, GPU), False))  # until the first look
         self.port = 0
 
     @contextmanager
@@ -271,15 +272,18 @@ class Watch:
         """Look once, and tell."""
         found = report(self._service, self._device)
         states = {WHOLE: found.ready, LIVE: found.live, READY: found.ready, GPU: not found.gpu}
-        answers = health_pb2.HealthCheckResponse
-        for name, good in states.items():
-            self._servicer.set(name, answers.SERVING if good else answers.NOT_SERVING)
+        self._tell(states)
         try:
             content = json.dumps(asdict(found), indent=1).encode() + b"\n"
             write_durably(self._service.home / STATUS_FILE, content, mode=0o600)
         except OSError as error:
             log.warning("the status cannot be written: %s", error)
         return found
+
+    def _tell(self, states: Mapping[str, bool]) -> None:
+        answers = health_pb2.HealthCheckResponse
+        for name, good in states.items():
+            self._servicer.set(name, answers.SERVING if good else answers.NOT_SERVING)
 
     def _look_on(self) -> None:
         while not self._over.is_set():

@@ -592,6 +592,16 @@ def test_probes_tell_alive_from_ready(node: Node, place: Place, home: Path):
         wait_until(lambda: not ask(address, LIVE))
 
 
+def test_a_node_that_was_not_looked_at_yet_serves_nothing(
+    node: Node, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(Watch, "look", lambda _: None)
+    watch = Watch(node.service, "127.0.0.1:0")
+    with watch.watching():
+        for name in ("", LIVE, READY, GPU):
+            assert not ask(f"127.0.0.1:{watch.port}", name)
+
+
 def test_a_gpu_that_is_lost_is_seen_while_the_node_stays_connected(
     node: Node, place: Place, home: Path
 ):
