@@ -19,6 +19,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shlex
 import stat
 from collections.abc import Iterator, Mapping
@@ -51,16 +52,20 @@ CALIBRATION = "calibration.json"
 REQUIRED = (SPEC, MODEL, CARD, CARD_TEXT)
 PERSONAL = "personal"
 """The key of a card by which a model says that it must not leave the site that made it."""
+MADE_OF = "made_of"
+"""The key of a card with the SHA-256 of all weights, sorted, that went before the model's own."""
 PURPOSE = "model package"
 """What the coordinator's key signs a manifest as; its signatures on other things do not fit."""
 
 _MOST_FILES, _DEEPEST = 64, 3
 _LARGEST_TEXT = 2**20
+_MOST_ORIGINS = 256
 _LARGEST_FILE = 2**34
 _LARGEST_HEADER = 2**24  # of a model's file, before its weights
 _CHUNK = 2**20
 _PART = r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}"
 _Hash = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+_SHA256 = re.compile("[0-9a-f]{64}")
 Kind = Literal["package", "onnx", "monai"]
 
 
@@ -331,9 +336,14 @@ def origins_in(path: Path, checked: Checked) -> frozenset[str]:
 
 
 def origins_of(spec: RunSpec, card: Mapping[str, Any]) -> frozenset[str]:
-    """SHA-256 of the weights that a card is of, and of those one step before them.
+    """SHA-256 of the weights that a card is of, and of all those that it says went before them.
 
-    That is where its run began, what it was pruned or quantised of, and what was fine-tuned.
+    That is where its run began, what it was pruned or quantised of, what was fine-tuned, and the
+    list of all of these that a card hands on (`MADE_OF`). Cards of earlier versions have no list:
+    of them it is one step. What is no SHA-256 is passed over.
+
+    Raises:
+        PackageError: if the list is longer than any model's past.
     """
     said = (
         ("model", "safetensors_sha256"),
@@ -341,10 +351,18 @@ def origins_of(spec: RunSpec, card: Mapping[str, Any]) -> frozenset[str]:
         (PERSONAL, "began_with"),
     )
     parts = ((card.get(key), name) for key, name in said)
-    found = {part.get(name) for part, name in parts if isinstance(part, Mapping)}
+    found = [part.get(name) for part, name in parts if isinstance(part, Mapping)]
+    handed_on = card.get(MADE_OF)
+    if isinstance(handed_on, list):
+        if len(handed_on) > _MOST_ORIGINS:  # cut short, it would let a withdrawn one through
+            raise PackageError(
+                f"{CARD}: {MADE_OF} names {len(handed_on)} models; expected at most "
+                f"{_MOST_ORIGINS}: take a model with a shorter past"
+            )
+        found += handed_on
     if spec.start is not None:
-        found.add(spec.start.model_sha256)
-    return frozenset(sha256 for sha256 in found if isinstance(sha256, str))
+        found.append(spec.start.model_sha256)
+    return frozenset(one for one in found if isinstance(one, str) and _SHA256.fullmatch(one))
 
 
 def is_personal(card: bytes) -> bool:

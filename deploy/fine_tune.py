@@ -398,6 +398,7 @@ def _card(made: _Made) -> dict[str, Any]:
         "run_id": "",
         "spec_sha256": spec.digest,
         "model": card["model"] | {"safetensors_sha256": digest, "round": None},
+        package.MADE_OF: sorted(begun.model.origins()),
         "data": card["data"] | {"note": f"{card['data']['note']} {_began(begun.model)}"},
         "training": card["training"]
         | {"rounds_finished": 1, "rounds_planned": 1}

@@ -352,12 +352,14 @@ def _again(
     card = dict(before.card)
     told = [*card.get("smaller", {}).get("said", ()), said]
     parts = {name: getattr(result, name) for name in PARTS}
+    of = before.package.model_sha256
     card |= {
+        package.MADE_OF: sorted({of, *package.origins_of(before.package.spec, before.card)}),
         "model": {**card["model"], **hashes},
         "calibration": made.to_json(),
         "evaluation": {name: part and evaluated(part) for name, part in parts.items()},
         "federated_evaluation": None,
-        "smaller": {"said": told, "of_model_sha256": before.package.model_sha256},
+        "smaller": {"said": told, "of_model_sha256": of},
     }
     return replace(before, card=card, calibration=made.calibration)
 

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from client import credentials
 from common.errors import PackageError
-from common.package import PERSONAL, Package
+from common.package import CARD, MADE_OF, PERSONAL, Package, origins_of
 from deploy.fine_tune import MUST_NOT_LEAVE
 from deploy.simulation import prepare, simulate
 from server.export import Signing, export
@@ -103,6 +104,55 @@ def test_no_run_begins_at_it_and_no_coordinator_signs_it(
     with pytest.raises(PackageError, match="no federation signs it"):
         export(tmp_path / "ours", tmp_path / "out", "package", signing=signing)
     assert not (tmp_path / "out").exists()
+
+
+def test_whatever_is_made_of_a_withdrawn_model_is_refused_however_many_steps_away(
+    cloister: Any,
+    model: Path,
+    tmp_path: Path,
+    make_node: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+):
+    def nobody(_node: Path) -> None:
+        """Whom the node believes is not what is asked here; none of these is signed."""
+
+    monkeypatch.setattr(credentials, "pinned_authority", nobody)
+    small, ours, node = tmp_path / "small", tmp_path / "ours", make_node()
+    assert cloister("optimise", model, small, "--prune", 0.5, "--quantise").code == 0
+    assert tune(cloister, model, ours, "--epochs", 1).code == 0
+    fine_tuned = ("node", "fine-tune", small / "pruned", tmp_path / "south", tmp_path / "twice")
+    assert cloister(*fine_tuned, "--unsigned", "--epochs", 1).code == 0
+    made = (small / "pruned", small / "quantised", ours, tmp_path / "twice")
+    for each in made:
+        found = cloister("verify-model", each, "--unsigned", "--node", node)
+        assert found.code == 0, found
+    sha256, settings = Package.open(model, unsigned=True).model_sha256, node / "node.toml"
+    named = settings.read_text().replace("withdrawn = []", f'withdrawn = ["{sha256}"]')
+    settings.write_text(named)
+    for each in made:
+        found = cloister("verify-model", each, "--unsigned", "--node", node)
+        assert (found.code, f"{sha256}, which this site has withdrawn" in found.words) == (2, True)
+
+
+def test_a_card_hands_on_digests_alone_and_one_without_the_list_is_read_as_before(make_spec: Any):
+    what_else = [3, None, ["d"], {}, "c" * 63, "C" * 64, "c" * 64 + "\n", "x" * 10_000]
+    card = {"model": {"safetensors_sha256": ["a"]}, MADE_OF: ["c" * 64, *what_else]}
+    assert origins_of(make_spec(), card) == {"c" * 64}
+    for other in ("c" * 64, {"c" * 64: 1}, None, 3):
+        assert origins_of(make_spec(), {MADE_OF: other}) == frozenset()
+
+
+def test_a_list_of_what_a_model_was_made_of_that_nobody_could_have_written_is_refused_in_a_line(
+    cloister: Any, model: Path, tmp_path: Path
+):
+    card, said = json.loads((model / CARD).read_text()), {}
+    for length in (256, 257):
+        (model / CARD).write_text(json.dumps(card | {MADE_OF: ["c" * 64] * length}))
+        said[length] = tune(cloister, model, tmp_path / f"of-{length}", "--epochs", 1)
+    assert said[256].code == 0, said[256].err
+    assert said[257].code == 2
+    assert "made_of names 257 models; expected at most 256" in said[257].words
+    assert not (tmp_path / "of-257").exists()
 
 
 def test_what_a_person_gets_wrong_is_said_before_anything_is_trained(

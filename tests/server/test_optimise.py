@@ -20,7 +20,7 @@ from common import models
 from common.calibration import Calibration
 from common.cohort import Cohort
 from common.errors import ModelError
-from common.package import Package
+from common.package import MADE_OF, Package
 from common.spec import RunSpec
 from common.tasks import task_for
 from common.tasks.paired import paired_differences
@@ -184,6 +184,7 @@ def check_papers(run: Path, made: Optimised, tmp_path: Path) -> None:
     assert after.model_sha256 != before.model_sha256
     assert zeros_of(after.network()) == pytest.approx(0.5, abs=0.02)
     assert after.card["smaller"]["of_model_sha256"] == before.model_sha256
+    assert after.card[MADE_OF] == [before.model_sha256]
     told = made.measured["pruned"].result
     assert told is not None
     assert told.test is not None
@@ -202,6 +203,8 @@ def check_eight_bits(made: Optimised, pruned: Package) -> None:
         "quantised",
     ]
     assert card["smaller"]["of_model_sha256"] == pruned.model_sha256
+    assert card[MADE_OF] == sorted(pruned.origins())  # not only the step before
+    assert len(card[MADE_OF]) == 2
     assert card["model"]["safetensors_sha256"] is None
     assert card["model"]["onnx_sha256"] == hashlib.sha256(content).hexdigest()
     model = onnx.load_from_string(content)
