@@ -12,7 +12,8 @@ files 0600, and no file is named by anything that stood in a DICOM file.
 Until then they grow in a hidden folder beside it, ``.NAME.predicting``::
 
     asked.json      whose answers these are: model, options, source
-    journal.jsonl   a line a study, written when all that is said of it lies on the disk
+    journal.jsonl   a line a study, written when all that is said of it lies on the disk, and
+                    begun with the SHA-256 of itself and what its last line began with
     answers/        what becomes the folder of the results
 
 A prediction that was killed leaves that folder, and goes on by it when it is asked for again: a
@@ -23,6 +24,7 @@ the number of images.
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import os
 import shutil
@@ -105,6 +107,7 @@ class Results:
         self._place, self._columns, self._every = place, columns, dict(every)
         self._count: Counter[str] = Counter()
         self._files: list[str] = []
+        self._last = b""
 
     @classmethod
     @contextmanager
@@ -161,8 +164,15 @@ class Results:
 
     def entries(self) -> Iterator[Entry]:
         """What was said of each study, in the order in which they were answered."""
-        for line in self._lines():
-            yield Entry(**json.loads(line))
+        before = b""
+        for number, line in enumerate(self._lines(), start=1):
+            digest, _, text = line[:-1].partition(b" ")
+            before = _digest(before + text)
+            if before != digest:
+                journal = self._place / _JOURNAL
+                raise ConfigError(f"{journal}: line {number} is not as it was; {self._anew}")
+            yield Entry(**json.loads(text))
+        self._last = before
 
     def number(self, kind: str) -> str:
         """A number that no other file of a kind has: the next one."""
@@ -184,10 +194,12 @@ class Results:
     def commit(self, entry: Entry) -> None:
         """Write an entry down: from now on its study is answered, whatever happens."""
         entry.files, self._files = self._files, []
-        for folder in {(self.folder / name).parent for name in entry.files}:
+        for folder in {self.folder, *((self.folder / name).parent for name in entry.files)}:
             flush_folder(folder)
+        text = json.dumps(vars(entry)).encode()
+        self._last = _digest(self._last + text)
         with self._opened(self._place / _JOURNAL, os.O_APPEND) as journal:
-            journal.write(json.dumps(vars(entry)) + "\n")
+            journal.write(f"{self._last.decode()} {text.decode()}\n")
             journal.flush()
             os.fsync(journal.fileno())
         self.answered[entry.study] = frozenset(entry.objects)
@@ -226,7 +238,15 @@ class Results:
     # --- What is there before and after ---------------------------------------------------------
 
     def _begin(self, target: Path, asked: Mapping[str, str]) -> None:
-        """Take up what waits there, or begin anew."""
+        try:
+            self._take_up(target, asked)
+        except OSError as error:
+            if disk_refuses(error):
+                raise
+            raise ConfigError(f"{self._place}: cannot be used ({error.strerror})") from error
+
+    def _take_up(self, target: Path, asked: Mapping[str, str]) -> None:
+        """Go on with what waits there, or begin anew."""
         with self._opened(self._place / _JOURNAL, 0) as journal:
             # Without the answers the journal is of results that were put, and moved away since.
             whole = sum(map(len, self._lines())) if self.folder.is_dir() else 0
@@ -239,17 +259,25 @@ class Results:
         else:
             write_durably(self._place / _ASKED, json.dumps(asked).encode(), mode=0o600)
         self.folder.mkdir(mode=0o700, exist_ok=True)
+        flush_folder(self._place)
         known, self._files = set(self._files), []
+        for name in known:
+            if not (self.folder / name).is_file():
+                raise ConfigError(f"{self.folder / name}: was written, and is gone; {self._anew}")
         for path in list(self.folder.rglob("*")):
             folder = stat.S_ISDIR(path.lstat().st_mode)
             if not folder and str(path.relative_to(self.folder)) not in known:
                 path.unlink()
         self._count.update(name.partition("/")[0] for name in known)
 
+    @property
+    def _anew(self) -> str:
+        return f"remove {self._place}, and give the command again: it begins anew"
+
     def _check_same(self, target: Path, asked: Mapping[str, str]) -> None:
         try:
             before = dict(json.loads((self._place / _ASKED).read_bytes()))
-        except (OSError, ValueError):
+        except (OSError, ValueError, TypeError, RecursionError):
             before = {}
         keys = dict.fromkeys((*before, *asked))
         differ = [key for key in keys if before.get(key) != asked.get(key)]
@@ -300,6 +328,10 @@ class Results:
             errors="backslashreplace",
             newline="",
         )
+
+
+def _digest(text: bytes) -> bytes:
+    return hashlib.sha256(text).hexdigest().encode()
 
 
 def working_folder(target: Path) -> Path:

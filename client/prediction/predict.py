@@ -234,6 +234,7 @@ def predict(order: Order, progress: Progress | None = None, pool: Workers = Pool
         RunError: if the disk is full.
     """
     check_target(order.target)
+    _check_apart(order.source, order.target)
     check_card(order.model.package)
     listing = listed(order.source)
     workers = order.workers or len(os.sched_getaffinity(0))
@@ -247,6 +248,16 @@ def predict(order: Order, progress: Progress | None = None, pool: Workers = Pool
         work.objects(listing.items, readers)
         work.finish({})
     return work.summary
+
+
+def _check_apart(source: Path, target: Path) -> None:
+    """Results that grew among the objects would be read as some of them the next time.
+
+    Raises:
+        ConfigError: if the results would lie in the source.
+    """
+    if target.resolve().is_relative_to(source.resolve()):
+        raise ConfigError(f"{target}: lies in {source}, which is read; name a place outside of it")
 
 
 def predict_cohort(order: Order, cohort: Cohort, progress: Progress | None = None) -> Summary:

@@ -15,7 +15,7 @@ import itertools
 import re
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import BinaryIO
 from unicodedata import normalize
 
@@ -59,6 +59,13 @@ NO_MODALITY = "the model does not say for which modalities it is meant"
 NO_BODY_PART = "the model does not say for which body parts it is meant"
 
 
+_MAGIC, _MAGIC_END = b"DICM", 132
+_BESIDE = (
+    *("thumbs.db", "desktop.ini", "autorun.inf", ".txt", ".md", ".log", ".csv", ".json", ".xml"),
+    *(".html", ".htm", ".css", ".js", ".pdf", ".rtf", ".doc", ".docx", ".exe", ".dll", ".jar"),
+)
+
+
 @dataclass(frozen=True, slots=True)
 class Named:
     """Who and what an object is, as its header says.
@@ -70,6 +77,7 @@ class Named:
         name: the patient's, as names are compared; of several ways to write it the first.
         birth: the patient's date of birth.
         sex: the patient's.
+        beside: it is no object, and nobody takes it for one: a text, a page, a system's own file.
         number: its Instance Number, or the last there can be.
     """
 
@@ -87,6 +95,7 @@ class Named:
     name: str = ""
     birth: str = ""
     sex: str = ""
+    beside: bool = False
 
     @property
     def key(self) -> str:
@@ -95,8 +104,8 @@ class Named:
 
     @property
     def placed(self) -> bool:
-        """Whether it is known of which series it is."""
-        return is_uid(self.series)
+        """Whether it is known of which series it is, or that it is of none."""
+        return self.beside or is_uid(self.series)
 
     @property
     def order(self) -> tuple[str, str, int, str, str]:
@@ -229,7 +238,7 @@ class StudyReader:
             return Looked(named, ignored=True)
         except Exception as error:  # noqa: BLE001
             # Parsers raise whatever the bytes of a broken file drive them to.
-            return Looked(named, reason_of(error))
+            return Looked(replace(named, beside=_lies_beside(item, self.limits)), reason_of(error))
 
     def _check(self, file: DicomFile) -> None:
         """Refuse what the header alone shows to be nothing for this model.
@@ -449,6 +458,21 @@ def reason_of(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return f"cannot be read ({error.strerror})"
     return f"cannot be read ({type(error).__name__})"
+
+
+def _lies_beside(item: Item, limits: Limits) -> bool:
+    """Whether a file is what a medium or a system puts beside objects: by its name and beginning.
+
+    A file without such a name may be an object that was damaged.
+    """
+    name = item.place.rpartition("/")[2].lower()
+    if not (name.startswith(".") or name.endswith(_BESIDE)):
+        return False
+    try:
+        with item.open(limits.read_bytes) as stream:
+            return stream.read(_MAGIC_END)[-len(_MAGIC) :] != _MAGIC
+    except (IntakeError, OSError):
+        return False
 
 
 def _named(place: str, sha256: str, header: Dataset) -> Named:

@@ -69,7 +69,7 @@ class Clinic:
 
     def answer(self, model: Model, name: str = "answers", **order: Any) -> Answers:
         target = self.hospital.place / name
-        asked = Order(model, self.hospital.folder, target, **order)
+        asked = Order(model, order.pop("source", self.hospital.folder), target, **order)
         return Answers(predict(asked, pool=self.in_this_process), target)
 
     @staticmethod

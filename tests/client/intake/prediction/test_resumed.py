@@ -132,6 +132,81 @@ def test_a_line_that_was_cut_off_is_asked_again(
     assert said(source.hospital.place / "out") == said(source.hospital.place / "once")
 
 
+@pytest.fixture
+def ended(source: Any, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """What waits of a prediction that was ended in its fifth study."""
+    with monkeypatch.context() as patch:
+        stop_at(patch, "commit", 5)
+        with pytest.raises(Killed):
+            predict(asked(source, "out"), pool=source.in_this_process)
+    return working_folder(source.hospital.place / "out")
+
+
+def changed_line(journal: bytes) -> bytes:
+    return journal.replace(b'"P1"', b'"P2"', 1)
+
+
+def without_its_second_line(journal: bytes) -> bytes:
+    first, _, *rest = journal.splitlines(keepends=True)
+    return b"".join([first, *rest])
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        changed_line,
+        without_its_second_line,
+        lambda _: b"\n",
+        lambda _: b"{}\n",
+        lambda _: b"\xff\xfe\0\n",
+        lambda _: b"[" * 200_000 + b"\n",
+        lambda journal: journal + b"\0" * 512 + b"\n",
+    ],
+)
+def test_a_journal_that_is_not_as_it_was_written_is_named_and_nothing_is_lost(
+    source: Any, ended: Path, damage: Callable[[bytes], bytes]
+) -> None:
+    journal = ended / "journal.jsonl"
+    was = journal.read_bytes()
+    journal.write_bytes(damage(was))
+    assert journal.read_bytes() != was
+    kept = {path: path.read_bytes() for path in ended.rglob("*") if path.is_file()}
+    with pytest.raises(
+        ConfigError, match=r"journal\.jsonl: line \d is not as it was; .*begins anew"
+    ):
+        predict(asked(source, "out"), pool=source.in_this_process)
+    assert {path: path.read_bytes() for path in ended.rglob("*") if path.is_file()} == kept
+    shutil.rmtree(ended)  # as it says
+    assert predict(asked(source, "out"), pool=source.in_this_process).before == 0
+
+
+@pytest.mark.parametrize("text", ["[1]", "3", "", "[" * 200_000, "{", "null"])
+def test_a_question_that_cannot_be_read_is_another(source: Any, ended: Path, text: str) -> None:
+    (ended / "asked.json").write_text(text)
+    with pytest.raises(ConfigError, match="was not said, and is"):
+        predict(asked(source, "out"), pool=source.in_this_process)
+
+
+def test_a_file_that_is_gone_is_missed(source: Any, ended: Path) -> None:
+    (ended / "answers" / "sr" / "2.dcm").unlink()
+    with pytest.raises(ConfigError, match=r"sr/2\.dcm: was written, and is gone"):
+        predict(asked(source, "out"), pool=source.in_this_process)
+
+
+@pytest.mark.parametrize("name", ["out", "a/out", "link/out"])
+def test_results_do_not_grow_among_what_is_read(source: Any, name: str) -> None:
+    folder = source.hospital.folder
+    (folder / "a").mkdir()
+    (source.hospital.place / "link").symlink_to(folder)
+    base = source.hospital.place if name.startswith("link") else folder
+    order = replace(asked(source, "x"), target=base / name)
+    with pytest.raises(ConfigError, match=r"lies in .*name a place outside of it"):
+        predict(order, pool=source.in_this_process)
+    assert not working_folder(base / name).exists()
+    beside = replace(order, target=folder.with_name(f"{folder.name}-answers"))
+    assert predict(beside, pool=source.in_this_process).studies == STUDIES
+
+
 OTHER: dict[str, tuple[Callable[[Any], dict[str, Any]], str]] = {
     "model": (lambda clinic: {"model": clinic.model(seed=9)}, "the model was"),
     "options": (lambda _: {"additions": ()}, "what is made was tables and structured report"),

@@ -278,6 +278,38 @@ def test_a_series_that_is_no_volume_is_refused_whole_and_costs_no_other(
     assert study["refused"] == len(left)
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "costs"),
+    [
+        (".DS_Store", b"\0\0\0\1Bud1", False),
+        ("Thumbs.db", b"\xd0\xcf\x11\xe0", False),
+        ("a/README.TXT", b"how to open this disc", False),
+        ("viewer/index.html", b"<html>", False),
+        ("EMPTY.TXT", b"", False),
+        ("slice.txt", bytes(128) + b"DICM" + b"\x02\0", True),  # whatever it is called
+        ("IM0009", b"how to open this disc", True),
+        ("IM0009", b"", True),
+    ],
+)
+@pytest.mark.parametrize("zipped", [False, True])
+def test_what_only_lies_beside_the_slices_costs_no_volume(  # noqa: PLR0913, PLR0917
+    clinic: Any, model: Any, name: str, content: bytes, costs: bool, zipped: bool
+) -> None:
+    write_series(clinic, AXIAL)
+    path = clinic.hospital.folder / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(content)
+    source = clinic.hospital.folder
+    if zipped:
+        made = shutil.make_archive(str(clinic.hospital.place / "disc"), "zip", source)
+        source = Path(made)
+    found = clinic.answer(model(), source=source)
+    (row,) = found.json["images"]
+    assert any(place.endswith(name) for place in found.refused)  # it is named all the same
+    assert (UNPLACED.format(1) in row["caveats"]) == costs
+    assert (set(row["volume_mm3"].values()) == {None}) == costs
+
+
 def test_what_could_not_be_read_at_all_may_have_been_a_slice(clinic: Any, model: Any) -> None:
     write_series(clinic, AXIAL)
     (clinic.hospital.folder / "broken.dcm").write_bytes(b"no DICOM")
