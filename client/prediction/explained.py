@@ -98,7 +98,7 @@ class Explainer:
         found = explain(self._model.network, self._spec, asked, [number])
         likeness = self._likeness(asked, number, found, patient)
         name = self._spec.task.classes[number]
-        said = _caption(name, [*found])
+        said = _caption(number, name, [*found])
         maps = {method: scaled(each.maps) for method, each in found.items()}
         for place, levels in enumerate(pictures.grey_levels(images)):
             overlaid = [pictures.overlaid(levels, each[place]) for each in maps.values()]
@@ -130,11 +130,14 @@ class Explainer:
         return [{"patient": patient, "methods": each} for each in methods]
 
 
-def _caption(name: str, methods: Sequence[str]) -> str:
-    """What must be known of a picture, for it is shown without its folder; it names no patient."""
+def _caption(number: int, name: str, methods: Sequence[str]) -> str:
+    """What must be known of a picture, for it is shown without its folder; it names no patient.
+
+    The class has its number, too: the font has not the letters of every name.
+    """
     columns = ", ".join(["the image", *(explanation.TITLES[method] for method in methods)])
     return (
-        f"What moved the answer, for the class: {name}\n"
+        f"What moved the answer, for class {number}: {name}\n"
         f"From left to right: {columns}. Orange speaks for the class, blue against it; each map "
         f"has its own scale.\n{WARNING}."
     )

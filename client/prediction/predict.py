@@ -641,6 +641,10 @@ class _Prediction:
             return None, []
         study = Study(self._rows.spec, of[0].named)
         study.decided = self._rows.of_study(answer, calibrated)
+        there = {of[number].named.modality for number in decided.seen}
+        study.without = tuple(
+            name for name in self._rows.spec.input.modalities if name not in there
+        )
         weights = dict(zip(decided.seen, decided.weights.tolist(), strict=True))
         drawn = dict(zip(decided.seen, decided.pictures, strict=True))
         kept = []

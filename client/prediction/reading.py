@@ -496,7 +496,7 @@ def _named(place: str, sha256: str, header: Dataset) -> Named:
         series=said("SeriesInstanceUID"),
         instance=said("SOPInstanceUID"),
         sop_class=said("SOPClassUID"),
-        modality=said("Modality"),
+        modality=said("Modality").upper(),  # some devices write it small
         number=int(number) if number.isdecimal() and len(number) < _DIGITS else _LAST,
         name="" if tag_for_keyword("PatientName") == last else _name_of(header),
         birth="".join(filter(str.isdecimal, said("PatientBirthDate"))),

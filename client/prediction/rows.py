@@ -40,6 +40,7 @@ HOW = {
 WARNING = "Not for clinical use; made by a model, verified by nobody"
 NOT_ALL = "objects of the study that were not answered, and did not move the decision: {}"
 PARTLY = "objects of the study of which some frames alone were answered: {}"
+NOT_THERE = "no image of the study is of {}, of which the decision is as well"
 UNPLACED = (
     "objects of the source of which the series could not be read, and which may be of this study "
     "(no volume is said): {}"
@@ -220,6 +221,7 @@ class Study:
         gaps: series of which one was not answered: they have no volume.
         unplaced: how many objects of the source may be of any series: then none has a volume.
         decided: what is said of it by one decision, where it has one.
+        without: modalities of the run of which it has no image.
     """
 
     spec: RunSpec
@@ -229,6 +231,7 @@ class Study:
     unplaced: int = 0
     gaps: Set[str] = frozenset()
     decided: Row = field(default_factory=dict)
+    without: tuple[str, ...] = ()
     _answered: set[str] = field(default_factory=set)
     _caveats: dict[str, None] = field(default_factory=dict)
     _values: dict[tuple[str, str], list[float]] = field(default_factory=lambda: defaultdict(list))
@@ -268,10 +271,11 @@ class Study:
         """What must be borne in mind of the study as a whole."""
         said = (
             (NOT_ALL, self.refused if self.decided else 0),
+            (NOT_THERE, ", ".join(self.without)),
             (PARTLY, len(self.lost & self._answered)),
             (UNPLACED, self.unplaced),
         )
-        return tuple(text.format(count) for text, count in said if count)
+        return tuple(text.format(what) for text, what in said if what)
 
     def row(self) -> Row:
         """What is said of it."""

@@ -1261,7 +1261,8 @@ def test_an_answer_is_explained_by_a_picture_that_nothing_of_a_patient_names(
         row["model_decision"],
     )
     opened = Image.open(found.folder / row["explanation"])
-    assert f"for the class: {row['model_decision']}\n" in opened.info["Description"]
+    number = ["normal", "finding"].index(row["model_decision"])
+    assert f"for class {number}: {row['model_decision']}\n" in opened.info["Description"]
     assert "Not for clinical use" in opened.info["Description"]
     assert opened.info["Model SHA-256"] == model.package.model_sha256
     picture = np.asarray(opened)

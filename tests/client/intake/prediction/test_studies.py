@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from pydicom import dcmread
 from pydicom.uid import CTImageStorage
 
 from client.prediction.dicom_objects import Reports
 from client.prediction.explained import Explainer
 from client.prediction.predict import NOT_NUMBERS, Order, predict_cohort
-from client.prediction.rows import NOT_ALL
+from client.prediction.rows import NOT_ALL, NOT_THERE
 from common.errors import ConfigError
 from common.studies import Studies, rows_for
 from common.tasks.preprocess import normalise
@@ -216,14 +217,41 @@ def test_images_of_two_modalities_go_to_their_encoders_as_those_of_a_cohort_do(
         images = torch.from_numpy(rows.images(np.arange(len(rows))))
         inputs = normalise(images, asked.package.spec.input)
         expected = torch.sigmoid(asked.package.network()(inputs)[:, 0]).tolist()
-    found = clinic.answer(asked)
+    found = clinic.answer(asked, additions=(Reports(asked.package),))
     said = [row["raw_probability"]["finding"] for row in found.json["studies"]]
     assert sorted(said) == pytest.approx(sorted(expected), abs=2e-6)
     assert len(set(said)) == 2
     assert found.refused == {"1.2.3.3.0.dcm": "no image of its study is of DX, CR"}
+    lacks = NOT_THERE.format("CR")
+    assert {
+        row["study_instance_uid"]: lacks in row["caveats"] for row in found.json["studies"]
+    } == {
+        "1.2.3.1": False,
+        "1.2.3.2": True,
+    }
+    reports = [dcmread(path) for path in found.files("sr")]
+    told = {
+        report.StudyInstanceUID: any(lacks in str(element.value) for element in report.iterall())
+        for report in reports
+    }
+    assert told == {"1.2.3.1": False, "1.2.3.2": True}
     mine = [row for row in found.json["images"] if row["study_instance_uid"] == "1.2.3.1"]
     for name in ("CR", "DX"):
         weights = [row["attention"] for row in mine if row["modality"] == name]
         assert sum(weights) == pytest.approx(1, abs=1e-5)
     with pytest.raises(ConfigError, match="cannot be explained"):
         Explainer(asked)
+
+
+@pytest.mark.filterwarnings("ignore:Invalid value for VR CS")
+def test_a_modality_that_a_device_writes_small_is_the_same(clinic: Any, model: Any) -> None:
+    values = np.random.default_rng(7).integers(0, 4096, (20, 30), dtype=np.uint16)
+    for name in ("DX", "dx"):
+        patient = {"StudyInstanceUID": f"1.2.{len(name)}{ord(name[0])}", "PatientID": name}
+        for kind in ("CR", name):
+            clinic.hospital.film(f"{name}{kind}.dcm", values, Modality=kind, **patient)
+    found = clinic.answer(model(input={"images": 3, "modalities": ["DX", "CR"]}))
+    one, other = found.json["studies"]
+    assert one["raw_probability"] == other["raw_probability"]
+    assert [row["modality"] for row in found.json["images"]].count("DX") == 2
+    assert not found.refused
