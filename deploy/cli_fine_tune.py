@@ -78,7 +78,8 @@ def fine_tune(
     `--private` it is trained with noise on the node's own cohort, if policy and a person say yes,
     and booked in its ledger for life: it may then be published. The node is stopped meanwhile.
 
-    Patients marked `test` are held out, or else a quarter; metrics are shown before and after.
+    Patients marked `test` are held out; metrics are shown before and after. Where none is marked it
+    is a quarter, on whom the model may have been trained already, and there is no verdict.
 
     Example: `cloister node fine-tune chest.package north/cohort ours --head-only --node north`
     """
@@ -99,9 +100,8 @@ def fine_tune(
         with console.status("Training …"), trained as found:
             write_folder(out, "package", found.files)  # before the release is let go of
     else:
-        own = Cohort.open(cohort, sealing_key(node, cohort_key))
         with console.status("Training …"):
-            found = work.fine_tune(opened, own, wish)
+            found = work.fine_tune(opened, Cohort.open(cohort, sealing_key(node, cohort_key)), wish)
         write_folder(out, "package", found.files)
     _show(found, opened.spec, out)
 
@@ -139,7 +139,7 @@ def _home(node: Path | None, cohort: Path) -> NodeHome:
 
 def _show(found: FineTuned, spec: RunSpec, out: Path) -> None:
     from common.tasks.words import estimate
-    from deploy.fine_tune import FIGURES_STAY, MUST_NOT_LEAVE
+    from deploy.fine_tune import FIGURES_STAY, MAYBE_SEEN, MUST_NOT_LEAVE
 
     table = Table("metric", "before", "after", "change")
     for metric, known in spec.metrics.items():
@@ -153,13 +153,17 @@ def _show(found: FineTuned, spec: RunSpec, out: Path) -> None:
         "with 95 % intervals; that of the change is of the same patients before and after.",
         highlight=False,
     )
+    if not found.marked:
+        console.print(f"[bold]{MAYBE_SEEN}[/]", highlight=False)
     if found.epsilon is None:
         console.print(f"[bold]{MUST_NOT_LEAVE}[/] Nothing was booked.", highlight=False)
     else:
         console.print(f"[bold]{FIGURES_STAY}[/]", highlight=False)
         published = "It may be published" if found.warning is None else found.warning
         console.print(
-            f"Booked: epsilon {found.epsilon:.3f}. {published.rstrip('.')}.", highlight=False
+            f"Booked: epsilon {found.epsilon:.3f}, of this training alone. "
+            f"{published.rstrip('.')}.",
+            highlight=False,
         )
     if found.worse:
         named = ", ".join(spec.metrics[name].title for name in found.worse)

@@ -15,6 +15,7 @@ import math
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,7 @@ from client.home import NodeHome
 from client.node import AlreadyRunningError, alone
 from client.training import LocalTrainer, best_device
 from common import accounting, models, package
+from common.clock import Clock
 from common.cohort import Cohort
 from common.errors import CohortError, ConfigError, PackageError
 from common.files import locked
@@ -41,8 +43,10 @@ from common.tasks import task_for
 from common.tasks.estimates import Estimate
 from common.tasks.paired import paired_differences
 from deploy import node_review
+from server import wording
 from server.card import to_markdown
 from server.evaluation import PartResult, score_part
+from server.record import Spend
 from server.start import refuse_personal
 
 MUST_NOT_LEAVE = (
@@ -58,8 +62,20 @@ _NO_FIGURES = (
     "How well it does at the site where it was trained further is not in this card: exact figures "
     "of that site's held-out patients do not leave it."
 )
+_OWN_PATIENTS = (
+    "It was tested on held-out patients of the site where it was trained further; elsewhere it may "
+    "give other results."
+)
+MAYBE_SEEN = (
+    "The held-out patients are not marked 'test': if this site took part in the training of the "
+    "model where it began, that was trained on them. Figures of both are then too good for new "
+    "patients, and the comparison favours the model where it began: it is no ground to choose by."
+)
 _HELD_OUT = 0.25
-_OF_THE_OTHER = ("calibration", "smaller")  # keys of a card that hold of its own weights alone
+_BASE = "Of the model where it began: "
+_ALL_SITES = "bears their composition"  # of `wording.claim`: over all sites, for it had no other
+_OF_BOTH = ("format", "intended_use", "intended_inputs", "not_for_clinical_use", "metrics")
+_VERSIONS = ("cloister", "torch", "opacus", "dp-accounting", "numpy")
 _PLAIN = {"name": "adamw", "learning_rate": 1e-3}
 _SEED = 1
 
@@ -91,7 +107,8 @@ class FineTuned:
         before, after: on the site's held-out patients.
         differences: after minus before, of each metric, both resampled alike.
         worse: the metrics of which the whole interval of the change lies on the worse side; those
-            alone by which a model may be chosen.
+            alone by which a model may be chosen. None where the held-out patients are not `marked`.
+        marked: whether they were ``test`` in the cohort, so that no run trained on them.
         epsilon: what was booked for it, at the delta of the run; None if nothing was.
         warning: of its card, if it has one.
     """
@@ -101,6 +118,7 @@ class FineTuned:
     after: PartResult
     differences: Mapping[str, Estimate]
     worse: tuple[str, ...]
+    marked: bool
     epsilon: float | None
     warning: str | None
 
@@ -110,7 +128,8 @@ def fine_tune(model: Package, cohort: Cohort, wish: Wish) -> FineTuned:
 
     Args:
         model: where it begins.
-        cohort: the site's. Its patients marked ``test`` are held out, or else a quarter of them.
+        cohort: the site's. Its patients marked ``test`` are held out, or else about a quarter of
+            them, always the same ones.
         wish: how.
 
     Raises:
@@ -196,16 +215,22 @@ def _parts(cohort: Cohort) -> tuple[Cohort, Cohort]:
     """To train on, and held out: no patient is in both."""
     train, held_out = cohort.with_split("", "train"), cohort.with_split("test")
     if not len(held_out):
-        order = np.random.default_rng(_SEED).permutation(len(train.patients))
-        cut = math.ceil(_HELD_OUT * len(order))
-        train, held_out = train.subset(order[cut:]), train.subset(order[:cut])
+        out = np.fromiter(map(_is_held_out, train.patients), bool, len(train.patients))
+        train, held_out = train.subset(np.flatnonzero(~out)), train.subset(np.flatnonzero(out))
     _check_apart(cohort, train, held_out)
     if min(len(train.patients), len(held_out.patients)) < 2:
         raise CohortError(
             f"{cohort.path}: {len(train.patients)} {cohort.unit}s to train on and "
-            f"{len(held_out.patients)} to test with; expected two of each at least"
+            f"{len(held_out.patients)} to test with; expected two of each at least: take in more, "
+            "or mark who is to be held out as 'test' (--split)"
         )
     return train, held_out
+
+
+def _is_held_out(pseudonym: str) -> bool:
+    """One in four, by the pseudonym alone: whoever else is in the cohort moves nobody."""
+    drawn = hashlib.sha256(f"held out of fine-tuning: {pseudonym}".encode()).digest()
+    return int.from_bytes(drawn[:8], "big") < _HELD_OUT * 2**64
 
 
 def _check_apart(cohort: Cohort, train: Cohort, held_out: Cohort) -> None:
@@ -307,6 +332,7 @@ class _Begun:
     held_out: Cohort
     before: PartResult
     declared_size: int
+    marked: bool
 
 
 @dataclass(frozen=True)
@@ -326,7 +352,8 @@ def _check_card(model: Package) -> None:
 
 def _begin(model: Package, spec: RunSpec, held_out: Cohort, declared_size: int) -> _Begun:
     weights, seen = _weights(model.network()), rows_for(spec, held_out)
-    return _Begun(model, spec, weights, seen, _result(spec, weights, seen), declared_size)
+    marked = bool((held_out.splits == "test").all())
+    return _Begun(model, spec, weights, seen, _result(spec, weights, seen), declared_size, marked)
 
 
 def _finished(begun: _Begun, update: Arrays) -> FineTuned:
@@ -352,7 +379,8 @@ def _finished(begun: _Begun, update: Arrays) -> FineTuned:
         before=before,
         after=after,
         differences=differences,
-        worse=tuple(_worse(spec, differences)),
+        worse=tuple(_worse(spec, differences)) if begun.marked else (),
+        marked=begun.marked,
         epsilon=spent and spent[0],
         warning=warning,
     )
@@ -389,26 +417,48 @@ def _files(spec: RunSpec, content: bytes, card: Mapping[str, Any]) -> dict[str, 
 
 
 def _card(made: _Made) -> dict[str, Any]:
-    """The card of the model where it began, with what is true of this one."""
-    begun, spec = made.begun, made.begun.spec
-    card = {key: value for key, value in begun.model.card.items() if key not in _OF_THE_OTHER}
+    """What is true of these weights; what a card says of those where they began is said to be so.
+
+    Only keys that are known are taken from there: of others nobody knows whose they are.
+    """
+    begun, spec, old = made.begun, made.begun.spec, made.begun.model.card
     digest = hashlib.sha256(made.content).hexdigest()
-    card |= {
+    card = {key: old[key] for key in _OF_BOTH if key in old} | {
         "name": spec.name,
         "run_id": "",
+        "created": Clock().date().isoformat(timespec="seconds"),
         "spec_sha256": spec.digest,
-        "model": card["model"] | {"safetensors_sha256": digest, "round": None},
+        "model": old["model"] | {"safetensors_sha256": digest, "round": None},
         package.MADE_OF: sorted(begun.model.origins()),
-        "data": card["data"] | {"note": f"{card['data']['note']} {_began(begun.model)}"},
-        "training": card["training"]
-        | {"rounds_finished": 1, "rounds_planned": 1}
-        | {"local_steps": spec.local.steps, "batch_size": spec.local.batch_size}
-        | {"optimizer": spec.optimizer.model_dump(mode="json")},
+        "data": old["data"] | {"note": f"{_BASE}{old['data']['note']} {_began(begun.model)}"},
+        "training": _training(spec),
         "privacy": _privacy(made),
         "evaluation": {"validation": None, "test": None},
         "federated_evaluation": None,
+        "limitations": _limitations(made),
+        "versions": {name: version(name) for name in _VERSIONS},
     }
-    return card | (_personal(made) if made.spent is None else _published(card))
+    return card | (_personal(made) if made.spent is None else {})
+
+
+def _training(spec: RunSpec) -> dict[str, Any]:
+    parts = ("optimizer", "loss", "augmentation", "aggregation")
+    plain = spec.model_dump(mode="json", include=set(parts))
+    counts = {"local_steps": spec.local.steps, "batch_size": spec.local.batch_size}
+    return {"rounds_finished": 1, "rounds_planned": 1} | counts | {k: plain[k] for k in parts}
+
+
+def _limitations(made: _Made) -> list[str]:
+    """Of the held-out patients of a published model nothing but that there were some.
+
+    That is docs/privacy.md 13.
+    """
+    begun, caveats = made.begun, made.begun.spec.task.CAVEATS
+    own = [_NO_FIGURES]
+    if made.spent is None:
+        own = [_OWN_PATIENTS, *([] if begun.marked else [MAYBE_SEEN])]
+    before = begun.model.card["limitations"]
+    return [*own, *caveats, *(f"{_BASE}{said}" for said in before if said not in caveats)]
 
 
 def _personal(made: _Made) -> dict[str, Any]:
@@ -424,11 +474,6 @@ def _personal(made: _Made) -> dict[str, Any]:
     }
 
 
-def _published(card: Mapping[str, Any]) -> dict[str, Any]:
-    """Of the held-out patients nothing but that there were some (docs/privacy.md 13)."""
-    return {"limitations": [*card["limitations"], _NO_FIGURES]}
-
-
 def _began(model: Package) -> str:
     return (
         f"It was then trained further by one site, from the model {model.model_sha256}; what that "
@@ -437,23 +482,39 @@ def _began(model: Package) -> str:
 
 
 def _privacy(made: _Made) -> dict[str, Any]:
-    """Of both trainings: it is protected where both were."""
+    """Of both trainings, each by itself: it is protected where both were.
+
+    The site's patients may have been in both, and no figure of one bounds what they bear. So none
+    stands where a reader takes it for the model's: the composition is in the site's ledger alone.
+    """
     unit, base = made.begun.spec.privacy.unit, made.begun.model.card["privacy"]
+    known: dict[str, Any] = {"adjacency": f"add or remove one {unit}", "sites": {}}
+    known |= {"all_sites_epsilon": None, "all_sites_delta": None, "timing": []}
     if made.spent is None:
-        known: dict[str, Any] = {"adjacency": f"add or remove one {unit}", "sites": {}}
-        known |= {"all_sites_epsilon": None, "all_sites_delta": None, "timing": []}
         return known | {"protected": False, "warning": MUST_NOT_LEAVE, "claim": []}
     epsilon, delta = made.spent
-    said = (
-        f"Its further training is ({epsilon:.2f}, {delta:g})-differentially private under adding "
-        f"or removing one {unit}'s whole record of that site, and is booked in the site's ledger; "
-        "the figures above are of the training before it. The site's held-out patients are not "
-        "covered, and nothing of them is in this card."
+    own = (
+        f"Its further training is ({wording.epsilon(epsilon)}, {delta:g})-differentially private "
+        f"under adding or removing one {unit}'s whole record of that site, and is booked in the "
+        f"site's ledger. That is of the further training alone: a {unit} who was in the training "
+        "before it as well bears the composition of both, which is more, and for which no figure "
+        "is given here. The site's held-out patients are not covered by it, and no figure of them "
+        "is in this card."
     )
+    before = (*base["claim"], *_figures(base), *base["timing"])
+    claim = [own, *(f"{_BASE}{said}" for said in before if _ALL_SITES not in said)]
     protected = base["protected"] is True
     warning = base["warning"] or (None if protected else NOT_PROTECTED)
-    claims = {"protected": protected, "warning": warning, "claim": [*base["claim"], said]}
-    return {**base, **claims}
+    return known | {"protected": protected, "warning": warning, "claim": claim}
+
+
+def _figures(privacy: Mapping[str, Any]) -> Iterator[str]:
+    """What each site spent on the model where it began."""
+    for name, site in sorted(privacy["sites"].items()):
+        spend = Spend.model_validate(site)
+        if spend.epsilon is not None:
+            figures = f"ε = {wording.epsilon_of(spend)} at δ = {wording.scientific(spend.delta)}"
+            yield f"{name} spent {figures}, of its {spend.unit}s, on that run."
 
 
 def _evaluated(part: PartResult) -> dict[str, Any]:

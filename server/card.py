@@ -223,7 +223,8 @@ def _privacy_lines(privacy: Mapping[str, Any]) -> Iterator[str]:
         for name, spend in spends.items()
     ]
     head = ("Site", "ε", "δ", "Unit", "Mechanism", "q", "σ", "C", "Steps", "Replies")
-    yield from _table(head, rows)
+    if rows:  # a model that one site made further has none
+        yield from _table(head, rows)
     sentences = (*privacy["claim"], *privacy["timing"])
     if sentences:
         yield from ("", *(f"- {_safe(sentence)}" for sentence in sentences))
@@ -232,7 +233,7 @@ def _privacy_lines(privacy: Mapping[str, Any]) -> Iterator[str]:
 def _performance_lines(card: Mapping[str, Any]) -> Iterator[str]:
     parts = {name: part for name, part in reversed(card["evaluation"].items()) if part}
     if not parts:
-        yield "The run had no central evaluation cohort."
+        yield "There are no figures of a central evaluation cohort."
         return
     seen = card["model"]["input"]
     several = seen.get("images", 1) > 1 or seen.get("modalities")

@@ -129,8 +129,15 @@ def test_what_is_booked_is_what_is_drawn(approved: Path, tune: Any, tmp_path: Pa
     privacy = Package.open(tmp_path / "ours", unsigned=True).card["privacy"]
     assert (
         f"further training is ({epsilon:.2f}, {delta:g})-differentially private under adding or "
-        "removing one patient's whole record" in privacy["claim"][-1]
+        "removing one patient's whole record" in privacy["claim"][0]
     )
+    assert "bears the composition of both" in privacy["claim"][0]
+    assert (privacy["all_sites_epsilon"], privacy["all_sites_delta"]) == (None, None)
+    assert privacy["sites"] == {}
+    for said_before in privacy["claim"][1:]:
+        assert said_before.startswith("Of the model where it began: ")
+        assert "composition" not in said_before
+    assert any("spent ε = " in said_before for said_before in privacy["claim"][1:])
 
 
 def test_nobody_is_trained_on_who_is_held_out(
@@ -165,20 +172,20 @@ def test_nothing_of_the_held_out_patients_is_in_the_package(
     assert PERSONAL not in ours.card
     assert not set(of_its_weights_alone) & set(ours.card)
     begun = Package.open(model, unsigned=True)
-    changed = {k for k in ours.card if ours.card[k] != begun.card.get(k)}
+    changed = {k for k in ours.card if ours.card[k] != begun.card.get(k)} - {"created"}
     assert changed == {
-        *("name", "run_id", "spec_sha256", "model", "data", "training", "privacy"),
+        *("name", "run_id", "spec_sha256", "model", "data", "training", "privacy", "versions"),
         *("evaluation", "federated_evaluation", "limitations", MADE_OF),
     }
     assert ours.card["federated_evaluation"] is None
     assert f"by one site, from the model {begun.model_sha256}" in ours.card["data"]["note"]
-    assert "is not in this card" in ours.card["limitations"][-1]
+    assert "is not in this card" in ours.card["limitations"][0]
     assert ours.card["training"]["rounds_planned"] == 1
     with safe_open(tmp_path / "ours" / MODEL, "np") as file:
         assert PERSONAL not in file.metadata()
     assert not {"images", "patients", "metrics"} & keys(ours.card["evaluation"])
     assert ours.card["privacy"]["protected"] is True
-    assert "differentially private" in ours.card["privacy"]["claim"][-1]
+    assert "differentially private" in ours.card["privacy"]["claim"][0]
     assert "It may be published" in said.words
 
 
@@ -197,7 +204,7 @@ def test_what_was_not_protected_before_is_not_protected_after(
     privacy = Package.open(tmp_path / "ours", unsigned=True).card["privacy"]
     assert privacy["protected"] is False
     assert privacy["warning"] == (warning or NOT_PROTECTED)
-    assert privacy["claim"][0] == "These hold for other nodes."
+    assert "Of the model where it began: These hold for other nodes." in privacy["claim"]
     assert "It may be published" not in said.words
     assert (warning or NOT_PROTECTED) in said.words
 

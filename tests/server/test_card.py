@@ -115,7 +115,7 @@ def test_a_run_without_evaluation_and_without_a_model_file(build_run):
     assert card["evaluation"] == {"validation": None, "test": None}
     assert card["model"]["safetensors_sha256"] is None
     text = files.markdown.read_text()
-    assert "no central evaluation cohort" in text
+    assert "no figures of a central evaluation cohort" in text
     assert "no model.safetensors" in text
 
 
