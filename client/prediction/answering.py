@@ -111,7 +111,10 @@ class Model:
         self.task: Task = task_for(spec)
         reason = self.task.without_answers()
         if spec.input.of_studies and spec.input.together != "study":
-            reason = "it takes the images of all studies of a patient at once"
+            reason = (
+                'its run says input.together = "patient", and a source seldom has all studies of '
+                'one: train a model with "study"'
+            )
         if reason:
             raise PackageError(f"{self.package.path}: {reason}; it cannot be used by predict")
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -40,7 +40,7 @@ HOW = {
 WARNING = "Not for clinical use; made by a model, verified by nobody"
 NOT_ALL = "objects of the study that were not answered, and did not move the decision: {}"
 PARTLY = "objects of the study of which some frames alone were answered: {}"
-NOT_THERE = "no image of the study is of {}, of which the decision is as well"
+NOT_THERE = "no image of the study that was answered is of {}, of which the model takes images too"
 UNPLACED = (
     "objects of the source of which the series could not be read, and which may be of this study "
     "(no volume is said): {}"

@@ -15,7 +15,7 @@ from safetensors.numpy import load_file
 from client import credentials
 from common.errors import PackageError
 from common.package import CARD, MADE_OF, PERSONAL, Package, origins_of
-from deploy.fine_tune import MAYBE_SEEN, MUST_NOT_LEAVE, _parts
+from deploy.fine_tune import MAYBE_SEEN, MUST_NOT_LEAVE, _is_held_out, _parts
 from deploy.simulation import prepare, simulate
 from server.export import Signing, export
 from server.start import starting_model
@@ -130,6 +130,15 @@ def test_a_model_that_has_become_worse_is_said_to_be(
     assert "Worse than before" not in said["right"].words
     assert "Worse than before: AUROC" in said["wrong"].words
     assert "do not use it. Try a smaller --learning-rate" in said["wrong"].words
+    seen = write_cohort(make_spec(), range(40), pixels=pixels, name="seen")
+    asked = [_is_held_out(seen.patients[number]) for number in seen.patient_index]
+    labels = np.where(asked, classes, 1 - classes).tolist()  # taught wrong, and nobody is marked
+    write_cohort(make_spec(), range(40), labels=labels, pixels=pixels, name="unmarked")
+    begins, into = tmp_path / "by-right", tmp_path / "by-unmarked"
+    unmarked = cloister("node", "fine-tune", begins, tmp_path / "unmarked", into, *words)
+    assert MAYBE_SEEN in unmarked.words
+    assert "−1.000" in unmarked.out  # it has become worse, and there is no verdict
+    assert "Worse than before" not in unmarked.words
 
 
 def test_a_head_of_its_own_over_the_shared_body(cloister: Any, model: Path, tmp_path: Path):
